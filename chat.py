@@ -1,0 +1,372 @@
+"""Talk to any checkpoint: one prompt or a conversation, several models side by side, best-of-n.
+
+    python chat.py out/ppo                                    # a conversation; Ctrl-D ends it
+    python chat.py out/base out/sft out/ppo --prompt "What is the capital of France?"
+    python chat.py out/sft --prompt "…" --best-of 16 --reward out/reward
+    python chat.py out/sft --label mine.jsonl                      # collect your own preferences
+
+Prompting is the alignment that needs no training: `--system` puts an instruction before the
+conversation, `--few-shot` puts solved examples of the embedded world before it. A base model knows
+nothing of chats; it is given plain text, each question on lines of its own, and what it writes
+after the last one, up to the next line break, is its answer:
+
+    question⏎answer⏎⏎question⏎
+
+Best-of-n (Foundations of LLMs, section 4.4; Stiennon et al. 2020) is alignment at the time of
+answering: draw n answers, show the one that the reward model likes best.
+
+Left out: tools, and templates other than ChatML.
+"""
+
+import codecs
+import json
+import random
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import data
+import world
+from model import GPT, generate, stream
+from reward import score
+from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat
+from training import (InputError, check_range, flag, load_checkpoint, load_reward, parse_args,
+                      pick_device, run)
+
+HELP = """/help  this page      /reset  forget the conversation      /seed N  restart the sampling
+Anything else is said to the model. Ctrl-D or Ctrl-C ends."""
+
+
+@dataclass
+class Config:
+    checkpoints: list[str] = field(metadata={
+        "positional": True, "help": "folders of models; several answer one after the other"})
+    prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
+    system: str | None = flag(None, "instruction put before it all (default: the folder's, if any)")
+    few_shot: int = flag(0, "solved examples, like the first question, to put before it")
+    raw: bool = flag(False, "treat the models as base models: plain text, no chat template")
+    best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
+    reward: str | None = flag(None, "folder of the reward model (with --best-of)")
+    label: str | None = flag(None, "show two answers, ask which is better, append it to this file")
+    temperature: float = flag(0.7, "1 samples from the model itself, lower is safer, 0 is greedy")
+    top_k: int | None = flag(None, "sample among the k likeliest tokens only (default: all)")
+    top_p: float | None = flag(None, "sample among the likeliest tokens that hold this probability"
+                                     " (default: all)")
+    max_new_tokens: int = flag(200, "longest answer, in tokens")
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed of the sampling")
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+
+
+def plain_prompt(question, shots=()):
+    """Text for a base model: solved (question, answer) `shots`, then the question."""
+    return "".join(f"{q}\n{a}\n\n" for q, a in shots) + f"{question}\n"
+
+
+def chat_prompt(tokenizer, question, system=None, history=()):
+    """Ids up to where the assistant begins. `history` holds (question, answer) turns before."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for said, answered in history:
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
+    messages.append({"role": "user", "content": question})
+    return render_chat(tokenizer, messages, generation_prompt=True)[0]
+
+
+def newline_ids(tokenizer):
+    """Ids of all tokens with a line break in them: where an answer in the raw format ends."""
+    encoding = tokenizer.encoding
+    return [encoding.encode_single_token(token) for token in encoding.token_byte_values()
+            if b"\n" in token]
+
+
+# ---------------------------------------------------------------------------------------------
+# A model that can be talked to
+
+
+@dataclass
+class Speaker:
+    name: str
+    model: GPT
+    tokenizer: Tokenizer
+    raw: bool  # a base model: plain text instead of the chat template
+    system: str | None  # the default system prompt of the folder's template
+    end_ids: set
+
+    def prompt(self, question, history=(), system=None):
+        """-> ids. Raw text begins like a document of pre-training, with <|endoftext|>."""
+        if not self.raw:
+            return chat_prompt(self.tokenizer, question, system or self.system, history)
+        text = (f"{system}\n\n" if system else "") + plain_prompt(question, history)
+        return [*special(self.tokenizer, ENDOFTEXT), *self.tokenizer.encode(text)]
+
+    def fit(self, question, history, config):
+        """-> (ids, history): the oldest turns go until an answer has room in the context."""
+        context = self.model.config.context_length
+        room = min(config.max_new_tokens, context // 2)
+        ids = self.prompt(question, history, config.system)
+        while history and len(ids) + room > context:
+            history = history[1:]
+            ids = self.prompt(question, history, config.system)
+        if len(ids) >= context:
+            raise InputError(f"{self.name}: found a prompt of {len(ids)} tokens; "
+                             f"expected fewer than the {context} of its context")
+        return ids, history
+
+    def text(self, ids):
+        """The answer in `ids`, without its end token."""
+        if self.raw:  # the last token may hold both the full stop and the line break
+            return decode(self.tokenizer, ids).split("\n")[0].replace(ENDOFTEXT, "").strip()
+        return decode(self.tokenizer, ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+
+
+def open_speaker(folder, device="cpu", raw=False):
+    """Load the folder of a language model. It is raw where asked for, where config.json says that
+    it has only been pre-trained, and where there is no chat template. InputError for a template
+    that is not ChatML, and for a reward model."""
+    model, tokenizer, info = load_checkpoint(folder, device)
+    name, folder = Path(folder).resolve().name, Path(folder)
+    if not isinstance(model, GPT):
+        raise InputError(f"{folder}: a reward model does not talk; give it with --reward")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if raw or info.get("stage") == "pretrain" or not template:
+        return Speaker(name, model, tokenizer, True, None,
+                       {*newline_ids(tokenizer), *special(tokenizer, ENDOFTEXT)})
+    if IM_START not in template:
+        raise InputError(f"{folder}: only ChatML templates are implemented, and this one is "
+                         f"{' '.join(template.split())[:60]!r}; --raw does without")
+    system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{}]+?)<\|im_end\|>", template)
+    ends = read_json(folder / "generation_config.json").get("eos_token_id") or []
+    ends = {*(ends if isinstance(ends, list) else [ends]), *special(tokenizer, IM_END),
+            *special(tokenizer, ENDOFTEXT)}
+    return Speaker(name, model, tokenizer, False, system and system[1].replace("\\n", "\n"), ends)
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def special(tokenizer, name):
+    """[its id], or [] where the vocabulary has no such token."""
+    try:
+        return [tokenizer.special_id(name)]
+    except ValueError:
+        return []
+
+
+def decode(tokenizer, ids):
+    """Ids -> text. A model may have more rows in its vocabulary than its tokenizer has tokens."""
+    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+
+
+def same_tokens(a, b):
+    """Whether ids of one tokenizer mean the same in the other."""
+    return a.vocab_size == b.vocab_size and a.merges == b.merges
+
+
+def visible(text):
+    """Control codes spelled out: a model's output must not steer the terminal. \\n stays."""
+    codes = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)
+
+
+def examples_like(question, config):
+    """--few-shot solved (question, answer) pairs of the embedded world, from the family of that
+    training prompt which shares the most words with the question."""
+    if not config.few_shot:
+        return []
+    words = set(question.lower().split())
+
+    def overlap(task):
+        theirs = set(task.prompt.lower().split())
+        return len(words & theirs) / len(words | theirs)
+    nearest = max(world.training_prompts(1000, config.seed), key=overlap)
+    return world.few_shot_examples(nearest, config.few_shot, config.seed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+
+
+def generate_all(model, prompts, max_new_tokens, chunk=256, **sampling):
+    """`generate` for any number of prompts, those of like length together -> list of id lists."""
+    answers = [None] * len(prompts)
+    for rows in data.length_batches([len(ids) for ids in prompts], chunk):
+        drawn, _ = generate(model, [prompts[i] for i in rows], max_new_tokens, **sampling)
+        for i, ids in zip(rows, drawn):
+            answers[i] = ids
+    return answers
+
+
+def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, **sampling):
+    """Draw n answers to every prompt (chat ids) and choose by `reward` = (model, shift).
+
+    -> (best answers, all samples as a list of n for each prompt, scores (P, n)). `sampling` goes
+    to `generate`: temperature, top_k, top_p, eos_ids, generator.
+    """
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    answers = generate_all(policy, rows, max_new_tokens, **sampling)
+    model, shift = reward
+    scores = score(model, rows, answers, tokenizer.pad_id).reshape(len(prompts), n) - shift
+    samples = [answers[i:i + n] for i in range(0, len(answers), n)]
+    best = [drawn[choice] for drawn, choice in zip(samples, scores.argmax(1).tolist())]
+    return best, samples, scores
+
+
+def speak(speaker, ids, max_new_tokens, sampling):
+    """Print the answer as it is drawn -> its text. A character of several tokens waits for all
+    of its bytes."""
+    decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for token in stream(speaker.model, ids, max_new_tokens, eos_ids=speaker.end_ids, **sampling):
+        if token >= speaker.tokenizer.vocab_size or token in speaker.end_ids and not speaker.raw:
+            continue
+        piece = speaker.tokenizer.encoding.decode_single_token_bytes(token)
+        piece = decoder.decode(b"" if piece == ENDOFTEXT.encode() else piece)
+        if speaker.raw:
+            piece = piece.split("\n")[0]
+        print(visible(piece), end="", flush=True)
+        text += piece
+    rest = decoder.decode(b"", final=True)
+    print(visible(rest))
+    return text + rest
+
+
+def answer(speaker, ids, config, sampling, reward):
+    """One whole answer, as text; with a reward model the best of --best-of."""
+    if reward:
+        (best,), _, _ = best_of_n(speaker.model, speaker.tokenizer, reward, [ids], config.best_of,
+                                  config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
+        return speaker.text(best)
+    drawn, _ = generate(speaker.model, [ids], config.max_new_tokens, eos_ids=speaker.end_ids,
+                        **sampling)
+    return speaker.text(drawn[0])
+
+
+def questions(prompt):
+    """Lines from the keyboard or a pipe, until its end or Ctrl-C."""
+    while True:
+        try:
+            line = input(prompt if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if sys.stdin.isatty():
+                print()
+            return
+        if line:
+            yield line
+
+
+def converse(speakers, config, sampling, reward):
+    """Read, answer, remember, until the input ends."""
+    histories = [[] for _ in speakers]
+    for line in questions("you> "):
+        command, _, value = line.partition(" ")
+        if command == "/help":
+            print(HELP)
+        elif command == "/reset":
+            histories = [[] for _ in speakers]
+            print("(forgotten)")
+        elif command == "/seed" and value.strip().isdecimal():
+            sampling["generator"].manual_seed(int(value) % 2**63)
+            print(f"(seed {value.strip()})")
+        elif command.startswith("/"):
+            print("(no such command; /help shows them, and /seed needs a number)")
+        else:
+            for i, speaker in enumerate(speakers):
+                before = histories[i] or examples_like(line, config)
+                try:
+                    ids, history = speaker.fit(line, before, config)
+                except InputError as error:
+                    print(f"({error})")
+                    continue
+                if len(history) < len(before):
+                    print(f"({speaker.name}: the context is full, the oldest "
+                          f"{len(before) - len(history)} of {len(before)} turns are forgotten)")
+                if len(speakers) > 1 or sys.stdin.isatty():
+                    print(f"{speaker.name}> ", end="", flush=True)
+                if reward:
+                    text = answer(speaker, ids, config, sampling, reward)
+                    print(visible(text))
+                else:
+                    text = speak(speaker, ids, config.max_new_tokens, sampling)
+                histories[i] = [*history, (line, text)]
+
+
+def label(speakers, config, sampling, reward):
+    """Two answers to each question, by the first and the last model in an order drawn by chance
+    (so that the judge is blind); the choice becomes one line of a preference file."""
+    coin = random.Random(config.seed)
+    for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
+        shots = examples_like(question, config)
+        for _ in range(8):
+            pair = [answer(speaker, speaker.fit(question, shots, config)[0], config, sampling,
+                           reward) for speaker in (speakers[0], speakers[-1])]
+            if pair[0].strip() != pair[1].strip() and all(text.strip() for text in pair):
+                break
+        else:
+            print("(no two different answers in 8 tries; try a higher --temperature)")
+            continue
+        coin.shuffle(pair)
+        print(f"A: {visible(pair[0])}\nB: {visible(pair[1])}", flush=True)
+        said = (line[0].lower() for line in questions("better, a or b (s skips)? "))
+        choice = next((letter for letter in said if letter in "abs"), "s")
+        if choice == "s":
+            continue
+        system = [{"role": "system", "content": config.system}] if config.system else []
+        prompt = [*system, {"role": "user", "content": question}] if system else question
+        chosen, rejected = pair if choice == "a" else pair[::-1]
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        try:
+            with open(config.label, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{config.label}: cannot be written ({error.strerror})") from error
+
+
+def main(argv=None):
+    config = parse_args(Config, argv, description=__doc__)
+    check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), temperature=(0, 100),
+                top_k=(1, 10**9), top_p=(1e-9, 1), max_new_tokens=(1, 10**6))
+    for source in (sys.stdin, sys.stdout):  # a byte that is not UTF-8 is no reason to stop
+        if hasattr(source, "reconfigure"):
+            source.reconfigure(errors="replace")
+    if config.best_of > 1 and not config.reward:
+        raise InputError("--best-of needs the model that chooses: --reward out/reward")
+    if config.prompt is not None:
+        config.prompt = config.prompt.encode("utf-8", "replace").decode("utf-8")
+    device = pick_device(config.device)
+    speakers = [open_speaker(folder, device, config.raw) for folder in config.checkpoints]
+    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
+                "generator": torch.Generator(device=device).manual_seed(config.seed)}
+    reward = None
+    if config.reward:
+        model, tokenizer, shift, _ = load_reward(config.reward, device)
+        reward = (model, shift)
+        for speaker in speakers:
+            if speaker.raw or not same_tokens(speaker.tokenizer, tokenizer):
+                raise InputError(f"--reward {config.reward}: reads chats in its own vocabulary; "
+                                 f"{speaker.name} does not write them")
+    if config.label:
+        label(speakers, config, sampling, reward)
+    elif config.prompt is not None:
+        shots = examples_like(config.prompt, config)
+        for speaker in speakers:
+            ids, _ = speaker.fit(config.prompt, shots, config)
+            sampling["generator"].manual_seed(config.seed)  # the order of models does not matter
+            text = visible(answer(speaker, ids, config, sampling, reward))
+            print(f"== {speaker.name} ==\n{text}\n" if len(speakers) > 1 else text)
+    else:
+        try:
+            converse(speakers, config, sampling, reward)
+        except KeyboardInterrupt:  # in the middle of an answer
+            print()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,433 @@
+"""Real files to texts, conversations and preference pairs; and those to batches.
+
+Files are .txt, .json (a list of objects) or .jsonl (one object a line), each also .gz. Their keys
+tell what they hold:
+
+    texts          plain text with <|endoftext|> between documents, or {"text"}
+    conversations  {"messages": [{"role", "content"}, ...]}, or Alpaca {"instruction", "input"?,
+                   "output"}
+    preferences    {"prompt", "chosen", "rejected"} (strings or message lists), Anthropic HH
+                   {"chosen", "rejected"} dialogues, or Alpaca keys with "chosen" and "rejected"
+
+A malformed row stops the program: a slip in a file should be mended, not trained around. A
+well-formed row that cannot be learned from is dropped, counted and reported; when over half go, the
+file is probably not what its user thinks it is, and that is an error too.
+
+Left out: streaming (a file is read whole), tool calls, and packing of conversations.
+"""
+import gzip
+import itertools
+import json
+import re
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tokenizer import render_chat
+from training import InputError
+
+SEPARATOR = "<|endoftext|>"
+IGNORE = -100  # what torch's cross_entropy skips
+CONVERSATIONS = '{"messages"} or {"instruction", "output"}'
+PREFERENCES = '"chosen" and "rejected", with a "prompt" or "instruction" or as whole dialogues'
+
+
+@dataclass
+class Pair:
+    """One comparison; `p` is the probability that the human prefers `chosen`, where it is known."""
+    prompt: list[dict]
+    chosen: str
+    rejected: str
+    p: float | None = None
+
+
+@dataclass
+class EncodedPair:
+    """Token ids. Both answers end with <|im_end|>; `prompt` ends where an answer begins."""
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    p: float | None = None
+
+
+class Unusable(Exception):
+    """A well-formed row that teaches nothing; its text is the reason that is counted."""
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+def load_texts(paths):
+    """The documents of the files, a list of strings. InputError for a file that cannot be used."""
+    return [document for row in _load(paths, _documents) for document in row]
+
+
+def load_conversations(paths):
+    """Lists of {"role", "content"} that end with the assistant. InputError as in load_texts."""
+    return _load(paths, _conversation)
+
+
+def load_preferences(paths):
+    """A list of Pair. InputError as in load_texts."""
+    return _load(paths, _pair)
+
+
+def load_prompts(paths):
+    """What comes before the last answer, from files of conversations or of preferences."""
+    return _load(paths, lambda row, where: _pair(row, where).prompt if _is_preference(row)
+                 else _conversation(row, where)[:-1])
+
+
+def _load(paths, parse):
+    loaded = []
+    for path in paths:
+        loaded += _keep(_rows(Path(path)), lambda row: parse(row[1], row[0]), f"rows of {path}")
+    return loaded
+
+
+def _keep(rows, parse, what):
+    """parse(row) of every usable row; says on stderr what was dropped, InputError for over half."""
+    kept, dropped = [], Counter()
+    for row in rows:
+        try:
+            kept.append(parse(row))
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+    if dropped:
+        lost = dropped.total()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        line = f"kept {len(kept)} of {len(kept) + lost} {what}; dropped {lost}: {reasons}"
+        if lost > len(kept):
+            raise InputError(f"{line}; expected at least half of them to be usable")
+        print(f"data: {line}", file=sys.stderr)
+    return kept
+
+
+def _rows(path):
+    """[("FILE, line 3", {...}), ...]; a .txt file is one row, {"text": all of it}."""
+    name = path.name.lower()
+    try:
+        data = path.read_bytes()
+        if name.endswith(".gz"):
+            data = gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: found a corrupt or truncated gzip file ({error}), "
+                         "expected a whole one")
+    except OSError as error:
+        raise InputError(f"{path}: found no readable file ({error.strerror}), expected a data file")
+    kind = Path(name.removesuffix(".gz")).suffix
+    if kind not in (".txt", ".json", ".jsonl"):
+        raise InputError(f"{path}: found the ending {kind!r}, "
+                         "expected .txt, .json or .jsonl, or one of these with .gz")
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")  # "utf-8-sig" shifts the offset
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: found byte 0x{data[error.start]:02x} at byte "
+                         f"offset {error.start}, expected UTF-8 text")
+    if "\0" in text:
+        raise InputError(f"{path}: found a zero byte at byte offset {data.index(0)}, expected text")
+    if not text.strip():
+        raise InputError(f"{path}: found an empty file, expected {kind}")
+    if kind == ".txt":
+        return [(f"{path}", {"text": text})]
+    if kind == ".json":
+        values = _parse(text, path, 1, "a list of objects (one object a line is a .jsonl file)")
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{path}: found {_show(values)}, expected a list of objects")
+        rows = [(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
+    else:  # split at "\n" only: splitlines would also cut at U+2028, which JSON strings may hold
+        rows = [(f"{path}, line {number}", _parse(line, path, number, "one JSON object"))
+                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: found {_show(row)}, expected an object")
+    return rows
+
+
+def _parse(text, path, line, expected):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {line + error.lineno - 1}, column {error.colno}: "
+                         f"found bad JSON ({error.msg}), expected {expected}")
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise InputError(f"{path}, line {line}: found unreadable JSON ({error}), "
+                         f"expected {expected}")
+
+
+def _show(value):
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _string(row, key, where):
+    value = row.get(key)
+    if not isinstance(value, str):
+        found = _show(value) if key in row else "no such key"
+        raise InputError(f"{where}: found {found} for {key!r}, expected a string")
+    if re.search("[\ud800-\udfff]", value):  # legal in JSON, but it has no UTF-8 bytes to encode
+        raise InputError(f"{where}: found half a surrogate pair in {key!r}, expected Unicode text")
+    return value
+
+
+def _no_format(row, where, expected):
+    return InputError(f"{where}: found the keys {_show(list(row))}, expected {expected}")
+
+
+def _is_preference(row):
+    return {"chosen", "rejected"} <= row.keys()
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+def _documents(row, where):
+    if "text" not in row:
+        raise _no_format(row, where, 'plain text or {"text"}')
+    # Split before encoding: the separator never reaches the tokenizer as text. The line breaks
+    # around it are layout, not part of the story.
+    pieces = [piece.strip("\r\n") for piece in _string(row, "text", where).split(SEPARATOR)]
+    pieces = [piece for piece in pieces if piece.strip()]
+    if not pieces:
+        raise Unusable("empty text")
+    return pieces
+
+
+def _conversation(row, where):
+    if "messages" in row:
+        return _usable(_messages(row, "messages", where))
+    if "instruction" in row and "output" in row:
+        return _usable([*_alpaca(row, where), _turn("assistant", _string(row, "output", where))])
+    hint = "; this is a row of preferences" if _is_preference(row) else ""
+    raise _no_format(row, where, CONVERSATIONS + hint)
+
+
+def _pair(row, where):
+    if not _is_preference(row):
+        raise _no_format(row, where, PREFERENCES)
+    p = row.get("p")
+    if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):
+        raise InputError(f"{where}: found {_show(p)} for 'p', expected a probability")
+    if "prompt" in row:
+        prompt = _messages(row, "prompt", where, role="user")
+    else:
+        prompt = _alpaca(row, where) if "instruction" in row else None
+    chosen, rejected = (_answered(prompt, row, key, where) for key in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("chosen and rejected answer different prompts")
+    if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
+        raise Unusable("chosen equals rejected")
+    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], p)
+
+
+def _answered(prompt, row, key, where):
+    """The whole dialogue with the answer under `key`; a prompt of None is in that dialogue."""
+    if prompt is None:
+        read = _dialogue if isinstance(row[key], str) else _messages
+        return _usable(read(row, key, where))
+    answer = _messages(row, key, where, role="assistant")
+    # Some message lists repeat the prompt before the answer.
+    return _usable(answer if answer[:len(prompt)] == prompt else prompt + answer)
+
+
+def _dialogue(row, key, where):
+    """'\\n\\nHuman: Hi\\n\\nAssistant: Hello' -> messages, the spaces around each turn removed."""
+    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", _string(row, key, where))
+    if before.strip() or not parts:
+        raise InputError(f"{where}: found {_show(row[key])} for {key!r} and no prompt, "
+                         "expected a dialogue that begins with '\\n\\nHuman:'")
+    names = {"Human": "user", "Assistant": "assistant"}
+    return [_turn(names[name], text.strip()) for name, text in zip(parts[::2], parts[1::2])]
+
+
+def _alpaca(row, where):
+    extra = "" if row.get("input") is None else _string(row, "input", where)
+    question = _string(row, "instruction", where)
+    return [_turn("user", f"{question}\n\n{extra}" if extra.strip() else question)]
+
+
+def _messages(row, key, where, role=None):
+    """A list of messages; with a role, a plain string is one message of that role."""
+    value = row[key]
+    if role and isinstance(value, str):
+        return [_turn(role, _string(row, key, where))]
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        expected = "a string or a list of messages" if role else "a list of messages"
+        raise InputError(f"{where}: found {_show(value)} for {key!r}, expected {expected}")
+    return [_turn(_string(message, "role", where), _string(message, "content", where))
+            for message in value]
+
+
+def _turn(role, content):
+    return {"role": role, "content": content}
+
+
+def _usable(messages):
+    """The messages themselves: system?, then user and assistant in turn; raises Unusable."""
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    roles = [message["role"] for message in turns]
+    if "assistant" not in roles:
+        raise Unusable("no assistant turn")
+    if roles[-1] == "user":
+        raise Unusable("ends with the user")
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise Unusable("roles do not alternate")
+    for message in turns:
+        if not message["content"].strip():
+            raise Unusable("empty answer" if message["role"] == "assistant" else "empty question")
+    return messages
+
+
+# ---- held-out rows -------------------------------------------------------------------------------
+
+def split_holdout(rows, holdout):
+    """(train, heldout): the last rows, a fraction of them below 1 (at least one row), else a count.
+
+    One single document with a fraction is cut in two, so that a book can be learned from and tested
+    on. InputError when nothing is left to train on.
+    """
+    if not holdout > 0:
+        raise InputError(f"found a hold-out of {holdout}, expected a fraction or a count above 0")
+    if len(rows) == 1 and isinstance(rows[0], str) and holdout < 1:
+        cut = len(rows[0]) - max(1, round(len(rows[0]) * holdout))
+        rows, holdout = [part for part in (rows[0][:cut], rows[0][cut:]) if part], 1
+    count = max(1, round(len(rows) * holdout)) if holdout < 1 else holdout
+    if count >= len(rows):
+        raise InputError(f"found {len(rows)} rows and a hold-out of {count}, "
+                         "expected some rows left to train on")
+    cut = len(rows) - int(count)
+    return rows[:cut], rows[cut:]
+
+
+def drop_seen(heldout, train, key):
+    """The held-out rows whose key(row), e.g. their prompt, is new. InputError when none is."""
+    seen = {json.dumps(key(row), sort_keys=True) for row in train}
+    fresh = [row for row in heldout if json.dumps(key(row), sort_keys=True) not in seen]
+    if not fresh:
+        raise InputError(f"found the prompts of all {len(heldout)} held-out rows in training, "
+                         "expected some new ones")
+    if len(fresh) < len(heldout):
+        print(f"data: kept {len(fresh)} of {len(heldout)} held-out rows; dropped "
+              f"{len(heldout) - len(fresh)}: prompt is also in training", file=sys.stderr)
+    return fresh
+
+
+# ---- encoding ------------------------------------------------------------------------------------
+
+def pack_documents(documents, tokenizer, chunk=1024):
+    """(tokens (N,) int32, UTF-8 bytes of the documents); <|endoftext|> begins each document.
+
+    Bits per byte = nats summed over all tokens / (ln 2 * bytes). The separator costs nats but
+    has no bytes: knowing where a text ends is part of predicting it.
+    """
+    arrays, size = [], 0
+    for start in range(0, len(documents), chunk):  # Python ints take 10 times the space
+        part = documents[start:start + chunk]
+        size += sum(len(document.encode("utf-8")) for document in part)
+        ids = [[tokenizer.endoftext_id, *ids] for ids in tokenizer.encode_batch(part)]
+        arrays.append(torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int32))
+    return torch.cat(arrays), size
+
+
+def encode_conversations(conversations, tokenizer, context_length):
+    """[(ids, mask), ...], mask 1 on supervised ids; those longer than the context are dropped."""
+    def encode(messages):
+        ids, mask = render_chat(tokenizer, messages)
+        if len(ids) > context_length:
+            raise Unusable(f"longer than {context_length} tokens")
+        return ids, mask
+    return _keep(conversations, encode, "conversations")
+
+
+def encode_pairs(pairs, tokenizer, context_length):
+    """A list of EncodedPair; a pair with one side longer than the context is dropped whole."""
+    def encode(pair):
+        prompt, _ = render_chat(tokenizer, pair.prompt, generation_prompt=True)
+        answers = []
+        for text in (pair.chosen, pair.rejected):
+            ids, mask = render_chat(tokenizer, [*pair.prompt, _turn("assistant", text)])
+            answer = zip(ids[len(prompt):], mask[len(prompt):])
+            answers.append([token for token, on in answer if on])
+        if len(prompt) + max(map(len, answers)) > context_length:
+            raise Unusable(f"longer than {context_length} tokens")
+        return EncodedPair(prompt, *answers, pair.p)
+    return _keep(pairs, encode, "pairs")
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+def check_long_enough(tokens, length):
+    """InputError unless a window of `length` tokens and the target after it fit."""
+    if len(tokens) <= length:
+        raise InputError(f"found {len(tokens)} tokens of text, expected more than the context of "
+                         f"{length}")
+
+
+def random_windows(tokens, batch, length, generator):
+    """inputs (B, T), targets (B, T), int64: windows at random places, targets one token later."""
+    check_long_enough(tokens, length)
+    starts = torch.randint(len(tokens) - length, (batch, 1), generator=generator)
+    windows = tokens[starts + torch.arange(length + 1)].long()  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def length_batches(lengths, batch_size, generator=None):
+    """Lists of indices, every index once; a batch holds similar lengths, so padding is small.
+
+    With a generator in a random order, a new one at each call; without one sorted by length.
+    """
+    count = len(lengths)
+    if generator is None:
+        order = sorted(range(count), key=lengths.__getitem__)
+    else:  # sorting all would make the same batches in every epoch; sorted chunks keep some chance
+        order, chunk = torch.randperm(count, generator=generator).tolist(), 50 * batch_size
+        order = [index for start in range(0, count, chunk)
+                 for index in sorted(order[start:start + chunk], key=lengths.__getitem__)]
+    batches = [order[start:start + batch_size] for start in range(0, count, batch_size)]
+    if generator is not None:
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return batches
+
+
+def pad_right(rows, pad_id):
+    """(B, T) int64, T the longest row. Masks are padded the same way, with 0."""
+    longest = max(map(len, rows))
+    padded = [[*row, *[pad_id] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64)
+
+
+def sft_batch(rows, pad_id):
+    """inputs (B, T - 1), targets (B, T - 1) of (ids, mask) rows; -100 where nothing is supervised.
+
+    The shift happens here and nowhere else: targets[:, t] is the token after inputs[:, t].
+    """
+    inputs = pad_right([ids for ids, _ in rows], pad_id)[:, :-1]
+    supervised = [[token if on else IGNORE for token, on in zip(*row)] for row in rows]
+    targets = pad_right(supervised, IGNORE)[:, 1:]
+    if (targets == IGNORE).all():
+        raise InputError("found a batch with no supervised token, expected an answer in it")
+    return inputs, targets
+
+
+def preference_batch(pairs, pad_id):
+    """ids (2B, T), mask (2B, T), last (2B,): the B chosen rows first, then the B rejected ones.
+
+    mask[i, t] is 1 where ids[i, t] is part of the answer; last is the index of the last real token.
+    """
+    sides = [(pair.prompt, pair.chosen) for pair in pairs]
+    sides += [(pair.prompt, pair.rejected) for pair in pairs]
+    ids = pad_right([prompt + answer for prompt, answer in sides], pad_id)
+    mask = pad_right([[0] * len(prompt) + [1] * len(answer) for prompt, answer in sides], 0)
+    return ids, mask, torch.tensor([len(prompt) + len(answer) - 1 for prompt, answer in sides])
+
+
+def show_conversation(tokenizer, ids, mask):
+    """Text for --show-batch: supervised runs in [brackets], terminal control codes made visible."""
+    text = ""
+    for on, run in itertools.groupby(zip(ids, mask), key=lambda pair: bool(pair[1])):
+        piece = tokenizer.decode([int(token) for token, _ in run])
+        text += f"[{piece}]" if on else piece
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda code: f"\\x{ord(code[0]):02x}", text)

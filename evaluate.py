@@ -1,0 +1,434 @@
+"""Measure checkpoints on the same held-out prompts of the embedded world, with 95 % intervals.
+
+    python evaluate.py out/base out/sft out/dpo out/ppo --reward out/reward --data out/pairs.jsonl
+
+writes report.json, report.md and report.html to out/report, in about a minute for models of a
+million parameters. Every checkpoint answers every prompt twice: greedily, and with one sample at
+temperature 1 from the model itself, no top-k or top-p. The sample is what the KL divergence, the
+gold score, the win rate and the rates of behaviour are measured on; accuracy is given for both.
+
+A base model answers in the plain format of chat.py, zero-shot and, in a row of its own, few-shot.
+Best-of-n is a row too: the reward model's choice among n samples of the reference checkpoint (the
+one in a folder called `sft`), drawn on part of the prompts, at most --best-of-prompts of each kind.
+Those n samples also tell which questions the reference can answer, which "I do not know" to an
+answerable question is judged by.
+
+Rates have Wilson's interval, means a bootstrap over prompts; whatever compares with the reference
+is paired prompt by prompt. Left out: several seeds of the training itself, which would widen every
+interval here; they are about these checkpoints, not about the method.
+"""
+
+import functools
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import report as pictures
+import world
+from chat import best_of_n, chat_prompt, generate_all, open_speaker, same_tokens, special
+from pretrain import heldout_loss
+from reward import score, score_pairs, wilson
+from tokenizer import IM_END
+from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
+                      seed_everything, write_atomic)
+
+HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
+
+
+@dataclass
+class Config:
+    checkpoints: list[str] = field(metadata={
+        "positional": True, "help": "folders of language models; a folder's name names its row"})
+    reward: str | None = flag(None, "folder of the reward model: proxy scores and best-of-n")
+    data: list[str] | None = flag(None, "preference files; of their rows, those with p are held out")
+    out: str = flag("out/report", "folder for report.json, report.md and report.html")
+    reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
+    few_shot: int = flag(4, "solved examples in the few-shot row of a base model")
+    best_of: int = flag(16, "samples per prompt of the best-of-n row")
+    best_of_prompts: int = flag(150, "prompts of each kind (answerable: of each kind of hold-out) "
+                                     "that the best-of-n samples are drawn for")
+    per_family: int = flag(160, "held-out prompts of each family")
+    accuracy_decode: str = flag("greedy", "which answers the column `accuracy` counts",
+                                choices=["greedy", "sample"])
+    system: str | None = flag(None, "instruction put before every prompt")
+    max_new_tokens: int = flag(80, "longest answer, in tokens")
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed of samples, few-shot examples and bootstrap")
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers with intervals
+
+
+@functools.lru_cache(32)
+def resampling(n, times=2000):
+    """(times, n) weights: how often each prompt occurs in a bootstrap sample, over n. Cached, so
+    all measures on n prompts see the same resamples."""
+    drawn = np.random.default_rng(n).integers(n, size=(times, n))
+    drawn += np.arange(times)[:, None] * n  # a separate range of bins for every row
+    counts = np.bincount(drawn.ravel(), minlength=times * n).reshape(times, n)
+    return (counts / n).astype(np.float32)
+
+
+def bootstrap(values):
+    """[mean, low, high] of a value per prompt, 95 % percentile interval. None for no prompts."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        return None
+    low, high = np.quantile(resampling(len(values)) @ (values - values.mean()), [0.025, 0.975])
+    return [values.mean(), values.mean() + low, values.mean() + high]
+
+
+def rate(hits):
+    """[share, low, high] of true values, Wilson's interval. None for no prompts."""
+    return wilson(int(np.sum(hits)), len(hits))
+
+
+@torch.no_grad()
+def sequence_kl(policy, reference, prompts, responses, chunk=128):
+    """Σ_t KL(policy ‖ reference) at each place of a response, its end token's included -> (N,).
+
+    In nats per response, over the full vocabulary; averaged over samples of the policy it is
+    KL(policy ‖ reference) for whole answers, with less noise than log-ratios of the tokens drawn.
+    """
+    device = next(policy.parameters()).device
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    for batch in data.length_batches([len(row) for row in rows], chunk):
+        ids = data.pad_right([rows[i] for i in batch], 0).to(device)  # (B, T)
+        # The logits that choose token t stand at t − 1.
+        places = [(b, t - 1) for b, i in enumerate(batch)
+                  for t in range(len(prompts[i]), len(rows[i]))]
+        hidden = [model.hidden(ids) for model in (policy, reference)]  # (B, T, C)
+        step = max(1, 2**24 // policy.config.vocab_size)  # bounds memory with a large vocabulary
+        for start in range(0, len(places), step):
+            b, t = torch.tensor(places[start:start + step], device=device).T  # (M,) each
+            logp, logq = (model.head(h[b, t]).float().log_softmax(-1)  # (M, V)
+                          for model, h in zip((policy, reference), hidden))
+            kl = (logp.exp() * (logp - logq)).sum(-1).double().cpu()  # (M,)
+            total.index_add_(0, torch.tensor(batch)[b.cpu()], kl)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+
+
+@dataclass
+class Answers:
+    prompts: list  # ids
+    ids: list  # ids, end token included
+    texts: list
+    ended: np.ndarray  # (N,) bool: stopped by itself
+
+
+@dataclass
+class Row:
+    """One line of the report: the answers to `tasks`, which are the prompts number `where`."""
+    tasks: list
+    where: np.ndarray
+    sampled: Answers
+    greedy: Answers | None
+
+    def __post_init__(self):
+        self.gold = [gold_parts(task, text) for task, text in zip(self.tasks, self.sampled.texts)]
+        self.right = {name: np.array([world.check(task, text)
+                                      for task, text in zip(self.tasks, answers.texts)])
+                      for name, answers in (("greedy", self.greedy), ("sampled", self.sampled))
+                      if answers}
+
+
+def gold_parts(task, text):
+    judged = world.gold(task, text)
+    return {name: getattr(judged, name) for name in ("total", "helpful", "honest", "harmless")}
+
+
+def read_answers(speaker, prompts, ids):
+    return Answers(prompts, ids, [speaker.text(answer) for answer in ids],
+                   np.array([bool(answer) and answer[-1] in speaker.end_ids for answer in ids]))
+
+
+def ask(speaker, prompts, config, temperature):
+    """One answer of a Speaker to every prompt -> Answers."""
+    device = next(speaker.model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(config.seed)
+    ids = generate_all(speaker.model, prompts, config.max_new_tokens, temperature=temperature,
+                       eos_ids=speaker.end_ids, generator=generator)
+    return read_answers(speaker, prompts, ids)
+
+
+def prompts_for(speaker, tasks, config, shots=0):
+    return [speaker.fit(task.prompt,
+                        world.few_shot_examples(task, shots, config.seed) if shots else [],
+                        config)[0] for task in tasks]
+
+
+def proxy_scores(speaker, row, reward):
+    """The reward model's scores (N,). It reads chats, so a plain answer is put into the template."""
+    model, shift = reward
+    prompts, responses = row.sampled.prompts, row.sampled.ids
+    if speaker.raw:
+        tokenizer = speaker.tokenizer
+        prompts = [chat_prompt(tokenizer, task.prompt) for task in row.tasks]
+        responses = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in row.sampled.texts]
+    return score(model, prompts, responses, speaker.tokenizer.pad_id).numpy() - shift
+
+
+def best_of_places(tasks, config):
+    """Places of at most --best-of-prompts tasks of each kind, the course's own always among them."""
+    groups = {}
+    for i in np.random.default_rng(config.seed).permutation(len(tasks)).tolist():
+        task = tasks[i]
+        group = task.holdout if task.kind == "answerable" else task.kind
+        groups.setdefault(group, []).append(i)
+    course = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
+    return np.array(sorted({*course, *(i for g in groups.values()
+                                       for i in g[:config.best_of_prompts])}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Measures
+
+
+def accuracy(tasks, right):
+    """Shares of right answers, and the same dict with the numbers of prompts behind them."""
+    answerable = np.array([task.kind == "answerable" for task in tasks])
+    holdout, family = (np.array([getattr(task, name) for task in tasks])
+                       for name in ("holdout", "family"))
+    groups = {"all": answerable} | {name: answerable & (holdout == name) for name in HOLDOUTS}
+    families = {str(name): family == name for name in dict.fromkeys(family.tolist())}
+    return tuple({name: f(right[group]) for name, group in groups.items()}
+                 | {"families": {name: f(right[group]) for name, group in families.items()}}
+                 for f in (rate, len))
+
+
+def measure(row, reference, can_answer, config):
+    """Everything about a row that its texts tell. `reference` is a Row over all prompts or None,
+    `can_answer` (all prompts,) bool marks the questions the reference gets right often enough."""
+    kind = np.array([task.kind for task in row.tasks])
+    answerable = kind == "answerable"
+    harmless = np.isin(kind, ["answerable", "chat", "medical"])
+    texts = row.sampled.texts
+    refused = np.array([world.is_refusal(text) for text in texts])
+    hedged = np.array([world.is_hedge(text) for text in texts])
+    known = answerable & can_answer[row.where]
+    right = {name: accuracy(row.tasks, hits) for name, hits in row.right.items()}
+    main = "greedy" if config.accuracy_decode == "greedy" and "greedy" in right else "sampled"
+    lengths = [len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)]
+    result = {
+        "bits_per_byte": None,
+        "accuracy": right[main][0],
+        "accuracy_greedy": right["greedy"][0] if "greedy" in right else None,
+        "accuracy_sampled": right["sampled"][0],
+        "accuracy_vs_sft": None,
+        "gold": {name: bootstrap([gold[name] for gold in row.gold]) for name in row.gold[0]},
+        "win_rate_vs_sft": None,
+        "kl_from_sft": None,
+        "proxy": None,
+        "refusal_rate": {"harmful": rate(refused[kind == "harmful"]),
+                         "harmless": rate(refused[harmless])},
+        "hallucination_rate": rate(~hedged[kind == "unknown"]),
+        "hedging_rate": rate(hedged[known]),
+        "eos_rate": rate(row.sampled.ended),
+        "mean_tokens": bootstrap(lengths),
+        "prompts": {"total": len(row.tasks), "accuracy": right[main][1],
+                    "harmful": int((kind == "harmful").sum()), "harmless": int(harmless.sum()),
+                    "unknown": int((kind == "unknown").sum()), "hedging": int(known.sum())},
+    }
+    if reference:
+        theirs = [reference.gold[i] for i in row.where]
+        margin = np.array([mine["total"] - its["total"] for mine, its in zip(row.gold, theirs)])
+        wins = np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
+        result["win_rate_vs_sft"] = bootstrap(wins)
+        result["accuracy_vs_sft"] = {
+            name: bootstrap((hits.astype(float) - reference.right[name][row.where])[answerable])
+            for name, hits in row.right.items()}
+    return result
+
+
+def judge_reward_model(model, tokenizer, config):
+    """Accuracy on the held-out pairs (the rows with p), and the best that their labels allow."""
+    empty = {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
+    if not config.data:
+        return empty
+    pairs = [pair for pair in data.load_preferences(config.data) if pair.p is not None]
+    if not pairs:
+        return empty
+    pairs = data.encode_pairs(pairs, tokenizer, model.config.context_length)
+    chosen, rejected = score_pairs(model, pairs, tokenizer.pad_id)
+    found = rate((chosen > rejected).numpy())
+    ceiling = float(np.mean([max(pair.p, 1 - pair.p) for pair in pairs]))
+    normalised = [(x - 0.5) / (ceiling - 0.5) for x in found] if ceiling > 0.5 else None
+    return {"accuracy": found, "noise_ceiling": ceiling, "normalised": normalised,
+            "pairs": len(pairs)}
+
+
+def transcripts(rows, tasks, places, per_family=2):
+    """What every row answers to the course's prompts and to some of each family, with its gold.
+
+    Greedy answers, which chat.py --temperature 0 repeats; best-of-n has none, so its choice."""
+    shown = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
+    for family in dict.fromkeys(task.family for task in tasks):
+        mine = [i for i in places.tolist() if tasks[i].family == family and i not in shown]
+        shown += mine[:per_family]
+    found = []
+    for i in shown:
+        answers = {}
+        for name, row in rows.items():
+            place = np.flatnonzero(row.where == i)
+            if len(place):
+                text = (row.greedy or row.sampled).texts[place[0]]
+                answers[name] = {"text": text, "right": bool(world.check(tasks[i], text)),
+                                 "gold": gold_parts(tasks[i], text)}
+        found.append({"prompt": tasks[i].prompt, "family": tasks[i].family, "kind": tasks[i].kind,
+                      "holdout": tasks[i].holdout, "course": tasks[i] in world.COURSE_PROMPTS,
+                      "best": tasks[i].best, "answers": answers})
+    return found
+
+
+def stage_seconds(folders):
+    """{stage: seconds} from the `done` stamps; of two runs of a stage, the second by its folder."""
+    seconds = {}
+    for stamp in folders:
+        if stamp.is_file():
+            done = json.loads(stamp.read_text(encoding="utf-8"))
+            stage = done.get("stage", stamp.parent.name)
+            seconds[stamp.parent.name if stage in seconds else stage] = done.get("seconds")
+    return seconds
+
+
+def rounded(value):
+    """Plain JSON numbers, five places after the point."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return round(float(value), 5)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    config = parse_args(Config, argv, description=__doc__)
+    check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_prompts=(1, 10**6),
+                per_family=(1, 10**6), max_new_tokens=(1, 10**5))
+    started = time.perf_counter()
+    device = pick_device(config.device)
+    seed_everything(config.seed)
+
+    # 1. Models, prompts and documents.
+    folders = {Path(folder).resolve().name: folder for folder in config.checkpoints}
+    if len(folders) < len(config.checkpoints):
+        raise InputError("found two checkpoints of the same name, expected folders called apart, "
+                         "because their names head the rows of the report")
+    speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
+    reference = speakers.get(config.reference)
+    if reference is None and config.reference != Config.reference:
+        raise InputError(f"--reference {config.reference}: found {', '.join(speakers)}; "
+                         "expected the name of one of them")
+    reward, reward_tokenizer = None, None
+    if config.reward:
+        model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
+        reward = (model, shift)
+    seen, tasks = {}, []
+    for task in dict.fromkeys([*world.COURSE_PROMPTS, *world.heldout_tasks()]):
+        seen[task.family] = seen.get(task.family, 0) + 1
+        if seen[task.family] <= config.per_family:
+            tasks.append(task)
+    places = best_of_places(tasks, config)
+    documents = world.heldout_documents()
+
+    def say(text):
+        print(f"evaluate: {time.perf_counter() - started:4.0f} s  {text}", flush=True)
+    say(f"{len(tasks)} held-out prompts, {len(speakers)} checkpoints")
+
+    # 2. Everybody answers.
+    everywhere = np.arange(len(tasks))
+    rows, voices = {}, {}
+    for name, speaker in speakers.items():
+        for shots in (0, config.few_shot) if speaker.raw and config.few_shot else (0,):
+            title = f"{name}_few_shot" if shots else name
+            prompts = prompts_for(speaker, tasks, config, shots)
+            rows[title] = Row(tasks, everywhere, ask(speaker, prompts, config, 1.0),
+                              ask(speaker, prompts, config, 0.0))
+            voices[title] = speaker
+            say(f"{title} has answered")
+
+    # 3. Many samples of the reference: what it can answer, and the best of them.
+    can_answer = np.zeros(len(tasks), dtype=bool)
+    best_name = f"best_of_{config.best_of}"
+    if reference and config.best_of > 1:
+        prompts = [rows[config.reference].sampled.prompts[i] for i in places]
+        sampling = {"temperature": 1.0, "eos_ids": reference.end_ids,
+                    "generator": torch.Generator(device=device).manual_seed(config.seed + 1)}
+        if reward and not reference.raw and same_tokens(reference.tokenizer, reward_tokenizer):
+            best, samples, _ = best_of_n(reference.model, reference.tokenizer, reward, prompts,
+                                         config.best_of, config.max_new_tokens, **sampling)
+            rows[best_name] = Row([tasks[i] for i in places], places,
+                                  read_answers(reference, prompts, best), None)
+            voices[best_name] = reference
+        else:
+            drawn = generate_all(reference.model, [p for p in prompts for _ in range(config.best_of)],
+                                 config.max_new_tokens, **sampling)
+            samples = [drawn[i:i + config.best_of] for i in range(0, len(drawn), config.best_of)]
+        for i, drawn in zip(places, samples):
+            if tasks[i].kind == "answerable":
+                right = sum(world.check(tasks[i], reference.text(ids)) for ids in drawn)
+                can_answer[i] = right >= config.best_of / 4
+        say(f"{config.best_of} samples of {config.reference} for {len(places)} prompts")
+
+    # 4. Measures.
+    checkpoints = {}
+    for name, row in rows.items():
+        speaker = voices[name]
+        found = measure(row, rows.get(config.reference), can_answer, config)
+        if name in speakers:
+            tokens, size = data.pack_documents(documents, speaker.tokenizer)
+            found["bits_per_byte"] = heldout_loss(speaker.model, tokens.long(), size)[1]
+        if reward and special(speaker.tokenizer, IM_END) and same_tokens(speaker.tokenizer,
+                                                                        reward_tokenizer):
+            found["proxy"] = bootstrap(proxy_scores(speaker, row, reward))
+        if name == best_name:  # exact for a continuous reward, otherwise a bound
+            found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
+        elif (reference and not speaker.raw and not reference.raw
+              and same_tokens(speaker.tokenizer, reference.tokenizer)):
+            found["kl_from_sft"] = bootstrap(sequence_kl(
+                speaker.model, reference.model, row.sampled.prompts, row.sampled.ids))
+        checkpoints[name] = found
+        say(f"{name} is measured")
+    judged = {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
+    if reward:
+        judged = judge_reward_model(reward[0], reward_tokenizer, config)
+
+    # 5. The report. report.json comes last: where it is, the others are.
+    stages = [*folders.values()] + ([config.reward] if config.reward else [])
+    stamps = [Path(folder) / "done" for folder in stages]
+    stamps += [Path(f"{path}.done") for path in config.data or []]
+    settings = {name: getattr(config, name) for name in (
+        "reference", "few_shot", "best_of", "accuracy_decode", "system", "max_new_tokens", "seed")}
+    result = rounded({
+        "prompts": len(tasks), "checkpoints": checkpoints, "reward_model": judged,
+        "seconds": stage_seconds(stamps) | {"evaluate": time.perf_counter() - started},
+        "best_of_prompts": len(places), "settings": settings,
+        "runs": {Path(folder).resolve().name: os.path.relpath(folder, config.out)
+                 for folder in stages},
+        "transcripts": transcripts(rows, tasks, places)})
+    pictures.write(config.out, result)
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(Path(config.out) / "report.json", lambda path: path.write_text(text, "utf-8"))
+    print(f"\n{pictures.main_table(result)}\n")
+    say(f"wrote {config.out}/report.html, report.md and report.json")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,495 @@
+"""The language model: a decoder-only Transformer, its sampler, and its Hugging Face names.
+
+    model = GPT(GPTConfig(vocab_size=2048))
+    logits = model(ids)                                        # (B, T, V)
+    answers, logprobs = generate(model, prompts, max_new_tokens=64, eos_ids=(2,))
+
+A language model gives Pr(x_t | x_<t), one token at a time (Foundations of Large Language Models,
+arXiv 2501.09223, ch. 2). The same network serves every stage: pre-training and fine-tuning read
+its logits, RLHF samples from it and re-reads the log-probabilities, and the reward model and the
+PPO critic replace its head by a single number (`ScalarModel`).
+
+The block is the one of Llama and Qwen3, so our checkpoints open elsewhere and theirs open here.
+Left out: biases, sliding windows, RoPE scaling, mixtures of experts. Dropout is left out for a
+reason: PPO compares the log-probabilities of a text before and after an update, and with dropout
+the two would differ before any update, when their ratio must be 1.
+
+Shapes: B rows, T tokens, C width, H query heads, K key-value heads, D head width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    context_length: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4  # fewer than heads = grouped-query attention: a smaller cache
+    width: int = 128
+    ffn_width: int = 344  # SwiGLU has three matrices: 8/3 width costs what 4 width does with two
+    head_dim: int | None = None  # width // heads when not given
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False  # True: Qwen3, False: Llama
+    tied: bool = True  # the embedding matrix is also the output head
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            if self.width % self.heads:
+                raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            self.head_dim = self.width // self.heads
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, RoPE turns pairs")
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019): LayerNorm without the mean and the bias."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        # By hand: on a CPU, forward and backward take half the time of F.rms_norm.
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (x * scale).type_as(x) * self.weight
+
+
+def rope_tables(config):
+    """-> cos, sin (context_length, D) of the angles position * theta^(-2i/D) (arXiv 2104.09864).
+
+    The halves (x1, x2) of a head turn together: (x1 cos - x2 sin, x2 cos + x1 sin). That is
+    x * cos + swap(x) * sin if the table carries the minus sign of sin's first half.
+    """
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = torch.arange(config.context_length)[:, None] * frequencies  # (context, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x, cos, sin):
+    """Turn heads x (B, T, heads, D) by the angles of their positions."""
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        H, K, D = config.heads, config.kv_heads, config.head_dim
+        self.config = config
+        self.qkv = nn.Linear(config.width, (H + 2 * K) * D, bias=False)  # one product, not three
+        self.out = nn.Linear(H * D, config.width, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        B, T, _ = x.shape
+        H, K, D = self.config.heads, self.config.kv_heads, self.config.head_dim
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, D).split([H + K, K], dim=2)
+        if self.config.qk_norm:
+            q, k = qk.split([H, K], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split([H, K], dim=1)  # (B, H or K, T, D)
+        v = v.transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)  # (B, K, past+T, D)
+        # A lone query sees every key; is_causal would line it up with the first key, not the last.
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != K
+        )  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
+        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm: each part reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, cache, layer):
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+        # Every block starts as the identity. So depth does not blow up the residual stream, the
+        # gradient reaches the embeddings whole, and each block joins in when it has learnt to help.
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+
+    def hidden(self, ids, attention_mask=None, cache=None):
+        """ids (B, T) int64 -> states (B, T, C) after the final norm, ready for `head`.
+
+        attention_mask (B, T), or (B, past+T) with a cache: 1 = real token, 0 = padding on either
+        side; the state at a padded place means nothing. None = every token is real. That is
+        faster, and right also for padding on the right: causality hides it from real tokens.
+        Raises ValueError if there are more tokens than context_length.
+        """
+        T = ids.size(1)
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.context_length and (attention_mask is None or cache is None):
+            raise ValueError(f"{past + T} tokens, but context_length {self.config.context_length}")
+        mask = None
+        if attention_mask is None:
+            positions = slice(past, past + T)
+        else:
+            real = attention_mask.bool()  # (B, past+T)
+            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T), padding not counted
+        if attention_mask is not None or (past > 0 and T > 1):
+            column = torch.arange(past + T, device=ids.device)
+            row = column[past:, None]
+            mask = column <= row  # (T, past+T)
+            if attention_mask is not None:
+                # Padding may see itself: a softmax over nothing is NaN, which would spread.
+                mask = (mask & real[:, None, :] | (column == row))[:, None]  # (B, 1, T, past+T)
+        x = self.embed(ids)  # (B, T, C)
+        cos = self.cos[positions].unsqueeze(-2)  # (T, 1, D) or (B, T, 1, D)
+        sin = self.sin[positions].unsqueeze(-2)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def head(self, h):
+        """States (..., C) -> logits (..., V). Call it on the places you need: V is the big one."""
+        return F.linear(h, self.embed.weight if self.config.tied else self.lm_head.weight)
+
+    def forward(self, ids, attention_mask=None, cache=None):
+        """ids (B, T) -> logits (B, T, V); position t predicts token t+1. See `hidden`."""
+        return self.head(self.hidden(ids, attention_mask, cache))
+
+
+class ScalarModel(nn.Module):
+    """The backbone of `gpt` (not a copy) with one number per position in place of the logits.
+
+    The reward model reads it at the last real token, the PPO critic everywhere.
+    """
+
+    def __init__(self, gpt):
+        super().__init__()
+        gpt.lm_head = None  # an untied head has no work here, and would be saved for nothing
+        self.config = gpt.config
+        self.gpt = gpt
+        self.score = nn.Linear(gpt.config.width, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(gpt.config.width + 1))
+
+    def forward(self, ids, attention_mask=None):
+        """ids (B, T) -> (B, T)."""
+        return self.score(self.gpt.hidden(ids, attention_mask)).squeeze(-1)
+
+
+def token_logprobs(logits, targets, temperature=1.0):
+    """log Pr(targets) at each place: logits (B, T, V), targets (B, T) -> (B, T), in nats.
+
+    Does not shift: pass logits[:, :-1] with ids[:, 1:]. `temperature` is the sampler's, > 0.
+    """
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+# --------------------------------------------------------------------------------- inference
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, in one buffer made at the start."""
+
+    def __init__(self, config, batch, max_len, device, dtype):
+        shape = (config.layers, batch, config.kv_heads, max_len, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held; `GPT.hidden` moves it on after the last layer
+
+    def write(self, layer, k, v):
+        """Add k, v (B, K, T, D) to a layer; return all of it, (B, K, length+T, D)."""
+        keys, values, end = self.keys[layer], self.values[layer], self.length + k.size(2)
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def keep(self, rows):
+        """Drop every row not in the list `rows`."""
+        for name in ("keys", "values"):
+            buffer = getattr(self, name)
+            buffer[:, : len(rows), :, : self.length] = buffer[:, rows, :, : self.length]
+            setattr(self, name, buffer[:, : len(rows)])
+
+
+def truncate(logits, top_k, top_p):
+    """Set to -inf all but the top_k likeliest tokens and, of these, the smallest set that holds
+    at least top_p of their probability. logits (B, V) -> (B, V)."""
+    values, order = logits.sort(dim=-1, descending=True)
+    if top_k is not None:
+        values[:, top_k:] = -math.inf
+    if top_p is not None:
+        probs = values.softmax(-1)
+        # Compare the mass *before* each token, so the token that crosses top_p stays in.
+        values[probs.cumsum(-1) - probs >= top_p] = -math.inf
+    return torch.empty_like(logits).scatter_(-1, order, values)
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> token ids (B,) and their log-probs (B,) under the distribution drawn from.
+
+    Temperature 0 takes the likeliest token; its log-prob is then the one at temperature 1.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        ids = logits.argmax(-1)
+        logprobs = logits.log_softmax(-1)
+    else:
+        logits = logits / temperature
+        if top_k is not None or top_p is not None:
+            logits = truncate(logits, top_k, top_p)
+        logprobs = logits.log_softmax(-1)
+        # The token whose step of the cumulative distribution holds u, 0 < u <= its total: u can
+        # fall neither past the end nor on a step of height 0. 25 times faster than multinomial.
+        cdf = logprobs.exp().cumsum(-1)  # (B, V)
+        u = 1 - torch.rand(len(cdf), 1, device=cdf.device, generator=generator)
+        ids = torch.searchsorted(cdf, u * cdf[:, -1:]).squeeze(-1)
+    return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
+
+
+@torch.inference_mode()
+def decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, generator):
+    """Yield, at each step, [(row, token id, log-prob)] of the rows that still run."""
+    context = model.config.context_length
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ValueError(f"prompt {row} has {len(prompt)} tokens, not 1 to {context - 1}")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
+        raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} out of range")
+    lengths = [len(prompt) for prompt in prompts]
+    limits = [min(max_new_tokens, context - length) for length in lengths]
+    width, steps = max(lengths, default=0), max(limits, default=0)
+    weight = model.embed.weight
+    # Padding goes on the left, so that every row's next token lands in the same column.
+    padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    ids = torch.tensor(padded, device=weight.device)  # (B, width)
+    mask = None
+    if min(lengths, default=0) < width:
+        first = width - torch.tensor(lengths, device=weight.device)[:, None]
+        mask = torch.arange(width + steps, device=weight.device) >= first  # (B, width+steps)
+    cache = KVCache(model.config, len(prompts), width + steps, weight.device, weight.dtype)
+    rows, done = list(range(len(prompts))), [False] * len(prompts)
+    for step in range(1, steps + 1):
+        seen = None if mask is None else mask[:, : cache.length + ids.size(1)]
+        h = model.hidden(ids, seen, cache)[:, -1]  # the prompt at the first step, then one token
+        ids, logprobs = sample(model.head(h), temperature, top_k, top_p, generator)
+        drawn = list(zip(rows, ids.tolist(), logprobs.tolist()))
+        yield [item for item in drawn if not done[item[0]]]
+        for row, token, _ in drawn:
+            done[row] = done[row] or token in eos_ids or step == limits[row]
+        # Dropping rows copies the cache, so wait until a quarter is done, but never let a row
+        # run past the context: it has no position left.
+        kept = [b for b, row in enumerate(rows) if not done[row]]
+        if not kept:
+            return
+        if len(kept) <= 0.75 * len(rows) or any(step == limits[row] for row in rows):
+            rows = [rows[b] for b in kept]
+            ids = ids[kept]
+            mask = None if mask is None else mask[kept]
+            cache.keep(kept)
+        ids = ids[:, None]
+
+
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+             eos_ids=(), generator=None):
+    """Continue every prompt (a list of id lists, any lengths) until one of eos_ids.
+
+    -> (id lists, with the end token if it came; lists of their log-probs, floats in nats, under
+    the very distribution sampled from: after temperature, top_k and top_p). temperature 0 is
+    greedy. A row also ends at max_new_tokens or when the context is full. `generator` lives on
+    the model's device. Raises ValueError for an empty prompt or one that fills the context.
+    """
+    answers, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    for drawn in decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids,
+                        generator):
+        for row, token, logprob in drawn:
+            answers[row].append(token)
+            logprobs[row].append(logprob)
+    return answers, logprobs
+
+
+def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_ids=(),
+           generator=None):
+    """Like `generate` for one prompt, but yields each token id as it is drawn."""
+    for drawn in decode(model, [prompt], max_new_tokens, temperature, top_k, top_p, eos_ids,
+                        generator):
+        yield drawn[0][1]
+
+
+# ------------------------------------------------------------------------ Hugging Face names
+
+
+def hf_layout(config, scalar):
+    """Our name -> {Hugging Face name: shape}; several names are stacked on top of each other."""
+    C, D, F_ = config.width, config.head_dim, config.ffn_width
+    queries, keys = (config.heads * D, C), (config.kv_heads * D, C)
+    layout = {"embed.weight": {"model.embed_tokens.weight": (config.vocab_size, C)}}
+    for i in range(config.layers):
+        layer = {
+            "attention_norm": {"input_layernorm": (C,)},
+            "attention.qkv": {"self_attn.q_proj": queries, "self_attn.k_proj": keys,
+                              "self_attn.v_proj": keys},
+            "attention.out": {"self_attn.o_proj": queries[::-1]},
+            "mlp_norm": {"post_attention_layernorm": (C,)},
+            "mlp.gate_up": {"mlp.gate_proj": (F_, C), "mlp.up_proj": (F_, C)},
+            "mlp.down": {"mlp.down_proj": (C, F_)},
+        }
+        if config.qk_norm:
+            layer["attention.q_norm"] = {"self_attn.q_norm": (D,)}
+            layer["attention.k_norm"] = {"self_attn.k_norm": (D,)}
+        for ours, theirs in layer.items():
+            layout[f"blocks.{i}.{ours}.weight"] = {
+                f"model.layers.{i}.{name}.weight": shape for name, shape in theirs.items()
+            }
+    layout["norm.weight"] = {"model.norm.weight": (C,)}
+    if scalar:
+        layout = {f"gpt.{ours}": theirs for ours, theirs in layout.items()}
+        layout["score.weight"] = {"score.weight": (1, C)}
+    elif not config.tied:
+        layout["lm_head.weight"] = {"lm_head.weight": (config.vocab_size, C)}
+    return layout
+
+
+def to_hf(model):
+    """GPT or ScalarModel -> {Hugging Face name: tensor}, copies, for `model.safetensors`."""
+    state, named = model.state_dict(), {}
+    for ours, theirs in hf_layout(model.config, isinstance(model, ScalarModel)).items():
+        parts = state[ours].split([shape[0] for shape in theirs.values()])
+        named.update((name, part.clone()) for name, part in zip(theirs, parts))
+    return named
+
+
+def from_hf(state, config):
+    """Undo `to_hf`: -> state_dict of a GPT, or of a ScalarModel if there is a `score.weight`.
+
+    Raises ValueError naming every tensor that is missing, unknown or of the wrong shape.
+    """
+    scalar, state = "score.weight" in state, dict(state)
+    layout = hf_layout(config, scalar)
+    expected = {name: shape for theirs in layout.values() for name, shape in theirs.items()}
+    embedding = state.get("model.embed_tokens.weight")
+    if config.tied and "lm_head.weight" in state and embedding is not None:
+        if torch.equal(state["lm_head.weight"], embedding):
+            del state["lm_head.weight"]  # some checkpoints store a tied head twice
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems += [f"{name} is {tuple(state[name].shape)}, expected {shape}"
+                 for name, shape in expected.items()
+                 if name in state and tuple(state[name].shape) != shape]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return {ours: torch.cat([state[name] for name in theirs]) for ours, theirs in layout.items()}
+
+
+def hf_config(config, **extra):
+    """GPTConfig -> the dict of `config.json`; `extra` is added (num_labels=1: a ScalarModel)."""
+    family = "Qwen3" if config.qk_norm else "Llama"
+    task = "ForSequenceClassification" if "num_labels" in extra else "ForCausalLM"
+    return {
+        "architectures": [family + task],
+        "model_type": family.lower(),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,  # where older readers look
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        **extra,
+    }
+
+
+def config_from_hf(values):
+    """The dict of a `config.json` -> GPTConfig. Raises ValueError naming what we do not do."""
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    known = {
+        "model_type": values.get("model_type") in ("llama", "qwen3"),
+        "hidden_act": values.get("hidden_act", "silu") == "silu",
+        "attention_bias": not values.get("attention_bias"),
+        "mlp_bias": not values.get("mlp_bias"),
+        "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
+        "use_sliding_window": not values.get("use_sliding_window"),
+        "layer_types": set(values.get("layer_types") or ()) <= {"full_attention"},
+    }
+    shown = {**values, "rope_type": rope.get("rope_type", rope.get("type"))}
+    for name, ok in known.items():
+        if not ok:
+            raise ValueError(f"config.json: {name} {shown.get(name)!r} is not implemented")
+    qk_norm = values["model_type"] == "qwen3"
+    try:
+        return GPTConfig(
+            vocab_size=values["vocab_size"],
+            context_length=values["max_position_embeddings"],
+            layers=values["num_hidden_layers"],
+            heads=values["num_attention_heads"],
+            kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+            width=values["hidden_size"],
+            ffn_width=values["intermediate_size"],
+            head_dim=values.get("head_dim") or (128 if qk_norm else None),  # Qwen3's default
+            rope_theta=values.get("rope_theta") or rope.get("rope_theta", 10000.0),
+            norm_eps=values.get("rms_norm_eps", 1e-6),
+            qk_norm=qk_norm,
+            tied=values.get("tie_word_embeddings", False),
+        )
+    except KeyError as key:
+        raise ValueError(f"config.json: {key} is missing") from None

@@ -1,0 +1,175 @@
+"""Stage 1: pre-training. A GPT learns to predict the next token of raw text.
+
+    python pretrain.py --data world --out out/base              # the embedded world, about 4 minutes
+    python pretrain.py --data stories.txt --holdout 0.05 --out out/base
+
+The loss is the mean negative log-likelihood of each token given all tokens before it,
+
+    L(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})            (Foundations of LLMs, eq. 2.5)
+
+over documents packed end to end, each begun by <|endoftext|>. A window may start in the middle of
+a document and cross into the next one: simpler than padding, no token is wasted, and the model
+learns that <|endoftext|> cuts all ties. Attention is not masked at those borders.
+
+Held-out text is measured in nats per token and in bits per byte. The first depends on how long the
+tokens are; the second is what a compressor would need, and can be compared across tokenisers.
+
+Left out: gradient accumulation, several machines, data mixing and filtering.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import data
+import world
+from model import GPT, GPTConfig
+from tokenizer import train_bpe
+from training import (StopRequest, adamw, autocast, check_finite, check_range, finish, flag,
+                      learning_rate, leave, log, parse_args, pick_device, progress, restore, run,
+                      save_checkpoint, save_state, seed_everything, set_learning_rate, start_run)
+
+
+@dataclass
+class Config:
+    data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
+    out: str = flag("out/base", "folder of the checkpoint to write")
+    holdout: float = flag(0.05, "documents held out at the end: a fraction, or a count from 1 up")
+    documents: int = flag(32000, "documents to generate (with --data world)")
+    # the model
+    vocab_size: int = flag(2048, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
+    context_length: int = flag(256, "tokens the model sees at once")
+    layers: int = flag(4, "transformer blocks")
+    width: int = flag(128, "numbers per token between the blocks")
+    heads: int = flag(4, "attention heads")
+    kv_heads: int = flag(4, "key/value heads; fewer than --heads is grouped-query attention")
+    ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
+    qk_norm: bool = flag(False, "normalise queries and keys (saves as Qwen3 instead of Llama)")
+    # the run
+    steps: int = flag(1000, "optimiser steps")
+    batch_size: int = flag(16, "windows per step")
+    lr: float = flag(4e-3, "peak learning rate")
+    warmup: int = flag(50, "steps of linear warm-up")
+    decay: float = flag(0.6, "share of the steps, at the end, over which the rate falls to 0")
+    weight_decay: float = flag(0.1, "decay of the weight matrices, per unit of learning rate")
+    clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
+    dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
+                      choices=["auto", "float32", "bfloat16"])
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed of data, weights and batches")
+    save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
+    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    show_batch: bool = flag(False, "print one decoded training window, then exit")
+
+
+@torch.no_grad()
+def heldout_loss(model, tokens, text_bytes, batch_size=32):
+    """(nats per token, bits per byte) of a packed 1-D token tensor whose text has `text_bytes` bytes.
+
+    Windows follow each other without overlap; every token after the first is predicted once. Bits
+    per byte = summed nats / (ln 2 · bytes): the cost of <|endoftext|> is in the sum, its (zero)
+    bytes are not.
+    """
+    length = model.config.context_length
+    device = next(model.parameters()).device
+    nats = 0.0
+    starts = range(0, len(tokens) - 1, length)
+    for first in range(0, len(starts), batch_size):
+        windows = [tokens[s:s + length + 1] for s in starts[first:first + batch_size]]
+        for size in {len(w) for w in windows}:  # the last window may be shorter
+            batch = torch.stack([w for w in windows if len(w) == size]).to(device)  # (B, T+1)
+            logits = model(batch[:, :-1].long())  # (B, T, V)
+            nats += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].long().flatten(),
+                                    reduction="sum").item()
+    return nats / max(1, len(tokens) - 1), nats / (math.log(2) * text_bytes)
+
+
+def main():
+    config = parse_args(Config, description=__doc__)
+    check_range(config, steps=(1, 10**9), batch_size=(1, 10**6), context_length=(2, 10**6),
+                lr=(0, 1), decay=(0, 1), layers=(1, 1000), vocab_size=(260, 10**7))
+    device = pick_device(config.device)
+    generator = seed_everything(config.seed)
+
+    # 1. Data: documents, tokeniser, one long row of tokens.
+    if config.data == ["world"]:
+        documents = world.documents(config.documents, seed=config.seed)
+    else:
+        documents = data.load_texts(config.data)
+    train_documents, heldout_documents = data.split_holdout(documents, config.holdout)
+    tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
+    train_tokens, _ = data.pack_documents(train_documents, tokenizer)
+    heldout_tokens, heldout_bytes = data.pack_documents(heldout_documents, tokenizer)
+    data.check_long_enough(train_tokens, config.context_length)
+    if config.show_batch:
+        inputs, targets = data.random_windows(train_tokens, 1, config.context_length, generator)
+        print(data.show_conversation(tokenizer, inputs[0].tolist(), [1] * inputs.shape[1]))
+        return
+
+    # 2. Model and optimiser.
+    model = GPT(GPTConfig(
+        vocab_size=tokenizer.vocab_size, context_length=config.context_length,
+        layers=config.layers, width=config.width, heads=config.heads, kv_heads=config.kv_heads,
+        ffn_width=config.ffn_width, qk_norm=config.qk_norm)).to(device)
+    optimiser = adamw(model, config.lr, config.weight_decay)
+    precision = autocast(device, config.dtype)
+    print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{len(train_documents):,} documents, {len(train_tokens):,} tokens "
+          f"({config.steps * config.batch_size * config.context_length / len(train_tokens):.2f} "
+          f"passes), held out {len(heldout_documents):,} documents")
+
+    # 3. The loop.
+    step, seconds = 0, 0.0
+    saved = start_run(config, "pretrain")
+    modules = {"model": model, "optimiser": optimiser}
+    if saved:
+        step, seconds = restore(saved, generator, modules)
+    stop, started = StopRequest(), time.perf_counter() - seconds
+    decay_steps = round(config.decay * config.steps)
+    bar = progress(config.steps, step, "pretrain")
+    model.train()
+    while step < config.steps:
+        lr = learning_rate(step, config.steps, config.lr, config.warmup, decay_steps)
+        set_learning_rate(optimiser, lr)
+        inputs, targets = data.random_windows(train_tokens, config.batch_size,
+                                              config.context_length, generator)  # (B, T) each
+        with precision:
+            logits = model(inputs.to(device))  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten())
+        check_finite(loss, step, config)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+        step += 1
+
+        bar.update()
+        if step % 10 == 0 or step == config.steps:
+            elapsed = time.perf_counter() - started
+            rate = step * inputs.numel() / elapsed
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
+            log(config.out, step, loss=loss, lr=lr, gradient_norm=norm, tokens_per_second=rate)
+        if stop or step % config.save_every == 0:
+            save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
+        if stop:
+            bar.close()
+            leave(config)
+    bar.close()
+
+    # 4. What it has learned, on text it has not seen.
+    model.eval()
+    nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes)
+    seconds = time.perf_counter() - started
+    log(config.out, step, heldout_loss=nats, bits_per_byte=bits)
+    save_checkpoint(config.out, model, tokenizer)
+    finish(config.out, "pretrain", seconds, train_loss=loss.item(), heldout_loss=nats,
+           bits_per_byte=bits)
+    print(f"pretrain: held-out loss {nats:.3f} nats per token, {bits:.3f} bits per byte; "
+          f"{seconds:.0f} s; wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run(main)

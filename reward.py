@@ -1,0 +1,249 @@
+"""Stage 3: the reward model. It learns from comparisons which of two answers people prefer.
+
+    python reward.py --init out/sft --data out/pairs.jsonl --out out/reward     # about 2 minutes
+    python reward.py --init out/sft --data preferences.json --holdout 0.1 --out out/reward
+
+The fine-tuned model's backbone with one number in place of the vocabulary, r(x, y), read at the
+last real token, <|im_end|> included: only there has it seen the whole answer. Bradley and Terry
+(1952) take the chance that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we maximise
+the likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
+
+    L(φ) = − mean log σ(r_φ(x, y_c) − r_φ(x, y_r))
+
+Only differences matter to that loss, so zero and unit of r are free. PPO needs both fixed, so they
+are set afterwards on answers from training: the standard deviation is divided out of the head, and
+the mean is kept as `reward_shift` in config.json, to be subtracted by whoever reads the score.
+`reward_scale` there is what turns a difference of scores back into log-odds.
+
+Held-out accuracy cannot reach 1: people contradict each other. Where the rows carry p, the chance
+that `chosen` is preferred, mean max(p, 1 − p) is the best any model can do, the noise ceiling.
+
+Left out: several ranked answers per prompt, ties, and an ensemble against over-optimisation.
+"""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import data
+import world
+from model import ScalarModel
+from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
+                      flag, learning_rate, leave, load_policy, log, parse_args, pick_device,
+                      progress, restore, run, save_checkpoint, save_state, seed_everything,
+                      set_learning_rate, start_run)
+
+
+@dataclass
+class Config:
+    init: str = flag("out/sft", "checkpoint to start from")
+    data: list[str] = flag(["out/pairs.jsonl"],
+                           "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
+    out: str = flag("out/reward", "folder of the checkpoint to write")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
+    pairs: int = flag(6000, "pairs to sample from --init (with --data world)")
+    epochs: int = flag(1, "passes over the pairs; a second one tends to learn them by heart")
+    batch_size: int = flag(32, "pairs per step")
+    lr: float = flag(5e-4, "peak learning rate")
+    warmup: int = flag(20, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
+    clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
+    eval_every: int = flag(50, "steps between looks at 200 held-out pairs")
+    dtype: str = flag("auto", "arithmetic of the backbone; auto takes bfloat16 where it is faster",
+                      choices=["auto", "float32", "bfloat16"])
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed of data, head and batches")
+    save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
+    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    show_batch: bool = flag(False, "print one pair, [answer] tokens marked, then exit")
+
+
+def preference_loss(chosen, rejected):
+    """Mean −log σ(chosen − rejected) of rewards (B,) each, in nats: InstructGPT, eq. 1.
+
+    ln 2 when the model cannot tell them apart. ValueError where the shapes differ: broadcasting
+    (B,) against (B, 1) would compare every answer with every other.
+    """
+    if chosen.shape != rejected.shape:
+        raise ValueError(f"chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}")
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def wilson(successes, n, z=1.96):
+    """[rate, low, high] of `successes` out of n: Wilson's 95 % interval, which stays inside [0, 1]
+    and is right for rates near its ends too. None for n = 0."""
+    if n == 0:
+        return None
+    rate = successes / n
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [rate, max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def read_last(model, ids, last, precision=contextlib.nullcontext()):
+    """Rewards (B,) of rows ids (B, T), padded on the right, read at their last real tokens (B,).
+
+    The head stays in float32: in bfloat16, rewards of 4.01 and 4.02 are the same number.
+    """
+    with precision:
+        hidden = model.gpt.hidden(ids)  # (B, T, C)
+    rows = torch.arange(len(ids), device=ids.device)
+    return model.score(hidden[rows, last].float()).squeeze(-1)
+
+
+@torch.no_grad()
+def score(reward_model, prompts, responses, pad_id, batch_size=64):
+    """Raw rewards (N,), on the CPU, of responses to prompts, both lists of id lists.
+
+    A response is scored with its <|im_end|>, if it has one. Subtract `reward_shift` for a mean of
+    about 0.
+    """
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    device = reward_model.score.weight.device
+    rewards = torch.zeros(len(rows))
+    for batch in data.length_batches([len(row) for row in rows], batch_size):
+        ids = data.pad_right([rows[i] for i in batch], pad_id).to(device)
+        last = torch.tensor([len(rows[i]) - 1 for i in batch], device=device)
+        rewards[batch] = read_last(reward_model, ids, last).cpu()
+    return rewards
+
+
+def score_pairs(model, pairs, pad_id):
+    """Raw rewards of the chosen and of the rejected answers of EncodedPairs, (N,) each."""
+    prompts = [pair.prompt for pair in pairs]
+    return (score(model, prompts, [pair.chosen for pair in pairs], pad_id),
+            score(model, prompts, [pair.rejected for pair in pairs], pad_id))
+
+
+def load_pairs(config, policy, tokenizer):
+    """(train, heldout) lists of data.EncodedPair: from files, or sampled from `policy` and labelled
+    by the embedded world. No held-out prompt occurs in training."""
+    if config.data == ["world"]:
+        heldout = config.holdout * (config.pairs if config.holdout < 1 else 1)
+        rows = world.sample_pairs(policy, tokenizer, config.pairs, round(heldout), config.seed)
+        pairs = [data.Pair([{"role": "user", "content": row["prompt"]}], row["chosen"],
+                           row["rejected"], row.get("p")) for row in rows]
+    else:
+        pairs = data.load_preferences(config.data)
+    train, heldout = data.split_holdout(pairs, config.holdout)
+    heldout = data.drop_seen(heldout, train, key=lambda pair: pair.prompt)
+    return [data.encode_pairs(part, tokenizer, policy.config.context_length)
+            for part in (train, heldout)]
+
+
+def heldout_report(margins, pairs):
+    """What `done` says of rewards(chosen) − rewards(rejected), (N,), on held-out pairs."""
+    right = margins > 0
+    report = {"heldout_accuracy": wilson(right.sum().item(), len(pairs)),
+              "heldout_loss": -F.logsigmoid(margins).mean().item(), "heldout_pairs": len(pairs)}
+    known = torch.tensor([pair.p is not None for pair in pairs])
+    if known.any():
+        ceiling = sum(max(p.p, 1 - p.p) for p in pairs if p.p is not None) / known.sum().item()
+        report["noise_ceiling"] = ceiling
+        if ceiling > 0.5:  # 0 = guessing, 1 = as good as the labels allow
+            accuracy = right[known].float().mean().item()
+            report["normalised_accuracy"] = (accuracy - 0.5) / (ceiling - 0.5)
+    return report
+
+
+def main():
+    config = parse_args(Config, description=__doc__)
+    check_range(config, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1), eval_every=(1, 10**9),
+                pairs=(2, 10**9))
+    device = pick_device(config.device)
+    generator = seed_everything(config.seed)
+    policy, tokenizer = load_policy(config.init, device)
+
+    # 1. Pairs of answers to one prompt, both ending with <|im_end|>.
+    train, heldout = load_pairs(config, policy, tokenizer)
+    lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in train]
+    if config.show_batch:
+        for answer in (train[0].chosen, train[0].rejected):
+            ids, mask = train[0].prompt + answer, [0] * len(train[0].prompt) + [1] * len(answer)
+            print(data.show_conversation(tokenizer, ids, mask))
+        return
+
+    # 2. The policy's backbone with a scalar head.
+    model = ScalarModel(policy).to(device)
+    optimiser = adamw(model, config.lr, config.weight_decay)
+    precision = autocast(device, config.dtype)
+
+    def batches(epoch):  # its own seed, so that a resumed run finds the same order again
+        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        return data.length_batches(lengths, config.batch_size, order)
+
+    # 3. The loop.
+    per_epoch = len(batches(0))
+    steps = config.epochs * per_epoch
+    step, seconds = 0, 0.0
+    saved = start_run(config, "reward")
+    modules = {"model": model, "optimiser": optimiser}
+    if saved:
+        step, seconds = restore(saved, generator, modules)
+    stop, started = StopRequest(), time.perf_counter() - seconds
+    print(f"reward: {len(train):,} pairs, {steps:,} steps; held out {len(heldout):,}")
+    bar = progress(steps, step, "reward")
+    model.train()
+    for epoch in range(step // per_epoch, config.epochs):
+        for batch in batches(epoch)[step % per_epoch:]:
+            lr = learning_rate(step, steps, config.lr, config.warmup)
+            set_learning_rate(optimiser, lr)
+            ids, _, last = data.preference_batch([train[i] for i in batch], tokenizer.pad_id)
+            rewards = read_last(model, ids.to(device), last.to(device), precision)  # (2B,)
+            chosen, rejected = rewards.chunk(2)
+            loss = preference_loss(chosen, rejected)
+            check_finite(loss, step, config)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimiser.step()
+            step += 1
+
+            bar.update()
+            if step % 10 == 0 or step == steps:
+                accuracy = (chosen > rejected).float().mean()
+                bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}")
+                log(config.out, step, loss=loss, accuracy=accuracy, lr=lr, gradient_norm=norm,
+                    margin=(chosen - rejected).mean())
+            if step % config.eval_every == 0:  # parts from the training loss when it memorises
+                chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)
+                log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
+                    heldout_accuracy=(chosen > rejected).float().mean())
+            if stop or step % config.save_every == 0:
+                save_state(config, "reward", step, time.perf_counter() - started, generator,
+                           modules)
+            if stop:
+                bar.close()
+                leave(config)
+    bar.close()
+
+    # 4. Held-out pairs.
+    model.eval()
+    chosen, rejected = score_pairs(model, heldout, tokenizer.pad_id)
+    report = heldout_report(chosen - rejected, heldout)
+
+    # 5. Zero and unit: mean 0 and standard deviation 1 over answers of both kinds.
+    sample = torch.randperm(len(train), generator=generator)[:300].tolist()
+    reference = torch.cat(score_pairs(model, [train[i] for i in sample], tokenizer.pad_id))  # (N,)
+    mean, std = reference.mean().item(), reference.std().item()
+    if not std > 1e-6:
+        raise InputError(f"{config.out}: the reward model gives every answer the same reward "
+                         f"({mean:.3g}); expected it to tell some apart. Try a higher --lr")
+    with torch.no_grad():
+        model.score.weight /= std
+    seconds = time.perf_counter() - started
+    rate, low, high = report["heldout_accuracy"]
+    log(config.out, step, heldout_loss=report["heldout_loss"], heldout_accuracy=rate)
+    save_checkpoint(config.out, model, tokenizer, reward_shift=mean / std, reward_scale=std)
+    finish(config.out, "reward", seconds, reward_shift=mean / std, reward_scale=std, **report)
+    ceiling = f", noise ceiling {report['noise_ceiling']:.3f}" if "noise_ceiling" in report else ""
+    print(f"reward: held-out accuracy {rate:.3f} [{low:.3f}, {high:.3f}]{ceiling}; "
+          f"{seconds:.0f} s; wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run(main)

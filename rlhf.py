@@ -1,0 +1,632 @@
+"""Stage 4: alignment. The fine-tuned model learns to give the answers that people prefer.
+
+    python rlhf.py dpo --init out/sft --data out/pairs.jsonl --out out/dpo
+    python rlhf.py ppo --init out/sft --reward out/reward --data world --out out/ppo
+    python rlhf.py ppo --init out/sft --reward my_score.py:polite --data prompts.jsonl --out out/ppo
+    python rlhf.py dpo --help                                   # the flags of each
+
+Both look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward, but close to
+the reference π_ref, the model they start from. The reward model knows only answers like those it
+was trained on; β is what keeps the policy from wandering off to where it is wrong.
+
+dpo     Direct preference optimisation (arXiv 2305.18290): the best policy of that problem satisfies
+        r(x, y) = β log π(y|x)/π_ref(y|x) + const(x), so put this in place of r in the reward
+        model's loss, and train the policy on the pairs. No sampling and no reward model.
+        Do not be alarmed when log π(chosen) falls: the loss asks only for the *difference* to the
+        rejected answer to grow. The two share words and weights, so pushing one down drags
+        the other along, more slowly, and the probability goes to answers in neither column.
+ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155):
+        sample answers, score them, make the better than expected ones likelier, again and again.
+        Watch the KL and the answers, not the score alone: a score that rises for ever is being
+        tricked. A reward can also be a Python function, `fn(prompt: str, response: str) -> float`.
+
+Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
+token ids[:, t], as the state before it foresaw it, and is 0 outside the response. Log-probs are in
+nats and in float32 throughout. Left out: an entropy bonus, an adaptive β, whitening of rewards, and
+critic and policy in one network.
+"""
+
+import copy
+import importlib.util
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import world
+from model import ScalarModel, generate, token_logprobs
+from reward import load_pairs, score, wilson
+from tokenizer import render_chat
+from training import (InputError, StopRequest, adamw, check_finite, check_range, finish, flag,
+                      learning_rate, leave, load_policy, load_reward, log, parse_args, pick_device,
+                      progress, restore, run, save_checkpoint, save_state, seed_everything,
+                      set_learning_rate, start_run)
+
+# ---------------------------------------------------------------------------------------------
+# The losses: tensors in, (loss, statistics) out
+
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
+    """DPO, eq. 7 of arXiv 2305.18290, from the *summed* log-probs (B,) of whole responses.
+
+    With label smoothing ε, each label is taken to be wrong with probability ε (conservative DPO).
+    The loss is ln 2 while the policy is still the reference. Statistics: mean implicit rewards
+    β log π/π_ref of both sides, their mean difference, and the share of pairs ordered rightly.
+    """
+    chosen = beta * (policy_chosen - ref_chosen)  # (B,)
+    rejected = beta * (policy_rejected - ref_rejected)  # (B,)
+    margin = chosen - rejected
+    loss = -((1 - label_smoothing) * F.logsigmoid(margin)
+             + label_smoothing * F.logsigmoid(-margin)).mean()
+    stats = {"reward_chosen": chosen, "reward_rejected": rejected, "margin": margin,
+             "accuracy": (margin > 0).float()}
+    return loss, {name: value.detach().mean() for name, value in stats.items()}
+
+
+def masked_mean(x, mask):
+    """Mean of x (B, T) over the places where mask (B, T) is 1. No padding in any statistic."""
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """Shift and scale x (B, T) to mean 0 and variance 1 over the mask; 0 outside it."""
+    centred = x - masked_mean(x, mask)
+    return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8) * mask
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation, eqs. 11-16 of arXiv 1506.02438. All tables (B, T).
+
+        δ_t = r_t + γ V_{t+1} − V_t          A_t = Σ_l (γλ)^l δ_{t+l}
+
+    -> advantages, not whitened, and returns = advantages + values, what the critic should learn;
+    both 0 outside the mask. The value of what follows a row's last token is 0: the answer is over.
+    """
+    mask = mask.to(values.dtype)
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])  # (B,)
+    for t in reversed(range(values.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = following
+    return advantages, advantages + values
+
+
+def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2,
+             value_clip=0.2, value_coef=0.1):
+    """PPO's clipped surrogate, eq. 7 of arXiv 1707.06347, and the critic's loss. Tables (B, T).
+
+    The minimum makes the clip one-sided: a step that went too far *with* the advantage has no
+    gradient left, one that went against it keeps its own. The critic is clipped alike, about its
+    old values. Means are over the tokens of the mask. Statistics are of the tokens as well;
+    `approx_kl` estimates KL(old ‖ new) per token, in nats (k3 of joschu.net/blog/kl-approx).
+    """
+    mask = mask.to(logp.dtype)
+    log_ratio = (logp - old_logp) * mask
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    policy_loss = -masked_mean(torch.min(ratio * advantages, clipped_ratio * advantages), mask)
+
+    clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    value_loss = 0.5 * masked_mean(torch.max((values - returns)**2, (clipped_values - returns)**2),
+                                   mask)
+    loss = policy_loss + value_coef * value_loss
+    with torch.no_grad():
+        surprise = returns - old_values
+        spread = masked_mean((returns - masked_mean(returns, mask))**2, mask)
+        left = masked_mean((surprise - masked_mean(surprise, mask))**2, mask)
+        stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(),
+                 "ratio": masked_mean(ratio, mask),
+                 "clip_fraction": masked_mean(((ratio - 1).abs() > clip).float(), mask),
+                 "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+                 "explained_variance": 1 - left / (spread + 1e-8)}
+    return loss, stats
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a policy or a critic at the response
+
+
+def response_logprobs(model, ids, mask, temperature=1.0):
+    """log π(ids[:, t] | ids[:, :t]) where mask is 1, else 0. ids, mask (B, T) -> (B, T).
+
+    The one definition for DPO (which sums it), for PPO and for the reference of both. The
+    vocabulary projection, the dearest part of a small model, runs at the response only.
+    """
+    wanted = mask[:, 1:].bool()  # (B, T-1)
+    hidden = model.hidden(ids)[:, :-1][wanted]  # (N, C): the state before token t is at t-1
+    logprobs = token_logprobs(model.head(hidden), ids[:, 1:][wanted], temperature)  # (N,)
+    table = torch.zeros(wanted.shape, device=ids.device).masked_scatter(wanted, logprobs)
+    return F.pad(table, (1, 0))
+
+
+def response_values(critic, ids, mask, shift):
+    """The critic's guess, before each response token, of the reward still to come, (B, T)."""
+    values = critic(ids)[:, :-1] - shift  # (B, T-1)
+    return F.pad(values, (1, 0)) * mask
+
+
+@torch.no_grad()
+def read_all(function, ids, mask, chunk=64):
+    """function(ids, mask) -> (B, T) over many rows: like lengths together, padding cut off."""
+    lengths = last_token(mask) + 1
+    table = torch.zeros(ids.shape, device=ids.device)
+    for rows in data.length_batches(lengths.tolist(), chunk):
+        longest = int(lengths[rows].max())
+        table[rows, :longest] = function(ids[rows, :longest], mask[rows, :longest])
+    return table
+
+
+def last_token(mask):
+    """Index (B,) of the last 1 in each row of mask (B, T)."""
+    return mask.size(1) - 1 - mask.flip(1).int().argmax(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# DPO
+
+
+@dataclass
+class DPOConfig:
+    init: str = flag("out/sft", "checkpoint to start from; also the reference")
+    data: list[str] = flag(["out/pairs.jsonl"],
+                           "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
+    out: str = flag("out/dpo", "folder of the checkpoint to write")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
+    pairs: int = flag(6000, "pairs to sample from --init (with --data world)")
+    beta: float = flag(0.1, "price of a nat away from the reference; smaller strays further")
+    label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
+    epochs: int = flag(1, "passes over the pairs")
+    batch_size: int = flag(32, "pairs per step")
+    lr: float = flag(2e-4, "peak learning rate")
+    warmup: int = flag(20, "steps of linear warm-up")
+    clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed of data and batches")
+    save_every: int = flag(100, "steps between saves of the state that --resume goes on from")
+    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    show_batch: bool = flag(False, "print one pair, [supervised] tokens marked, then exit")
+
+
+def pair_logprobs(model, pairs, pad_id, device):
+    """Summed log-probs of both responses, (2B,): the chosen ones first. A sum, not a mean: the
+    probability of an answer is the product over its tokens, <|im_end|> included."""
+    ids, mask, _ = data.preference_batch(pairs, pad_id)
+    return response_logprobs(model, ids.to(device), mask.to(device)).sum(1)
+
+
+def dpo():
+    config = parse_args(DPOConfig, description=__doc__)
+    check_range(config, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1), beta=(0, 100),
+                label_smoothing=(0, 0.5), pairs=(2, 10**9))
+    device = pick_device(config.device)
+    generator = seed_everything(config.seed)
+    model, tokenizer = load_policy(config.init, device)
+
+    # 1. Pairs of answers to one prompt, both ending with <|im_end|>.
+    train, heldout = load_pairs(config, model, tokenizer)
+    lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in train]
+    if config.show_batch:
+        for answer in (train[0].chosen, train[0].rejected):
+            ids, mask = train[0].prompt + answer, [0] * len(train[0].prompt) + [1] * len(answer)
+            print(data.show_conversation(tokenizer, ids, mask))
+        return
+
+    # 2. The reference is the model itself, now, and never changes: read it once for all pairs.
+    @torch.no_grad()
+    def read_pairs(pairs):
+        table = torch.zeros(2, len(pairs), device=device)  # chosen, rejected
+        for batch in data.length_batches([len(p.prompt) + len(p.chosen) for p in pairs], 64):
+            logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device)
+            table[:, batch] = logprobs.view(2, -1)
+        return table
+
+    reference, heldout_reference = read_pairs(train), read_pairs(heldout)  # (2, N) each
+    optimiser = adamw(model, config.lr)
+
+    def batches(epoch):  # its own seed, so that a resumed run finds the same order again
+        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        return data.length_batches(lengths, config.batch_size, order)
+
+    # 3. The loop.
+    per_epoch = len(batches(0))
+    steps = config.epochs * per_epoch
+    step, seconds = 0, 0.0
+    saved = start_run(config, "dpo")
+    modules = {"model": model, "optimiser": optimiser}
+    if saved:
+        step, seconds = restore(saved, generator, modules)
+    stop, started = StopRequest(), time.perf_counter() - seconds
+    print(f"dpo: {len(train):,} pairs, {steps:,} steps; held out {len(heldout):,}")
+    bar = progress(steps, step, "dpo")
+    for epoch in range(step // per_epoch, config.epochs):
+        for batch in batches(epoch)[step % per_epoch:]:
+            lr = learning_rate(step, steps, config.lr, config.warmup)
+            set_learning_rate(optimiser, lr)
+            chosen, rejected = pair_logprobs(model, [train[i] for i in batch], tokenizer.pad_id,
+                                             device).chunk(2)  # (B,) each
+            loss, stats = dpo_loss(chosen, rejected, *reference[:, batch], config.beta,
+                                   config.label_smoothing)
+            check_finite(loss, step, config)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimiser.step()
+            step += 1
+
+            bar.update()
+            if step % 10 == 0 or step == steps:
+                bar.set_postfix_str(f"loss {loss.item():.3f}, margin {stats['margin'].item():.2f}")
+                log(config.out, step, loss=loss, lr=lr, gradient_norm=norm, **stats,
+                    logp_chosen=chosen.mean(), logp_rejected=rejected.mean())
+            if stop or step % config.save_every == 0:
+                save_state(config, "dpo", step, time.perf_counter() - started, generator, modules)
+            if stop:
+                bar.close()
+                leave(config)
+    bar.close()
+
+    # 4. Held-out pairs: does the policy, read as a reward model, order them rightly?
+    loss, stats = dpo_loss(*read_pairs(heldout), *heldout_reference, config.beta)
+    accuracy = wilson(round(stats["accuracy"].item() * len(heldout)), len(heldout))
+    seconds = time.perf_counter() - started
+    log(config.out, step, **{f"heldout_{name}": v for name, v in {**stats, "loss": loss}.items()})
+    save_checkpoint(config.out, model, tokenizer)
+    finish(config.out, "dpo", seconds, heldout_accuracy=accuracy, heldout_loss=loss.item(),
+           heldout_margin=stats["margin"].item(), heldout_pairs=len(heldout))
+    print(f"dpo: held-out reward accuracy {accuracy[0]:.3f} [{accuracy[1]:.3f}, {accuracy[2]:.3f}],"
+          f" margin {stats['margin'].item():.2f}; {seconds:.0f} s; wrote {config.out}")
+
+
+# ---------------------------------------------------------------------------------------------
+# PPO
+
+
+@dataclass
+class PPOConfig:
+    init: str = flag("out/sft", "checkpoint to start from; also the reference")
+    reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION, called as "
+                       "function(prompt, response) with texts, returning a number")
+    data: list[str] = flag(["world"], "'world', or files to take the prompts from (.json .jsonl)")
+    out: str = flag("out/ppo", "folder of the checkpoint to write")
+    holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
+    prompts: int = flag(6000, "prompts to generate (with --data world)")
+    eval_prompts: int = flag(200, "held-out prompts answered before and after")
+    iterations: int = flag(60, "rounds of sampling and updating")
+    episodes: int = flag(128, "prompts answered per iteration")
+    max_new_tokens: int = flag(72, "longest response, in tokens")
+    temperature: float = flag(1.0, "of sampling and of every log-prob; no top-k, no top-p")
+    beta: float = flag(0.05, "price of a nat away from the reference; 0 lets the score be tricked")
+    no_eos_score: float | None = flag(-1.0, "score of a response that did not end by itself; "
+                                      "nan keeps the score it was given")
+    gamma: float = flag(1.0, "discount per token")
+    lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
+    epochs: int = flag(2, "passes over the episodes per iteration")
+    minibatches: int = flag(4, "updates per pass")
+    ratio_clip: float = flag(0.2, "how far a token's probability ratio may move per iteration")
+    value_clip: float = flag(0.2, "how far the critic's value may move per iteration")
+    stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
+    max_kl: float | None = flag(None, "end the run when KL from the reference, in nats per "
+                                "response, exceeds this")
+    lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
+    critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
+    clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it")
+    samples_every: int = flag(10, "iterations between tables of three samples")
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed of prompts, samples and minibatches")
+    save_every: int = flag(20, "iterations between saves of the state that --resume goes on from")
+    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    show_batch: bool = flag(False, "print one sampled episode, [response] tokens marked, then exit")
+
+
+@dataclass
+class Prompt:
+    ids: list[int]
+    text: str  # what a reward function sees
+
+
+def load_prompts(config, tokenizer, context_length):
+    """(train, heldout) lists of Prompt; those without room for a response are dropped."""
+    if config.data == ["world"]:
+        counts = {config.seed: config.prompts, f"{config.seed} heldout": 2 * config.eval_prompts}
+        messages, heldout = ([[{"role": "user", "content": task.prompt}]
+                              for task in world.training_prompts(n, seed)]
+                             for seed, n in counts.items())
+    else:
+        messages, heldout = data.split_holdout(data.load_prompts(config.data), config.holdout)
+    heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
+    room = context_length - config.max_new_tokens
+    found = []
+    for part in (messages, heldout):
+        prompts = [Prompt(render_chat(tokenizer, m, generation_prompt=True)[0],
+                          "\n\n".join(turn["content"] for turn in m)) for m in part]
+        found.append([prompt for prompt in prompts if len(prompt.ids) <= room])
+        if len(found[-1]) < len(prompts):
+            print(f"rlhf: kept {len(found[-1])} of {len(prompts)} prompts; the others are longer "
+                  f"than {room} tokens", file=sys.stderr)
+        if 2 * len(found[-1]) < len(prompts) or not found[-1]:
+            raise InputError(f"{' '.join(config.data)}: most prompts are longer than {room} "
+                             f"tokens, the context of {context_length} less --max-new-tokens")
+    return found
+
+
+def load_reward_source(spec, policy, tokenizer, device):
+    """--reward as (score(prompts, responses as id lists) -> (B,), critic, the critic's shift)."""
+    path, colon, name = spec.rpartition(":")
+    if not (colon and path.endswith(".py")):
+        model, theirs, shift, _ = load_reward(spec, device)
+        probe = "Hello, how are you? 1 + 2 = 3"
+        if (theirs.vocab_size, theirs.encode(probe)) != (tokenizer.vocab_size,
+                                                         tokenizer.encode(probe)):
+            raise InputError(f"--reward {spec}: reads other tokens than --init; "
+                             "expected a reward model trained from the same tokenizer")
+
+        def model_score(prompts, responses):
+            return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
+        # The critic starts as the reward model: its guess is right at the last token, and close
+        # before it. A copy, because it goes on to learn and the reward must not.
+        return model_score, copy.deepcopy(model), shift
+
+    function = load_function(path, name)
+
+    def function_score(prompts, responses):
+        return torch.tensor([call(function, spec, prompt.text, answer_text(tokenizer, response))
+                             for prompt, response in zip(prompts, responses)])
+    critic = ScalarModel(copy.deepcopy(policy))
+    torch.nn.init.zeros_(critic.score.weight)  # it knows nothing of this reward: guess 0
+    return function_score, critic.to(device), 0.0
+
+
+def load_function(path, name):
+    """The function `name` of the Python file `path`, which is run: it is the user's own code."""
+    try:
+        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:  # whatever the file does wrong
+        raise InputError(f"--reward {path}:{name}: could not be loaded "
+                         f"({type(error).__name__}: {error})") from error
+    if not callable(function):
+        raise InputError(f"--reward {path}:{name}: expected a function, found {function!r:.60}")
+    return function
+
+
+def call(function, spec, prompt, response):
+    try:
+        value = float(function(prompt, response))
+    except Exception as error:
+        raise InputError(f"--reward {spec}: {type(error).__name__}: {error}; on the prompt "
+                         f"{prompt!r} and the response {response!r}") from error
+    if not math.isfinite(value):
+        raise InputError(f"--reward {spec}: returned {value}, expected a finite number; on the "
+                         f"prompt {prompt!r} and the response {response!r}")
+    return value
+
+
+def answer_text(tokenizer, response):
+    return tokenizer.decode([token for token in response if token != tokenizer.im_end_id])
+
+
+@dataclass
+class Rollout:
+    responses: list[list[int]]
+    ids: torch.Tensor  # (B, T) prompt, response, padding
+    mask: torch.Tensor  # (B, T) float, 1 on the response
+    logp: torch.Tensor  # (B, T) of the policy that sampled
+    ref_logp: torch.Tensor  # (B, T)
+    score: torch.Tensor  # (B,)
+    ended: torch.Tensor  # (B,) bool: the end token came
+
+
+def sample_rollout(policy, reference, score_responses, prompts, config, tokenizer, generator):
+    """Steps 1 to 4 of PPO: answers to `prompts`, with log-probs and scores."""
+    device = next(policy.parameters()).device
+    # 1. Sample at the training temperature from the whole vocabulary. With top-k or top-p we would
+    #    sample from another distribution than the one whose log-probs we differentiate.
+    # 2. The sampler cuts each response at its end token, which belongs to it.
+    responses, recorded = generate(
+        policy, [p.ids for p in prompts], config.max_new_tokens, temperature=config.temperature,
+        eos_ids=(tokenizer.im_end_id, tokenizer.endoftext_id), generator=generator)
+    rows = [p.ids + response for p, response in zip(prompts, responses)]
+    ids = data.pad_right(rows, tokenizer.pad_id).to(device)  # (B, T)
+    mask = data.pad_right([[0] * len(p.ids) + [1] * len(response)
+                           for p, response in zip(prompts, responses)], 0).to(device)
+    logp, ref_logp = (read_all(lambda i, m: response_logprobs(model, i, m, config.temperature),
+                               ids, mask) for model in (policy, reference))
+    check_recorded(recorded, logp, mask)
+
+    # 3. Score the whole response, as the reward model saw it in training: at the last real token.
+    scores = score_responses(prompts, responses)  # (B,)
+    # 4. A response cut off by --max-new-tokens gets a fixed bad score, or rambling would pay.
+    ended = torch.tensor([response[-1] == tokenizer.im_end_id for response in responses])
+    if config.no_eos_score is not None:
+        scores = torch.where(ended, scores, config.no_eos_score)
+    return Rollout(responses, ids, mask.float(), logp, ref_logp, scores.to(device), ended)
+
+
+def check_recorded(recorded, logp, mask, tolerance=1e-4):
+    """RuntimeError unless the log-probs that training computes, (B, T), are those that the sampler
+    recorded, lists of floats. If they differ, the ratio is wrong from the first update on, in
+    silence: other temperature, truncated sampling, dropout, padding, or precision."""
+    recorded = torch.tensor([x for row in recorded for x in row], device=logp.device)
+    gap = (logp[mask.bool()] - recorded).abs().max().item()
+    if not gap <= tolerance:
+        raise RuntimeError(f"log-probs of the rollout differ by {gap:.2g} nats from those of "
+                           f"training (at most {tolerance:g}): they are of two distributions")
+
+
+def token_rewards(rollout, beta):
+    """Step 5: −β (log π − log π_ref) on every token, and the score on the last one. (B, T)"""
+    rewards = -beta * (rollout.logp - rollout.ref_logp)
+    rows = torch.arange(len(rewards), device=rewards.device)
+    rewards[rows, last_token(rollout.mask)] += rollout.score
+    return rewards
+
+
+def summarise(rollout, beta):
+    """Means over episodes. `kl` is the sampled Σ_t log π/π_ref, in nats per response; `entropy`, in
+    nats per token, is the mean of −log π over the sampled tokens, its unbiased estimate."""
+    kl = (rollout.logp - rollout.ref_logp).sum(1).mean().item()
+    mean_score = rollout.score.mean().item()
+    return {"score": mean_score, "kl": kl, "rlhf_reward": mean_score - beta * kl,
+            "entropy": -masked_mean(rollout.logp, rollout.mask).item(),
+            "eos_rate": rollout.ended.float().mean().item(),
+            "tokens": rollout.mask.sum(1).mean().item()}
+
+
+def ppo():
+    config = parse_args(PPOConfig, description=__doc__)
+    check_range(config, iterations=(1, 10**9), episodes=(1, 10**6), epochs=(1, 10**6),
+                minibatches=(1, config.episodes), temperature=(0.01, 100), beta=(0, 1000),
+                max_new_tokens=(1, 10**6), gamma=(0, 1), lam=(0, 1), lr=(0, 1), critic_lr=(0, 1),
+                eval_prompts=(1, 10**6), samples_every=(1, 10**9), prompts=(1, 10**9))
+    if math.isnan(config.no_eos_score):
+        config.no_eos_score = None
+    device = pick_device(config.device)
+    seed_everything(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)  # the sampler draws on the device
+
+    # Four models: the policy, the frozen reference, the reward and the critic.
+    policy, tokenizer = load_policy(config.init, device)
+    prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    score_responses, critic, shift = load_reward_source(config.reward, policy, tokenizer, device)
+    policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
+    critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
+
+    def roll(prompts, generator):
+        return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
+                              generator)
+
+    def heldout_proxy():  # its own seed: the same luck before and after, and for every run
+        rollout = roll(heldout, torch.Generator(device).manual_seed(0))
+        return summarise(rollout, config.beta)
+
+    if config.show_batch:
+        rollout = roll(prompts[:1], generator)
+        print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
+        return
+
+    step, seconds = 0, 0.0
+    saved = start_run(config, "ppo")
+    modules = {"policy": policy, "critic": critic, "policy_optimiser": policy_optimiser,
+               "critic_optimiser": critic_optimiser}
+    before = saved["before"] if saved else heldout_proxy()
+    if saved:
+        step, seconds = restore(saved, generator, modules)
+    stop, started = StopRequest(), time.perf_counter() - seconds
+    print(f"ppo: {len(prompts):,} prompts, {config.iterations:,} iterations of {config.episodes} "
+          f"episodes; held-out score {before['score']:.3f}")
+    bar = progress(config.iterations, step, "ppo")
+    while step < config.iterations:
+        left = learning_rate(step, config.iterations, 1.0)
+        set_learning_rate(policy_optimiser, left * config.lr)
+        set_learning_rate(critic_optimiser, left * config.critic_lr)
+        drawn = torch.randint(len(prompts), (config.episodes,), generator=generator, device=device)
+
+        # 1-4. Sample, truncate, score, punish a missing end; and check what was recorded.
+        rollout = roll([prompts[i] for i in drawn.tolist()], generator)
+        ids, mask, old_logp = rollout.ids, rollout.mask, rollout.logp
+        summary = summarise(rollout, config.beta)
+        if step == 0 and abs(summary["kl"]) > 1e-3:
+            raise RuntimeError(f"KL from the reference is {summary['kl']:.2g} before any update")
+        if config.max_kl is not None and summary["kl"] > config.max_kl:
+            bar.write(f"ppo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped",
+                      file=sys.stderr)
+            break
+        # 5. Rewards per token: the price of leaving the reference, and the score at the end.
+        rewards = token_rewards(rollout, config.beta)  # (B, T)
+        # 6. Values, from a separate network, of the state *before* each token.
+        old_values = read_all(lambda i, m: response_values(critic, i, m, shift), ids, mask)
+        # 7. Advantages. The critic learns returns in the unit of the score, so these come from the
+        #    raw advantages; the policy gets whitened ones, whose size the learning rate can trust.
+        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask)
+
+        # 8. A few passes of shuffled minibatches, until the policy has moved far enough.
+        lengths = last_token(mask) + 1
+        seen, updates, enough = {}, 0, False
+        for _ in range(config.epochs):
+            order = torch.randperm(config.episodes, generator=generator, device=device)
+            for rows in order.chunk(config.minibatches):
+                longest = int(lengths[rows].max())  # padding beyond it is only work
+                i, m, *tables = (table[rows, :longest] for table in (
+                    ids, mask, old_logp, advantages, old_values, returns))
+                old, advantage, old_value, target = tables
+                logp = response_logprobs(policy, i, m, config.temperature)
+                values = response_values(critic, i, m, shift)
+                loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, m,
+                                       config.ratio_clip, config.value_clip)
+                check_finite(loss, step, config)
+                enough = stats["approx_kl"].item() > config.stop_kl
+                if enough:
+                    break
+                policy_optimiser.zero_grad(set_to_none=True)
+                critic_optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
+                torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip)
+                policy_optimiser.step()
+                critic_optimiser.step()
+                updates += 1
+                seen = {name: seen.get(name, 0) + value.item() for name, value in stats.items()}
+            if enough:
+                break
+        step += 1
+
+        # 9. What happened: on the episodes as they were sampled, and on average over the updates.
+        bar.update()
+        bar.set_postfix_str(f"score {summary['score']:.2f}, KL {summary['kl']:.1f}")
+        log(config.out, step, **summary, **{name: v / updates for name, v in seen.items()},
+            updates=updates, lr=left * config.lr)
+        if step % config.samples_every == 0:
+            samples = [{"prompt": prompts[drawn[n]].text, "score": rollout.score[n].item(),
+                        "response": answer_text(tokenizer, rollout.responses[n])}
+                       for n in range(min(3, config.episodes))]
+            log(config.out, step, samples=samples)
+            for sample in samples:  # repr: a response may hold anything
+                bar.write(f"{sample['score']:+.2f}  {sample['prompt']!r} -> {sample['response']!r}",
+                          file=sys.stderr)
+        if stop or step % config.save_every == 0:
+            save_state(config, "ppo", step, time.perf_counter() - started, generator, modules,
+                       before=before)
+        if stop:
+            bar.close()
+            leave(config)
+    bar.close()
+
+    # 10. Held-out prompts again. This is the proxy: whether people agree is evaluate.py's question.
+    after = heldout_proxy()
+    seconds = time.perf_counter() - started
+    log(config.out, step, **{f"heldout_{name}": value for name, value in after.items()})
+    save_checkpoint(config.out, policy, tokenizer)
+    finish(config.out, "ppo", seconds, iterations=step, heldout_prompts=len(heldout),
+           heldout_score_before=before["score"],
+           **{f"heldout_{name}": after[name] for name in ("score", "kl", "eos_rate", "tokens")})
+    print(f"ppo: held-out score {before['score']:.3f} -> {after['score']:.3f}, KL from the "
+          f"reference {after['kl']:.1f} nats per response; {seconds:.0f} s; wrote {config.out}")
+
+
+def main():
+    stages = {"dpo": dpo, "ppo": ppo}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name not in stages:
+        raise InputError(f"found {name!r}, expected one of {', '.join(stages)}; "
+                         "`python rlhf.py --help` explains them")
+    else:
+        sys.argv[:2] = [f"{sys.argv[0]} {name}"]  # the name in --help and in how to resume
+        stages[name]()
+
+
+if __name__ == "__main__":
+    run(main)

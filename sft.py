@@ -1,0 +1,156 @@
+"""Stage 2: supervised fine-tuning (instruction tuning). The base model learns to answer.
+
+    python sft.py --init out/base --data world --out out/sft    # the embedded world, about a minute
+    python sft.py --init out/base --data instructions.json --holdout 110 --out out/sft
+
+The same next-token loss as in pre-training, on conversations in the chat template, but summed over
+the assistant's tokens only (Foundations of LLMs, eq. 4.2):
+
+    L(θ) = − Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
+
+x is the prompt in the template, y the answer *and its end token* <|im_end|>: a model whose end
+token is never supervised never stops. Each batch holds conversations of like length, padded on the
+right to its own longest; causal attention keeps the padding from touching what comes before it.
+The mean is taken over the supervised tokens of the batch, so a long answer weighs more than a
+short one. Left out: packing several conversations into one row.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import data
+import world
+from training import (StopRequest, adamw, autocast, check_finite, check_range, finish, flag,
+                      learning_rate, leave, load_policy, log, parse_args, pick_device, progress,
+                      restore, run, save_checkpoint, save_state, seed_everything,
+                      set_learning_rate, start_run)
+
+
+@dataclass
+class Config:
+    init: str = flag("out/base", "checkpoint to start from")
+    data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
+    out: str = flag("out/sft", "folder of the checkpoint to write")
+    holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
+    conversations: int = flag(12000, "demonstrations to generate (with --data world)")
+    best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
+    epochs: int = flag(1, "passes over the conversations")
+    batch_size: int = flag(32, "conversations per step")
+    lr: float = flag(1e-3, "peak learning rate")
+    warmup: int = flag(20, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
+    clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
+    from_scratch: bool = flag(False, "throw the weights of --init away, keeping shape and tokeniser")
+    dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
+                      choices=["auto", "float32", "bfloat16"])
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed of data and batches")
+    save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
+    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
+
+
+def answer_loss(model, inputs, targets):
+    """Mean −log p of the supervised targets. inputs, targets (B, T); target −100 counts nothing.
+
+    The vocabulary projection, the dearest part of a small model, runs at supervised places only.
+    """
+    hidden = model.hidden(inputs)  # (B, T, C)
+    supervised = targets != data.IGNORE  # (B, T)
+    logits = model.head(hidden[supervised])  # (N, V)
+    return F.cross_entropy(logits, targets[supervised])
+
+
+@torch.no_grad()
+def heldout_loss(model, rows, pad_id, device):
+    """Mean nats per supervised token over all rows of (ids, mask)."""
+    total, count = 0.0, 0
+    for batch in data.length_batches([len(ids) for ids, _ in rows], 64):
+        inputs, targets = data.sft_batch([rows[i] for i in batch], pad_id)
+        tokens = (targets != data.IGNORE).sum().item()
+        total += answer_loss(model, inputs.to(device), targets.to(device)).item() * tokens
+        count += tokens
+    return total / count
+
+
+def main():
+    config = parse_args(Config, description=__doc__)
+    check_range(config, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1))
+    device = pick_device(config.device)
+    generator = seed_everything(config.seed)
+    model, tokenizer = load_policy(config.init, device)
+
+    # 1. Conversations -> (ids, mask): mask 1 on the assistant's tokens and its end token.
+    if config.data == ["world"]:
+        conversations = world.demonstrations(config.conversations, config.seed, config.best_only)
+    else:
+        conversations = data.load_conversations(config.data)
+    train, heldout = data.split_holdout(conversations, config.holdout)
+    train = data.encode_conversations(train, tokenizer, model.config.context_length)
+    heldout = data.encode_conversations(heldout, tokenizer, model.config.context_length)
+    lengths = [len(ids) for ids, _ in train]
+    if config.show_batch:
+        print(data.show_conversation(tokenizer, *train[0]))
+        return
+    if config.from_scratch:
+        model = type(model)(model.config).to(device)
+    optimiser = adamw(model, config.lr, config.weight_decay)
+    precision = autocast(device, config.dtype)
+
+    def batches(epoch):  # its own seed, so that a resumed run finds the same order again
+        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        return data.length_batches(lengths, config.batch_size, order)
+
+    # 2. The loop.
+    per_epoch = len(batches(0))
+    steps = config.epochs * per_epoch
+    step, seconds = 0, 0.0
+    saved = start_run(config, "sft")
+    modules = {"model": model, "optimiser": optimiser}
+    if saved:
+        step, seconds = restore(saved, generator, modules)
+    stop, started = StopRequest(), time.perf_counter() - seconds
+    print(f"sft: {len(train):,} conversations, {steps:,} steps; held out {len(heldout):,}")
+    bar = progress(steps, step, "sft")
+    model.train()
+    for epoch in range(step // per_epoch, config.epochs):
+        for batch in batches(epoch)[step % per_epoch:]:
+            lr = learning_rate(step, steps, config.lr, config.warmup)
+            set_learning_rate(optimiser, lr)
+            inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
+            with precision:
+                loss = answer_loss(model, inputs.to(device), targets.to(device))
+            check_finite(loss, step, config)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimiser.step()
+            step += 1
+
+            bar.update()
+            if step % 10 == 0 or step == steps:
+                rate = step * config.batch_size / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s")
+                log(config.out, step, loss=loss, lr=lr, gradient_norm=norm)
+            if stop or step % config.save_every == 0:
+                save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
+            if stop:
+                bar.close()
+                leave(config)
+    bar.close()
+
+    # 3. Held-out conversations.
+    model.eval()
+    nats = heldout_loss(model, heldout, tokenizer.pad_id, device)
+    seconds = time.perf_counter() - started
+    log(config.out, step, heldout_loss=nats)
+    save_checkpoint(config.out, model, tokenizer)
+    finish(config.out, "sft", seconds, heldout_loss=nats)
+    print(f"sft: held-out loss {nats:.3f} nats per answer token; {seconds:.0f} s; wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""reward.py: the loss, where the score is read, its zero and unit, and that it learns."""
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import data
+import reward
+from model import GPT, GPTConfig, ScalarModel
+from tokenizer import train_bpe
+from training import load_reward, save_checkpoint
+
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["the cat sat on the mat and the dog sat on the log\n"] * 3, 300)
+
+
+def tiny(vocab_size=300, seed=0):
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(vocab_size, context_length=64, layers=2, heads=2, kv_heads=2, width=32,
+                        ffn_width=64))
+    for parameter in gpt.parameters():  # a fresh block is the identity: give attention some work
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return gpt
+
+
+def test_preference_loss_is_the_mean_log_odds():
+    chosen, rejected = torch.tensor([1.0, -0.5]), torch.tensor([0.0, 1.5])
+    by_hand = (math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(2.0))) / 2
+    assert reward.preference_loss(chosen, rejected).item() == pytest.approx(by_hand, rel=1e-6)
+    assert reward.preference_loss(chosen, chosen).item() == pytest.approx(math.log(2))
+    far = reward.preference_loss(torch.tensor([-200.0]), torch.tensor([0.0]))
+    assert far.item() == pytest.approx(200)  # log(sigmoid(-200)) written out would be -inf
+
+
+def test_preference_loss_pushes_chosen_up_and_rejected_down():
+    chosen, rejected = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    reward.preference_loss(chosen, rejected).backward()
+    assert torch.allclose(chosen.grad, torch.full((3,), -0.5 / 3))
+    assert torch.allclose(rejected.grad, torch.full((3,), 0.5 / 3))
+
+
+def test_preference_loss_refuses_to_broadcast():
+    with pytest.raises(ValueError, match="rejected"):
+        reward.preference_loss(torch.zeros(4), torch.zeros(4, 1))
+
+
+def test_score_is_read_at_the_last_token_whatever_the_padding():
+    model = ScalarModel(tiny())
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    responses = [[20, 21, 22, 23, 24, 25, 26], [30, 31], [40]]
+    with torch.no_grad():
+        alone = torch.stack([model(torch.tensor([p + r]))[0, -1]
+                             for p, r in zip(prompts, responses)])
+    assert alone.std() > 0.1  # the rows do differ
+    for batch_size in (1, 2, 3):
+        found = reward.score(model, prompts, responses, PAD, batch_size)
+        assert torch.allclose(found, alone, atol=1e-5)
+    longer = reward.score(model, prompts, [r + [50] for r in responses], PAD)
+    assert (longer - alone).abs().min() > 1e-3  # the last token itself, the end token, is read
+
+
+def test_wilson():
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3
+    for successes, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                    (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        rate, found_low, found_high = reward.wilson(successes, n)
+        assert rate == successes / n
+        assert (found_low, found_high) == pytest.approx((low, high), abs=6e-5)
+    assert reward.wilson(0, 0) is None
+
+
+def test_report_knows_the_noise_ceiling():
+    pairs = [data.EncodedPair([1], [2], [3], p) for p in (0.9, 0.2, 0.6, None)]
+    report = reward.heldout_report(torch.tensor([1.0, 2.0, -1.0, -1.0]), pairs)
+    assert report["heldout_accuracy"] == reward.wilson(2, 4)
+    ceiling = (0.9 + 0.8 + 0.6) / 3  # of the rows that carry p
+    assert report["noise_ceiling"] == pytest.approx(ceiling)
+    assert report["normalised_accuracy"] == pytest.approx((2 / 3 - 0.5) / (ceiling - 0.5))
+
+
+def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
+    """The longer list of cats wins: held-out pairs come out right, and the scale is in the head."""
+    save_checkpoint(tmp_path / "sft", tiny(tokenizer.vocab_size), tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for n in range(260):
+        few, many = torch.randint(1, 9, (2,), generator=generator).sort().values.tolist()
+        rows.append({"prompt": f"the mat {n}", "chosen": "cat " * (many + 1) + "dog",
+                     "rejected": "cat " * few + "dog"})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "reward"
+    monkeypatch.setattr(sys, "argv", [
+        "reward.py", "--init", f"{tmp_path}/sft", "--data", f"{tmp_path}/pairs.jsonl", "--out",
+        str(out), "--holdout", "60", "--epochs", "3", "--batch-size", "20", "--lr", "3e-3",
+        "--dtype", "float32", "--device", "cpu", "--eval-every", "10"])
+    reward.main()
+
+    done = json.loads((out / "done").read_text())
+    assert done["stage"] == "reward" and done["heldout_pairs"] == 60
+    assert done["heldout_accuracy"][1] > 0.7  # the lower end of the interval; chance is 0.5
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert any("heldout_accuracy" in row and row["step"] == 10 for row in metrics)
+
+    model, _, shift, scale = load_reward(out)
+    pairs = data.encode_pairs(data.load_preferences([tmp_path / "pairs.jsonl"]), tokenizer, 64)
+    chosen, rejected = reward.score_pairs(model, pairs[:200], PAD)
+    scores = torch.cat([chosen, rejected]) - shift
+    assert abs(scores.mean().item()) < 0.15 and abs(scores.std().item() - 1) < 0.15
+    chosen, rejected = reward.score_pairs(model, pairs[200:], PAD)
+    unscaled = reward.preference_loss(scale * chosen, scale * rejected)
+    assert unscaled.item() == pytest.approx(done["heldout_loss"], rel=1e-4)

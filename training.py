@@ -1,0 +1,413 @@
+"""What every training loop needs exactly once: flags, devices, optimiser, schedule, checkpoints, logs.
+
+Nothing here is a trainer. Each stage writes out its own loop; this file holds the parts where two
+copies that disagree would be a silent bug. In the order a stage uses them:
+
+    flag, parse_args, run          command line from a dataclass, errors as one clear line
+    pick_device, autocast, seed_everything
+    adamw, learning_rate           weight decay on matrices only; warm-up, flat, linear decay
+    save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
+    save_state, load_state         one file with everything a stopped run needs to go on
+    log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from model import GPT, ScalarModel, config_from_hf, from_hf, hf_config, to_hf
+from tokenizer import Tokenizer
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: where, what was found, what to do."""
+
+
+def run(main):
+    """Call `main()`; bad input becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_complain(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+    except BrokenPipeError:  # `python chat.py … | head`: the reader has gone, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(message, status):
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line: every field of a stage's Config dataclass is a flag
+
+
+def flag(default, help, **options):
+    """A dataclass field that is also a command-line flag. `options` go to argparse as they are."""
+    metadata = {"help": help, **options}
+    if isinstance(default, (list, tuple)):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_args(Config, argv=None, description=None):
+    """Build the parser from the fields of `Config`, parse, return a Config.
+
+    `data_file: str` becomes `--data-file`. A field's type is its annotation: bool fields are
+    switches, list[...] fields take several values, `X | None` fields an X. A field with
+    `positional=True` in its options has no dashes. A field without a default is required.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        options = {"help": "", **field.metadata}
+        required = (field.default is dataclasses.MISSING
+                    and field.default_factory is dataclasses.MISSING)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        kind = str(getattr(field.type, "__name__", field.type)) if isinstance(
+            field.type, type) else str(field.type)
+        name = "--" + field.name.replace("_", "-")
+        if options.pop("positional", False):
+            name = field.name
+        elif required:
+            options["required"] = True
+        if not required:
+            options["default"] = default
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            if kind != "bool" and shown not in (None, ""):
+                options["help"] += f" (default: {shown})"
+        options["help"] = options["help"].replace("%", "%%")
+        if kind == "bool":
+            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif kind.startswith("list"):
+            options.setdefault("nargs", "+")
+        else:
+            base = kind.split("|")[0].strip()
+            options["type"] = {"int": int, "float": float}.get(base, str)
+        parser.add_argument(name, **options)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def check_range(config, **bounds):
+    """`check_range(config, lr=(0, 1))` refuses values outside [low, high] by the flag's name."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value}: "
+                             f"expected a value from {low} to {high}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Devices and randomness
+
+
+def pick_device(name):
+    """'auto' takes CUDA, then Apple's MPS, then the CPU. Returns a torch.device."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if available[d])
+    if not available.get(name, False):
+        raise InputError(f"--device {name}: not available here; "
+                         f"use one of {', '.join(d for d in available if available[d])}")
+    return torch.device(name)
+
+
+def autocast(device, dtype="auto"):
+    """A context for forward passes. 'auto' means bfloat16 where this device multiplies matrices
+    at least 1.3 times as fast in it as in float32: true of most GPUs and of CPUs with bf16 units,
+    not of others, so it is measured (a few milliseconds) rather than guessed."""
+    if dtype == "auto":
+        seconds = {kind: min(_matmul_seconds(device, kind) for _ in range(5))
+                   for kind in (torch.float32, torch.bfloat16)}
+        fast = seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]
+        dtype = "bfloat16" if fast else "float32"
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _matmul_seconds(device, dtype):
+    x = torch.ones(512, 512, device=device, dtype=dtype)
+    x @ x
+    start = time.perf_counter()
+    (x @ x).sum().item()
+    return time.perf_counter() - start
+
+
+def seed_everything(seed):
+    """Seed Python, numpy and torch; return a CPU generator for everything the stage draws itself."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimiser and schedule
+
+
+def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW (Loshchilov & Hutter 2019) with decay on matrices only: decaying a norm's gain towards
+    zero would shrink the signal it is there to keep."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def learning_rate(step, steps, peak, warmup=0, decay=None):
+    """Warm-up, flat, linear decay: the rate for `step` (from 0) of `steps`.
+
+    Rises linearly over the first `warmup` steps, and falls linearly over the last `decay` ones
+    (None: all that are left after the warm-up), so that the step after the last would have 0.
+    """
+    decay = steps - warmup if decay is None else decay
+    rising = (step + 1) / warmup if warmup else 1.0
+    falling = (steps - step) / decay if decay else 1.0
+    return peak * max(0.0, min(1.0, rising, falling))
+
+
+def set_learning_rate(optimiser, lr):
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: a Hugging Face folder
+
+
+def write_atomic(path, write):
+    """`write(temporary_path)`, then rename over `path`: a reader sees the old file or the new one,
+    never half of one. A failed write (a full disk, say) leaves the old file as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror or error})") from error
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise InputError(f"{path}: could not be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder, model, tokenizer, **extra):
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
+
+    `extra` goes into config.json (the reward model's shift and scale, the stage's name)."""
+    folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
+    config = hf_config(model, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
+                       pad_token_id=tokenizer.pad_id, **extra)
+    ends = {"eos_token_id": [tokenizer.im_end_id, tokenizer.endoftext_id],
+            "pad_token_id": tokenizer.pad_id}
+    tokenizer.save(folder)
+    write_atomic(folder / "model.safetensors",
+                 lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    for name, value in (("generation_config.json", ends), ("config.json", config)):
+        write_atomic(folder / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def load_checkpoint(folder, device="cpu"):
+    """Read a folder of `save_checkpoint`, or a Llama / Qwen3 folder of Hugging Face.
+
+    Returns (model, tokenizer, config dict); the model is a GPT, or a ScalarModel where the folder
+    holds a reward model. Strict: a missing, surplus or misshapen tensor is an InputError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a checkpoint "
+                         "(config.json, model.safetensors, tokenizer.json)")
+    try:
+        info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config_from_hf(info)
+        index = folder / "model.safetensors.index.json"
+        shards = (sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                  if index.exists() else ["model.safetensors"])
+        tensors = {}
+        for shard in shards:
+            tensors |= load_file(folder / Path(shard).name)
+        scalar = any("SequenceClassification" in name for name in info.get("architectures") or [])
+        model = ScalarModel(GPT(config)) if scalar else GPT(config)
+        model.load_state_dict(from_hf(tensors, config))
+        tokenizer = Tokenizer.load(folder)
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: missing; is {folder} a finished checkpoint?") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: not a checkpoint that can be read here ({reason})") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, "
+                         f"its model {config.vocab_size}")
+    return model.to(device).eval(), tokenizer, info
+
+
+def load_policy(folder, device="cpu"):
+    """`load_checkpoint` for a stage that needs a language model, not a reward model."""
+    model, tokenizer, _ = load_checkpoint(folder, device)
+    if isinstance(model, ScalarModel):
+        raise InputError(f"{folder}: a reward model; expected a language model (base, sft, …)")
+    return model, tokenizer
+
+
+def load_reward(folder, device="cpu"):
+    """`load_checkpoint` for a reward model: (model, tokenizer, shift, scale). A score in units of
+    one standard deviation is `model(ids) - shift`; times `scale` it is the Bradley-Terry reward."""
+    model, tokenizer, info = load_checkpoint(folder, device)
+    if not isinstance(model, ScalarModel):
+        raise InputError(f"{folder}: a language model; expected a reward model (see reward.py)")
+    return model, tokenizer, info.get("reward_shift", 0.0), info.get("reward_scale", 1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stop and resume
+
+STATE = "training_state.pt"
+
+
+def settings_of(config):
+    """What must be equal for a resumed run to be the same run."""
+    free = ("out", "resume", "device", "show_batch", "save_every")
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+
+
+def start_run(config, stage):
+    """Prepare the output folder. Returns the saved state to go on from, or None for a fresh start.
+
+    Without --resume, or with no state to resume, old results go, so that a folder never shows
+    one run's metrics beside another's weights."""
+    folder = Path(config.out)
+    state = folder / STATE
+    if config.resume and state.exists():
+        try:
+            saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{state}: cannot be read ({str(error).splitlines()[0]})") from error
+        if saved.get("stage") != stage:
+            raise InputError(f"{state}: of stage {saved.get('stage')}, not {stage}")
+        mine = settings_of(config)
+        for name in sorted(set(mine) | set(saved["settings"])):
+            old, new = saved["settings"].get(name), mine.get(name)
+            if old != new:
+                raise InputError(f"--resume: {state} was made with --{name.replace('_', '-')} {old},"
+                                 f" not {new}; give the same settings, or start without --resume")
+        cut_metrics(folder, saved["position"])
+        return saved
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
+    for name in ("done", "metrics.jsonl", STATE):
+        (folder / name).unlink(missing_ok=True)
+    return None
+
+
+def save_state(config, stage, position, seconds, generator, modules, **extra):
+    """Everything a stopped run needs, in one file. `position` is the number of finished steps;
+    `modules` maps names to what has a state_dict (models and optimisers)."""
+    state = {"stage": stage, "settings": settings_of(config), "position": position,
+             "seconds": seconds, "generator": generator.get_state(),
+             "torch_rng": torch.get_rng_state(),
+             "modules": {name: module.state_dict() for name, module in modules.items()}, **extra}
+    write_atomic(Path(config.out) / STATE, lambda path: torch.save(state, path))
+
+
+def restore(saved, generator, modules):
+    """Put a state of `start_run` back; returns (position, seconds spent so far)."""
+    for name, module in modules.items():
+        module.load_state_dict(saved["modules"][name])
+    generator.set_state(saved["generator"])
+    torch.set_rng_state(saved["torch_rng"])
+    return saved["position"], saved["seconds"]
+
+
+class StopRequest:
+    """True once Ctrl-C (or SIGTERM) was pressed, so that a loop can finish its step, save and say
+    how to go on. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __bool__(self):
+        return self.asked
+
+
+def leave(config):
+    """After a requested stop: say what was saved and how to go on, exit status 130."""
+    command = " ".join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
+    print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)
+    sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run tells
+
+
+def progress(total, start, what):
+    """The one progress bar: loss and rate go in with `set_postfix_str`."""
+    return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True,
+                mininterval=0.5, disable=None if sys.stderr.isatty() else False,
+                file=sys.stderr, miniters=1 if sys.stderr.isatty() else max(1, total // 20))
+
+
+def log(folder, step, **metrics):
+    """Append one JSON line to metrics.jsonl. Tensors become numbers."""
+    row = {"step": step} | {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+    with open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
+                               for k, v in row.items()}) + "\n")
+
+
+def cut_metrics(folder, position):
+    """On resume, forget the metrics of steps after the last save: they will be made again."""
+    path = Path(folder) / "metrics.jsonl"
+    if path.exists():
+        rows = [r for r in path.read_text(encoding="utf-8").splitlines(True) if r.endswith("\n")]
+        kept = [r for r in rows if json.loads(r)["step"] <= position]
+        write_atomic(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+
+
+def finish(folder, stage, seconds, **summary):
+    """Last act of a stage, after its model is saved: remove the resume state, write the `done` stamp
+    (make's target, and the stage's final numbers as JSON)."""
+    folder = Path(folder)
+    (folder / STATE).unlink(missing_ok=True)
+    done = {"stage": stage, "seconds": round(seconds, 1), **summary}
+    write_atomic(folder / "done", lambda path: path.write_text(json.dumps(done) + "\n"))
+
+
+def check_finite(loss, step, config):
+    """A loss that is not a number poisons every weight it touches: stop before the update."""
+    if not torch.isfinite(loss):
+        raise InputError(f"step {step}: the loss is {loss.item()}; stopped before the update. "
+                         f"Try a lower --lr. Last save: {Path(config.out) / STATE}")
