@@ -47,7 +47,7 @@ class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of language models; a folder's name names its row"})
     reward: str | None = flag(None, "folder of the reward model: proxy scores and best-of-n")
-    data: list[str] | None = flag(None, "preference files; of their rows, those with p are held out")
+    data: list[str] | None = flag(None, "preference files; their rows with a p are held out")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(4, "solved examples in the few-shot row of a base model")
@@ -171,7 +171,7 @@ def prompts_for(speaker, tasks, config, shots=0):
 
 
 def proxy_scores(speaker, row, reward):
-    """The reward model's scores (N,). It reads chats, so a plain answer is put into the template."""
+    """The reward model's scores (N,). It reads chats, so plain answers go into the template."""
     model, shift = reward
     prompts, responses = row.sampled.prompts, row.sampled.ids
     if speaker.raw:
@@ -182,7 +182,7 @@ def proxy_scores(speaker, row, reward):
 
 
 def best_of_places(tasks, config):
-    """Places of at most --best-of-prompts tasks of each kind, the course's own always among them."""
+    """Places of at most --best-of-prompts tasks of each kind, and of the course's own."""
     groups = {}
     for i in np.random.default_rng(config.seed).permutation(len(tasks)).tolist():
         task = tasks[i]
@@ -378,8 +378,8 @@ def main(argv=None):
                                   read_answers(reference, prompts, best), None)
             voices[best_name] = reference
         else:
-            drawn = generate_all(reference.model, [p for p in prompts for _ in range(config.best_of)],
-                                 config.max_new_tokens, **sampling)
+            repeated = [ids for ids in prompts for _ in range(config.best_of)]
+            drawn = generate_all(reference.model, repeated, config.max_new_tokens, **sampling)
             samples = [drawn[i:i + config.best_of] for i in range(0, len(drawn), config.best_of)]
         for i, drawn in zip(places, samples):
             if tasks[i].kind == "answerable":

@@ -53,12 +53,13 @@ def dig(measures, path):
 
 
 def cell(value, unit):
-    """'71 % (69–73)', '0.52 (0.50–0.53)' or '–'; `value` is [mean, low, high], a number or None."""
+    """'71 % (69–73)', '0.52 (0.50–0.53)' or '–'. `value`: [mean, low, high], a number or None."""
     if value is None:
         return "–"
     mean, low, high = value if isinstance(value, list) else (value, None, None)
     if unit == PERCENT:
-        return f"{100 * mean:.0f} %" + ("" if low is None else f" ({100 * low:.0f}–{100 * high:.0f})")
+        around = f" ({100 * low:.0f}–{100 * high:.0f})" if low is not None else ""
+        return f"{100 * mean:.0f} %{around}"
     places = 1 if abs(mean) >= 10 else 2
     around = f" ({low:.{places}f}–{high:.{places}f})" if low is not None and low < high else ""
     return f"{mean:.{places}f}{around}"
@@ -106,21 +107,21 @@ def answer_rows(transcript):
 def notes(report):
     """Sentences on how it was measured."""
     settings, judged = report["settings"], report["reward_model"]
+    counted = "greedy answers" if settings["accuracy_decode"] == "greedy" else "samples"
     lines = [
         f"{report['prompts']:,} held-out prompts, the same for every checkpoint. In brackets: 95 % "
         "intervals, Wilson's for rates, a bootstrap over prompts for means.",
-        f"Accuracy counts {'greedy answers' if settings['accuracy_decode'] == 'greedy' else 'samples'}"
-        " (best-of-n: its choice); all else counts one sample per prompt at temperature 1, at most "
-        f"{settings['max_new_tokens']} tokens.",
+        f"Accuracy counts {counted} (best-of-n: its choice); all else counts one sample per prompt "
+        f"at temperature 1, at most {settings['max_new_tokens']} tokens.",
         f"Best-of-{settings['best_of']} and the needless “I do not know” are measured on "
-        f"{report['best_of_prompts']:,} of the prompts; the KL of best-of-n is log n − (n − 1)/n.",
-        "A base model answers plain text, a question and a line break; what it writes up to the "
-        f"next line break is its answer. Few-shot: {settings['few_shot']} solved examples before it.",
+        f"{report['best_of_prompts']:,} of them; the KL of best-of-n is log n − (n − 1)/n.",
+        "A base model reads plain text, a question and a line break; what it writes up to the next "
+        f"line break is its answer. Few-shot: {settings['few_shot']} solved examples come before.",
     ]
     if judged["accuracy"]:
         lines.append(
-            f"The reward model is right on {cell(judged['accuracy'], PERCENT)} of {judged['pairs']:,} "
-            f"held-out pairs; their labels are noisy, and nobody can exceed "
+            f"The reward model is right on {cell(judged['accuracy'], PERCENT)} of the "
+            f"{judged['pairs']:,} held-out pairs. Their labels are noisy: nobody can exceed "
             f"{100 * judged['noise_ceiling']:.0f} %. Between guessing (0) and that ceiling (1) it "
             f"stands at {cell(judged['normalised'], NUMBER)}.")
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items()
@@ -247,7 +248,7 @@ def pictures(report, folder):
                 curves.append(("held out", *curve(rows, "heldout_loss"), {"marker": "o"}))
             losses.append((f"{name}: loss", "step", curves))
     against = []
-    for title, path in (("gold score", ("gold", "total")), ("score by the reward model", ("proxy",))):
+    for title, path in (("gold score", ("gold", "total")), ("reward model’s score", ("proxy",))):
         points = [(name, [measures["kl_from_sft"][0]], [dig(measures, path)[0]],
                    {"marker": "o", "linestyle": "none"})
                   for name, measures in report["checkpoints"].items()
@@ -314,7 +315,8 @@ def html_list(lines):
 
 def html_transcript(transcript):
     answers = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}<small>{html.escape(marks)}</small></dd>"
+        f"<dt>{html.escape(name)}</dt>"
+        f"<dd>{html.escape(text)}<small>{html.escape(marks)}</small></dd>"
         for name, text, marks in answer_rows(transcript))
     about = ", ".join(filter(None, (transcript["family"],
                                     transcript["holdout"].replace("_", " "))))

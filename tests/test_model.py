@@ -113,6 +113,19 @@ def test_padding_and_batch_do_not_matter():
     torch.testing.assert_close(unmasked[0, :3], alone[0], atol=1e-5, rtol=1e-5)
 
 
+def test_padding_is_safe_in_any_attention_kernel(monkeypatch):
+    """torch's CPU kernel turns a query without keys into 0, the textbook softmax into NaN."""
+    def textbook(q, k, v, attn_mask, **_):
+        scores = q @ k.repeat_interleave(q.size(1) // k.size(1), 1).mT / math.sqrt(q.size(-1))
+        weights = scores.masked_fill(~attn_mask, -math.inf).softmax(-1)
+        return weights @ v.repeat_interleave(q.size(1) // k.size(1), 1)
+
+    model, ids, mask = tiny(), random_ids(1, 6), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    expected = model(ids, mask)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", textbook)
+    torch.testing.assert_close(model(ids, mask), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_scalar_model_ignores_padding():
     model = ScalarModel(tiny())
     ids = random_ids(1, 6)
@@ -205,6 +218,8 @@ def test_rows_stop_where_the_context_ends():
 def test_stream_equals_generate_and_leaves_gradients_on():
     model = tiny()
     options = dict(temperature=0.9, top_k=9, top_p=0.9, eos_ids=(4,))
+    head = model.head
+    model.head = lambda h: head(h) if not torch.is_grad_enabled() else pytest.fail("grad is on")
     streamed = []
     for token in stream(model, PROMPTS[1], 10, **options,
                         generator=torch.Generator().manual_seed(3)):
@@ -248,6 +263,14 @@ def test_sampling_frequencies_and_logprobs(temperature, top_k, top_p, allowed):
     counts = ids.bincount(minlength=6)[allowed]
     chi_square = ((counts - n * expected[allowed]) ** 2 / (n * expected[allowed])).sum()
     assert chi_square < 20  # 4 degrees of freedom or fewer: p < 0.0005
+
+
+@pytest.mark.parametrize("extreme, expected", [(0.0, 1), (1 - 2 ** -24, 3)])
+def test_no_draw_lands_on_an_impossible_token(monkeypatch, extreme, expected):
+    monkeypatch.setattr("torch.rand", lambda *shape, **_: torch.full(shape, extreme))
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 1.0, -math.inf]])
+    ids, _ = sample(logits, 1.0, None, None, None)
+    assert ids.item() == 4 - expected  # u = 1 - rand, so the ends trade places
 
 
 def test_top_k_keeps_exactly_k_of_equals():

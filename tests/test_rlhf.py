@@ -1,0 +1,369 @@
+"""rlhf.py: each loss against its equation written out, masks, the rollout's checks, and learning."""
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import rlhf
+from model import GPT, GPTConfig, ScalarModel, generate
+from reward import score
+from tokenizer import render_chat, train_bpe
+from training import InputError, load_policy, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["the cat sat on the mat and the dog sat on the log\n"] * 3, 300)
+
+
+def tiny(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(tokenizer.vocab_size, context_length=64, layers=2, heads=2, kv_heads=2,
+                        width=32, ffn_width=64))
+    for parameter in gpt.parameters():  # a fresh block is the identity: give attention some work
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return gpt
+
+
+def ragged(seed, *lengths):
+    """(B, T) mask with rows of these lengths, and three random tables that are not 0 outside it."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return mask.float(), *torch.randn(3, *mask.shape, generator=generator)
+
+
+# ---- DPO -----------------------------------------------------------------------------------------
+
+def test_dpo_loss_is_eq_7():
+    chosen, rejected = torch.tensor([-12.0, -30.0]), torch.tensor([-14.0, -21.0])
+    ref_chosen, ref_rejected = torch.tensor([-13.0, -28.0]), torch.tensor([-13.5, -25.0])
+    beta = 0.1
+    z = [beta * ((-12 + 13) - (-14 + 13.5)), beta * ((-30 + 28) - (-21 + 25))]
+    by_hand = sum(-math.log(1 / (1 + math.exp(-x))) for x in z) / 2
+    loss, stats = rlhf.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+    assert stats["reward_chosen"].item() == pytest.approx(beta * (1 - 2) / 2)
+    assert stats["reward_rejected"].item() == pytest.approx(beta * (-0.5 + 4) / 2)
+    assert stats["margin"].item() == pytest.approx(sum(z) / 2)
+    assert stats["accuracy"].item() == 0.5
+    smooth, _ = rlhf.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, 0.2)
+    other = sum(-math.log(1 / (1 + math.exp(x))) for x in z) / 2
+    assert smooth.item() == pytest.approx(0.8 * by_hand + 0.2 * other, rel=1e-6)
+
+
+def test_dpo_starts_at_ln_2_and_pulls_the_two_apart():
+    chosen = torch.tensor([-12.0, -30.0], requires_grad=True)
+    rejected = torch.tensor([-14.0, -21.0], requires_grad=True)
+    loss, _ = rlhf.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.3)
+    assert loss.item() == pytest.approx(math.log(2))
+    loss.backward()
+    assert torch.allclose(chosen.grad, torch.full((2,), -0.3 / 4))
+    assert torch.allclose(rejected.grad, torch.full((2,), 0.3 / 4))
+
+
+def test_pair_logprobs_sum_over_the_response_alone(tokenizer):
+    """Against one row at a time, no padding, every token's log-prob read off a full softmax."""
+    model = tiny(tokenizer)
+    pairs = [rlhf.data.EncodedPair([5, 6, 7], [20, 21, 22, 23], [24]),
+             rlhf.data.EncodedPair([8], [9, 10], [11, 12, 13, 14, 15, 16])]
+    rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    expected = []
+    for prompt, response in rows:
+        logprobs = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+        expected.append(sum(logprobs[t, y] for t, y in zip(places, response)))
+    found = rlhf.pair_logprobs(model, pairs, tokenizer.pad_id, "cpu")
+    assert torch.allclose(found, torch.stack(expected), atol=1e-4)
+
+
+# ---- GAE and whitening ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
+def test_gae_is_the_double_sum(gamma, lam):
+    mask, rewards, values, _ = ragged(1, 5, 1, 3)
+    expected = torch.zeros_like(mask)
+    for b, length in enumerate(mask.sum(1).int().tolist()):
+        for t in range(length):
+            for l in range(length - t):
+                after = values[b, t + l + 1] if t + l + 1 < length else 0.0
+                delta = rewards[b, t + l] + gamma * after - values[b, t + l]
+                expected[b, t] += (gamma * lam) ** l * delta
+    advantages, returns = rlhf.gae(rewards, values, mask, gamma, lam)
+    assert torch.allclose(advantages, expected, atol=1e-5)
+    assert torch.allclose(returns, (expected + values) * mask, atol=1e-5)
+    boolean, _ = rlhf.gae(rewards, values, mask.bool(), gamma, lam)
+    assert torch.equal(boolean, advantages)
+
+
+def test_gae_ignores_what_is_before_the_response():
+    mask, rewards, values, noise = ragged(2, 4, 2)
+    wide = [torch.cat([noise[:, :2], table], 1) for table in (rewards, values)]
+    wide_mask = torch.cat([torch.zeros(2, 2), mask], 1)
+    for plain, shifted in zip(rlhf.gae(rewards, values, mask, 1.0, 0.95),
+                              rlhf.gae(*wide, wide_mask, 1.0, 0.95)):
+        assert torch.equal(shifted[:, 2:], plain) and not shifted[:, :2].any()
+
+
+def test_whiten_sees_no_padding():
+    mask, x, noise, _ = ragged(3, 6, 2, 4)
+    white = rlhf.whiten(x, mask)
+    kept = white[mask.bool()]
+    assert abs(kept.mean()) < 1e-6 and abs(kept.std(correction=0) - 1) < 1e-5
+    assert not white[~mask.bool()].any()
+    assert torch.allclose(rlhf.whiten(torch.where(mask.bool(), x, 100 * noise), mask), white)
+
+
+# ---- the PPO loss --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("advantage, log_ratio, has_gradient", [
+    (1.0, 0.5, False), (1.0, -0.5, True), (-1.0, 0.5, True), (-1.0, -0.5, False),
+    (1.0, 0.1, True), (-1.0, -0.1, True)])
+def test_ppo_clips_only_steps_with_the_advantage(advantage, log_ratio, has_gradient):
+    old, one = torch.tensor([[-2.0]]), torch.ones(1, 1)
+    logp = (old + log_ratio).requires_grad_()
+    loss, stats = rlhf.ppo_loss(logp, old, advantage * one, one, one, one, one)
+    ratio = math.exp(log_ratio)
+    by_hand = -min(ratio * advantage, max(0.8, min(1.2, ratio)) * advantage)
+    assert loss.item() == pytest.approx(by_hand)
+    loss.backward()
+    # d loss / d logp = −ratio · advantage, or 0 once clipped
+    assert logp.grad.item() == pytest.approx(-ratio * advantage if has_gradient else 0.0)
+    assert stats["clip_fraction"].item() == (abs(ratio - 1) > 0.2)
+    assert stats["ratio"].item() == pytest.approx(ratio)
+    assert stats["approx_kl"].item() == pytest.approx(ratio - 1 - log_ratio)
+
+
+@pytest.mark.parametrize("value, old, target, by_hand, has_gradient", [
+    (1.0, 0.0, 3.0, (0.2 - 3) ** 2, False),  # moved far towards the target: held at 0.2
+    (-1.0, 0.0, 3.0, (-1.0 - 3) ** 2, True),  # moved away from it: the larger loss counts
+    (0.1, 0.0, 3.0, (0.1 - 3) ** 2, True)])
+def test_ppo_clips_the_critic_about_its_old_values(value, old, target, by_hand, has_gradient):
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    values = torch.tensor([[value]], requires_grad=True)
+    loss, stats = rlhf.ppo_loss(zero, zero, zero, values, old * one, target * one, one)
+    assert stats["value_loss"].item() == pytest.approx(0.5 * by_hand)
+    assert loss.item() == pytest.approx(0.1 * 0.5 * by_hand)
+    loss.backward()
+    assert bool(values.grad.item()) == has_gradient
+
+
+def test_ppo_loss_is_a_mean_over_tokens_and_sees_no_padding():
+    mask, logp, values, advantages = ragged(4, 6, 2, 4)
+    _, noise, old_values, returns = ragged(5, 6, 2, 4)
+    old_logp = logp + 0.3 * noise
+    loss, stats = rlhf.ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask)
+    real = mask.bool()
+    tokens = [table[real][None] for table in (logp, old_logp, advantages, values, old_values,
+                                              returns)]
+    flat_loss, flat_stats = rlhf.ppo_loss(*tokens, torch.ones(1, 12))
+    assert loss.item() == pytest.approx(flat_loss.item(), rel=1e-5)
+    for name, value in stats.items():
+        assert value.item() == pytest.approx(flat_stats[name].item(), rel=1e-4), name
+    assert stats["explained_variance"].item() == pytest.approx(
+        (1 - (returns - old_values)[real].var() / returns[real].var()).item(), rel=1e-4)
+    logp.requires_grad_(), values.requires_grad_()
+    loss, _ = rlhf.ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask)
+    loss.backward()
+    assert not logp.grad[~real].any() and not values.grad[~real].any()
+
+
+# ---- the rollout ---------------------------------------------------------------------------------
+
+def roll(tokenizer, policy, **settings):
+    config = rlhf.PPOConfig(max_new_tokens=9, **settings)
+    texts = ["the cat", "a", "the dog sat on the mat", "cat cat cat"] * 4
+    prompts = [rlhf.Prompt(render_chat(tokenizer, [{"role": "user", "content": text}],
+                                       generation_prompt=True)[0], text) for text in texts]
+    generator = torch.Generator().manual_seed(3)
+    score_all = lambda prompts, responses: torch.arange(1.0, 1 + len(responses))
+    return prompts, rlhf.sample_rollout(policy, tiny(tokenizer, seed=1), score_all, prompts, config,
+                                        tokenizer, generator)
+
+
+def eager_to_stop(tokenizer):
+    """A random model that ends many of its answers before the ninth token, not all."""
+    policy = tiny(tokenizer)
+    with torch.no_grad():
+        policy.embed.weight[tokenizer.im_end_id] *= 3
+    return policy
+
+
+def test_rollout_scores_and_rewards(tokenizer):
+    policy = eager_to_stop(tokenizer)
+    prompts, rollout = roll(tokenizer, policy)
+    ended = [response[-1] == tokenizer.im_end_id for response in rollout.responses]
+    assert any(ended) and not all(ended)
+    assert rollout.score.tolist() == [n + 1.0 if end else -1.0 for n, end in enumerate(ended)]
+    assert roll(tokenizer, policy, no_eos_score=None)[1].score.tolist() == [*range(1, 17)]
+
+    rewards = rlhf.token_rewards(rollout, beta=0.3)
+    for b, (prompt, response) in enumerate(zip(prompts, rollout.responses)):
+        first, last = len(prompt.ids), len(prompt.ids) + len(response) - 1
+        assert rollout.ids[b, first:last + 1].tolist() == response
+        assert rollout.mask[b].nonzero().flatten().tolist() == [*range(first, last + 1)]
+        expected = -0.3 * (rollout.logp[b] - rollout.ref_logp[b])
+        expected[last] += rollout.score[b]
+        assert torch.allclose(rewards[b], expected)
+        assert not rewards[b, :first].any() and not rewards[b, last + 1:].any()
+
+    summary = rlhf.summarise(rollout, beta=0.3)
+    kl = (rollout.logp - rollout.ref_logp).sum() / 16
+    assert kl.abs() > 0.5  # two different models: the statistic has something to show
+    assert summary["kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert summary["rlhf_reward"] == pytest.approx(rollout.score.mean().item() - 0.3 * kl.item())
+    assert summary["tokens"] == sum(map(len, rollout.responses)) / 16
+    assert summary["eos_rate"] == sum(ended) / 16
+    assert summary["entropy"] == pytest.approx(
+        -(rollout.logp.sum() / sum(map(len, rollout.responses))).item(), rel=1e-5)
+
+
+def test_recorded_logprobs_must_be_those_of_training(tokenizer, monkeypatch):
+    policy = eager_to_stop(tokenizer)
+    roll(tokenizer, policy, temperature=0.7)  # the same temperature on both sides: fine
+
+    def truncated(*args, **options):
+        return generate(*args, **{**options, "top_k": 20})
+
+    def hotter(*args, **options):
+        return generate(*args, **{**options, "temperature": 1.01})
+
+    for wrong in (truncated, hotter):
+        monkeypatch.setattr(rlhf, "generate", wrong)
+        with pytest.raises(RuntimeError, match="two distributions"):
+            roll(tokenizer, policy)
+    with pytest.raises(RuntimeError):
+        rlhf.check_recorded([[float("nan")]], torch.zeros(1, 2), torch.tensor([[0, 1]]))
+
+
+def test_values_are_of_the_state_before_each_token(tokenizer):
+    critic = ScalarModel(tiny(tokenizer))
+    ids = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 0, 0]])
+    mask = torch.tensor([[0.0, 0, 1, 1, 1], [0, 1, 1, 0, 0]])
+    values = rlhf.response_values(critic, ids, mask, shift=0.5)
+    assert not values[mask == 0].any()
+    alone = critic(torch.tensor([[4, 5, 6]]))[0, -1] - 0.5  # has not seen token 3 = id 7
+    assert values[0, 3].item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_reward_model_becomes_score_and_critic(tokenizer, tmp_path):
+    model = ScalarModel(tiny(tokenizer, seed=5))
+    save_checkpoint(tmp_path / "reward", model, tokenizer, reward_shift=0.7, reward_scale=2.0)
+    scores, critic, shift = rlhf.load_reward_source(str(tmp_path / "reward"), None, tokenizer, "cpu")
+    prompts, responses = [rlhf.Prompt([5, 6], "")] * 2, [[7], [8, 9, 10]]
+    expected = score(model, [[5, 6]] * 2, responses, 0) - 0.7
+    assert torch.allclose(scores(prompts, responses), expected, atol=1e-6)
+    assert shift == 0.7
+    with torch.no_grad():
+        critic.score.weight.zero_()  # the critic learns; the reward must not change with it
+    assert torch.allclose(scores(prompts, responses), expected, atol=1e-6)
+
+
+def test_reward_function_errors_name_the_prompt(tokenizer, tmp_path):
+    (tmp_path / "f.py").write_text("def good(p, r): return len(p) + len(r)\n"
+                                   "def bad(p, r): return 1 / (len(p) - 7)\n"
+                                   "def nan(p, r): return float('nan')\n"
+                                   "text = 'no function'\n")
+    prompts, responses = [rlhf.Prompt([1], "the cat")], [tokenizer.encode("ab")
+                                                         + [tokenizer.im_end_id]]
+
+    def load(name, file="f.py"):
+        return rlhf.load_reward_source(f"{tmp_path}/{file}:{name}", tiny(tokenizer), tokenizer,
+                                       "cpu")
+
+    scores, critic, shift = load("good")
+    assert scores(prompts, responses).tolist() == [9.0] and shift == 0
+    assert not critic(torch.tensor([[1, 2]])).any()
+    for name in ("bad", "nan"):
+        with pytest.raises(InputError, match="the cat"):
+            load(name)[0](prompts, responses)
+    for name, file in (("missing", "f.py"), ("text", "f.py"), ("good", "none.py")):
+        with pytest.raises(InputError, match="--reward"):
+            load(name, file)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["rlhf.py", *map(str, args)])
+    rlhf.main()
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_unknown_subcommand(monkeypatch, capsys):
+    for args in ([], ["pop"]):
+        with pytest.raises(InputError, match="dpo, ppo"):
+            run(monkeypatch, *args)
+    run(monkeypatch, "--help")
+    assert "rlhf.py dpo" in capsys.readouterr().out
+
+
+def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
+    save_checkpoint(tmp_path / "sft", tiny(tokenizer), tokenizer)
+    rows = [{"prompt": f"the mat {n}", "chosen": f"cat {n}", "rejected": f"dog {n}"}
+            for n in range(120)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "dpo"
+    run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
+        out, "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-3", "--warmup", 0,
+        "--device", "cpu")
+    done, rows = json.loads((out / "done").read_text()), metrics(out)
+    assert done["heldout_margin"] > 0.5 and done["heldout_accuracy"][1] > 0.7
+    assert rows[0]["step"] == 10 and rows[1]["margin"] > rows[0]["margin"] > 0
+    assert {"reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"} <= set(rows[0])
+    load_policy(out)
+
+
+def toy_ppo(monkeypatch, tmp_path, tokenizer, out, *args):
+    """The reward is the share of the letter a in the response, as a plain Python function."""
+    if not (tmp_path / "sft").exists():
+        policy = tiny(tokenizer)
+        with torch.no_grad():
+            policy.embed.weight *= 0.5  # less sure of itself: there must be something to explore
+        save_checkpoint(tmp_path / "sft", policy, tokenizer)
+        (tmp_path / "share.py").write_text(
+            "def of_a(prompt, response):\n    return response.count('a') / max(1, len(response))\n")
+        rows = [{"instruction": f"the cat {n}", "output": "x"} for n in range(40)]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(monkeypatch, "ppo", "--init", tmp_path / "sft", "--reward", f"{tmp_path}/share.py:of_a",
+        "--data", tmp_path / "prompts.jsonl", "--out", out, "--holdout", 10, "--episodes", 64,
+        "--max-new-tokens", 8, "--no-eos-score", "nan", "--device", "cpu", "--lr", "1e-3", *args)
+    return json.loads((out / "done").read_text()), metrics(out)
+
+
+def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
+    out = tmp_path / "ppo"
+    done, rows = toy_ppo(monkeypatch, tmp_path, tokenizer, out, "--iterations", 25)
+    rows = [row for row in rows if "score" in row]
+    first, last = rows[0], rows[-1]
+    assert first["kl"] == pytest.approx(0, abs=1e-3) and first["rlhf_reward"] == first["score"]
+    assert last["score"] > first["score"] + 0.2
+    assert done["heldout_score"] > done["heldout_score_before"] + 0.2
+    assert done["heldout_kl"] > 0.1 and last["entropy"] < first["entropy"]
+    assert last["lr"] < first["lr"]
+    load_policy(out)
+
+
+def test_ppo_resumes_where_it_stopped(monkeypatch, tmp_path, tokenizer):
+    """Six iterations in one go, and six with a stop after the third, give the same numbers."""
+    settings = ["--iterations", 6, "--save-every", 3, "--samples-every", 2]
+    whole, rows = toy_ppo(monkeypatch, tmp_path, tokenizer, tmp_path / "whole", *settings)
+    save = rlhf.save_state
+
+    def save_and_die(config, stage, position, *args, **extra):
+        save(config, stage, position, *args, **extra)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlhf, "save_state", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        toy_ppo(monkeypatch, tmp_path, tokenizer, tmp_path / "cut", *settings)
+    monkeypatch.setattr(rlhf, "save_state", save)
+    resumed, again = toy_ppo(monkeypatch, tmp_path, tokenizer, tmp_path / "cut", *settings,
+                             "--resume")
+    assert again == rows
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
