@@ -164,7 +164,7 @@ def main():
     nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes)
     seconds = time.perf_counter() - started
     log(config.out, step, heldout_loss=nats, bits_per_byte=bits)
-    save_checkpoint(config.out, model, tokenizer)
+    save_checkpoint(config.out, model, tokenizer, stage="pretrain")
     finish(config.out, "pretrain", seconds, train_loss=loss.item(), heldout_loss=nats,
            bits_per_byte=bits)
     print(f"pretrain: held-out loss {nats:.3f} nats per token, {bits:.3f} bits per byte; "

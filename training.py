@@ -221,8 +221,9 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     `extra` goes into config.json (the reward model's shift and scale, the stage's name)."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
-    config = hf_config(model, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
-                       pad_token_id=tokenizer.pad_id, **extra)
+    scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
+    config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
+                       pad_token_id=tokenizer.pad_id, **scalar, **extra)
     ends = {"eos_token_id": [tokenizer.im_end_id, tokenizer.endoftext_id],
             "pad_token_id": tokenizer.pad_id}
     tokenizer.save(folder)
