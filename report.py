@@ -10,6 +10,7 @@ never interpreted. Left out: interactive plots.
 import html
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -134,14 +135,16 @@ def notes(report):
 
 
 def markdown_text(text):
-    """Escaped, so that it is shown as it is, in one line."""
-    text = re.sub(r"([\\`*_{}\[\]<>#|~$!])", r"\\\1", text.replace("&", "&amp;"))
+    """Escaped, so that it is shown as it is, in one line. An _ inside a word means nothing."""
+    special = r"[\\`*{}\[\]<>#|~$]|(?<![^\W_])_|_(?![^\W_])"
+    text = re.sub(special, r"\\\g<0>", visible(text).replace("&", "&amp;"))
     return text.replace("\n", " ⏎ ")
 
 
 def markdown_table(headings, rows):
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [[markdown_text(text) for text in line] for line in (headings, *rows)]
+    return "\n".join("| " + " | ".join(line) + " |"
+                     for line in (lines[0], ["---"] * len(headings), *lines[1:]))
 
 
 def main_table(report):
@@ -155,10 +158,9 @@ def build_markdown(report):
     for course in (True, False):
         for transcript in report["transcripts"]:
             if transcript["course"] == course:
-                parts.append(f"**{markdown_text(transcript['prompt'])}** ({transcript['family']})")
-                parts.append(markdown_table(["", "answer", ""], [
-                    [name, markdown_text(text), marks]
-                    for name, text, marks in answer_rows(transcript)]))
+                parts.append(f"**{markdown_text(transcript['prompt'])}** "
+                             f"({markdown_text(transcript['family'])})")
+                parts.append(markdown_table(["", "answer", ""], answer_rows(transcript)))
         if course:
             parts += ["## Parts", markdown_table(*part_rows(report)), "## Families",
                       markdown_table(*family_rows(report)), "## More answers"]
@@ -232,7 +234,8 @@ def draw(panels, width=9.0):
 
 def pictures(report, folder):
     """-> [(heading, SVG)] of what the stages logged and of reward against KL."""
-    runs = {name: read_metrics(Path(folder) / path) for name, path in report["runs"].items()}
+    runs = {name: read_metrics(os.path.normpath(Path(folder) / path))  # the folder may not exist yet
+            for name, path in report["runs"].items()}
     losses, ppo = [], []
     for name, rows in runs.items():
         steps, values = curve(rows, "score")

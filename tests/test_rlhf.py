@@ -133,7 +133,7 @@ def test_ppo_clips_only_steps_with_the_advantage(advantage, log_ratio, has_gradi
     assert logp.grad.item() == pytest.approx(-ratio * advantage if has_gradient else 0.0)
     assert stats["clip_fraction"].item() == (abs(ratio - 1) > 0.2)
     assert stats["ratio"].item() == pytest.approx(ratio)
-    assert stats["approx_kl"].item() == pytest.approx(ratio - 1 - log_ratio)
+    assert stats["approx_kl"].item() == pytest.approx(ratio - 1 - log_ratio, rel=1e-4)
 
 
 @pytest.mark.parametrize("value, old, target, by_hand, has_gradient", [
@@ -320,25 +320,27 @@ def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
 
 
 def toy_ppo(monkeypatch, tmp_path, tokenizer, out, *args):
-    """The reward is the share of the letter a in the response, as a plain Python function."""
+    """The reward is the share of small letters in the response, as a plain Python function."""
     if not (tmp_path / "sft").exists():
         policy = tiny(tokenizer)
         with torch.no_grad():
             policy.embed.weight *= 0.5  # less sure of itself: there must be something to explore
         save_checkpoint(tmp_path / "sft", policy, tokenizer)
         (tmp_path / "share.py").write_text(
-            "def of_a(prompt, response):\n    return response.count('a') / max(1, len(response))\n")
+            "def of_small_letters(prompt, response):\n"
+            "    return sum('a' <= c <= 'z' for c in response) / max(1, len(response))\n")
         rows = [{"instruction": f"the cat {n}", "output": "x"} for n in range(40)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run(monkeypatch, "ppo", "--init", tmp_path / "sft", "--reward", f"{tmp_path}/share.py:of_a",
+    run(monkeypatch, "ppo", "--init", tmp_path / "sft", "--reward", f"{tmp_path}/share.py:of_small_letters",
         "--data", tmp_path / "prompts.jsonl", "--out", out, "--holdout", 10, "--episodes", 64,
-        "--max-new-tokens", 8, "--no-eos-score", "nan", "--device", "cpu", "--lr", "1e-3", *args)
+        "--max-new-tokens", 8, "--no-eos-score", "nan", "--device", "cpu", "--lr", "3e-3", "--beta",
+        "0.01", *args)
     return json.loads((out / "done").read_text()), metrics(out)
 
 
 def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
     out = tmp_path / "ppo"
-    done, rows = toy_ppo(monkeypatch, tmp_path, tokenizer, out, "--iterations", 25)
+    done, rows = toy_ppo(monkeypatch, tmp_path, tokenizer, out, "--iterations", 15)
     rows = [row for row in rows if "score" in row]
     first, last = rows[0], rows[-1]
     assert first["kl"] == pytest.approx(0, abs=1e-3) and first["rlhf_reward"] == first["score"]

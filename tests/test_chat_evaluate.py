@@ -1,0 +1,465 @@
+"""Chat, evaluation and report on tiny random models: the numbers are checked, not their quality."""
+
+import io
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import chat
+import evaluate
+import report
+import world
+from model import GPT, GPTConfig, ScalarModel
+from tokenizer import train_bpe
+from training import InputError, finish, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["What is the capital of France? The capital of France is Paris.\n"] * 3, 320)
+
+
+def tiny(tokenizer, seed=0, context_length=512):
+    """A random model, made to want to say something: its blocks would start as the identity."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(tokenizer.vocab_size, context_length, layers=1, heads=2, kv_heads=2,
+                          width=16, ffn_width=32)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def count_even(model, prompts, responses, pad_id, batch_size=64):
+    """Stands in for reward.score: how many ids of a response are even."""
+    return torch.tensor([float(sum(token % 2 == 0 for token in ids)) for ids in responses])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("out")
+    save_checkpoint(root / "base", tiny(tokenizer, 0), tokenizer, stage="pretrain")
+    save_checkpoint(root / "sft", tiny(tokenizer, 1), tokenizer)
+    save_checkpoint(root / "ppo", tiny(tokenizer, 2), tokenizer)
+    torch.manual_seed(3)
+    save_checkpoint(root / "reward", ScalarModel(tiny(tokenizer, 3)), tokenizer,
+                    reward_shift=0.25, reward_scale=1.0)
+    finish(root / "sft", "sft", 12.5)
+    finish(root / "reward", "reward", 7)
+    rows = [{"prompt": f"Say {n}.", "chosen": "Yes, of course.", "rejected": "No.", "p": 0.8}
+            for n in range(20)]
+    rows.insert(0, {"prompt": "Say it.", "chosen": "Yes.", "rejected": "No."})  # a training row
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "sft" / "metrics.jsonl").write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "lo')
+    return root
+
+
+# ---- prompts and answers -------------------------------------------------------------------------
+
+
+def test_raw_format_is_what_the_docstring_says(tokenizer):
+    assert chat.plain_prompt("One?") == "One?\n"
+    assert chat.plain_prompt("Three?", [("One?", "1."), ("Two?", "2.")]) == (
+        "One?\n1.\n\nTwo?\n2.\n\nThree?\n")
+    speaker = chat.Speaker("base", tiny(tokenizer), tokenizer, True, None, set())
+    ids = speaker.prompt("Three?", [("One?", "1.")])
+    assert ids[0] == tokenizer.endoftext_id
+    assert tokenizer.decode(ids[1:]) == "One?\n1.\n\nThree?\n"
+
+
+def test_raw_answer_ends_at_a_line_break(tokenizer):
+    assert [tokenizer.decode([i]) for i in chat.newline_ids(tokenizer)] == ["\n"]
+    speaker = chat.Speaker("base", tiny(tokenizer), tokenizer, True, None, set())
+    assert speaker.text(tokenizer.encode(" Paris.\nWhat")) == "Paris."
+    assert speaker.text([*tokenizer.encode("Paris."), tokenizer.endoftext_id]) == "Paris."
+
+
+def test_chat_prompt_holds_system_and_history(tokenizer):
+    ids = chat.chat_prompt(tokenizer, "C?", "Be kind.", [("A?", "B.")])
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nA?<|im_end|>\n"
+        "<|im_start|>assistant\nB.<|im_end|>\n<|im_start|>user\nC?<|im_end|>\n"
+        "<|im_start|>assistant\n")
+
+
+def test_the_oldest_turns_are_forgotten_first(tokenizer):
+    speaker = chat.Speaker("sft", tiny(tokenizer, context_length=100), tokenizer, False, None, set())
+    config = chat.Config(["sft"], max_new_tokens=10)
+    history = [(f"question {n}", f"answer {n}") for n in range(9)]
+    ids, kept = speaker.fit("last", history, config)
+    assert 0 < len(kept) < 9 and kept == history[-len(kept):]
+    assert len(ids) + 10 <= 100
+    longer = speaker.prompt("last", history[-len(kept) - 1:])
+    assert len(longer) + 10 > 100  # no more was forgotten than had to be
+    with pytest.raises(InputError, match="expected fewer than the 100"):
+        speaker.fit("x" * 200, [], config)
+
+
+def test_best_of_n_takes_the_best_sample_of_each_prompt(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "score", count_even)
+    prompts = [chat.chat_prompt(tokenizer, text) for text in ("a", "b" * 30, "cc")]
+    best, samples, scores = chat.best_of_n(
+        tiny(tokenizer), tokenizer, (None, 0.5), prompts, 8, 12, eos_ids={tokenizer.im_end_id},
+        generator=torch.Generator().manual_seed(0))
+    counts = [(count_even(None, None, drawn, 0) - 0.5).tolist() for drawn in samples]
+    assert [len(drawn) for drawn in samples] == [8, 8, 8]
+    assert scores.tolist() == counts
+    assert len(set(counts[0])) > 1  # otherwise any choice would pass
+    for choice, drawn, row in zip(best, samples, counts):
+        assert choice == drawn[row.index(max(row))]
+
+
+def test_best_of_n_with_a_real_reward_model_ignores_padding(tokenizer):
+    reward = ScalarModel(tiny(tokenizer, 5)).eval()
+    prompts = [chat.chat_prompt(tokenizer, text) for text in ("a", "b" * 40)]
+    _, samples, scores = chat.best_of_n(
+        tiny(tokenizer), tokenizer, (reward, 0.25), prompts, 3, 12,
+        eos_ids={tokenizer.im_end_id}, generator=torch.Generator().manual_seed(0))
+    for prompt, drawn, row in zip(prompts, samples, scores):
+        alone = [reward(torch.tensor([prompt + ids]))[0, -1].item() - 0.25 for ids in drawn]
+        assert row.tolist() == pytest.approx(alone, abs=1e-4)
+
+
+def test_generate_all_keeps_the_order(tokenizer):
+    model = tiny(tokenizer)
+    prompts = [tokenizer.encode("x" * n) for n in (9, 2, 7, 1, 5)]
+    greedy = {"temperature": 0.0, "eos_ids": {tokenizer.im_end_id}}
+    alone = [chat.generate(model, [ids], 6, **greedy)[0][0] for ids in prompts]
+    assert chat.generate_all(model, prompts, 6, chunk=2, **greedy) == alone
+    assert len({tuple(ids) for ids in alone}) > 1
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    assert chat.visible("a\x1b[2Jb\r\x07é\n\u202e") == r"a\x1b[2Jb\r\x07é" + "\n" + r"\u202e"
+
+
+def test_streaming_prints_whole_characters(tokenizer, monkeypatch, capsys):
+    pieces = []
+    monkeypatch.setattr(chat, "print", lambda text="", **_: pieces.append(text), raising=False)
+    ids = tokenizer.encode("é€\x1b")
+    assert len(ids) > 3  # bytes
+    monkeypatch.setattr(chat, "stream", lambda *_, **__: iter([*ids, tokenizer.im_end_id]))
+    speaker = chat.Speaker("m", None, tokenizer, False, None, {tokenizer.im_end_id})
+    assert chat.speak(speaker, [1], 9, {}) == "é€\x1b"
+    assert [piece for piece in pieces if piece] == ["é", "€", r"\x1b"]
+
+
+# ---- the chat command ----------------------------------------------------------------------------
+
+
+def run_chat(monkeypatch, capsys, arguments, lines=""):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    chat.main([str(a) for a in arguments] + ["--max-new-tokens", "12", "--device", "cpu"])
+    return capsys.readouterr().out
+
+
+def greedy_answer(folder, question):
+    speaker = chat.open_speaker(folder)
+    ids = chat.generate(speaker.model, [speaker.prompt(question)], 12, temperature=0.0,
+                        eos_ids=speaker.end_ids)[0][0]
+    return chat.visible(speaker.text(ids))
+
+
+def test_prompt_prints_the_answer_alone(folders, monkeypatch, capsys):
+    out = run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--temperature", 0])
+    assert out == greedy_answer(folders / "sft", "Hi?") + "\n" and out.strip()
+    both = run_chat(monkeypatch, capsys, [folders / "base", folders / "sft", "--prompt", "Hi?",
+                                          "--temperature", 0])
+    assert both.startswith("== base ==\n") and f"== sft ==\n{out}" in both
+
+
+def test_a_pretrained_checkpoint_is_prompted_raw(folders):
+    assert chat.open_speaker(folders / "base").raw
+    assert not chat.open_speaker(folders / "sft").raw
+    assert chat.open_speaker(folders / "sft", raw=True).raw
+
+
+def test_a_conversation_in_a_pipe(folders, monkeypatch, capsys):
+    prompts = []
+    fit = chat.Speaker.fit
+    monkeypatch.setattr(chat.Speaker, "fit", lambda self, q, history, config: (
+        prompts.append((q, list(history))), fit(self, q, history, config))[1])
+    out = run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 0],
+                   "Hi?\n\n/nonsense\nAnd you?\n/reset\nHi?\n")
+    first = greedy_answer(folders / "sft", "Hi?")
+    assert out.startswith(first) and "no such command" in out and out.endswith(first + "\n")
+    assert [(q, len(history)) for q, history in prompts] == [("Hi?", 0), ("And you?", 1), ("Hi?", 0)]
+    assert chat.visible(prompts[1][1][0][1]) == first
+
+
+def test_best_of_in_chat_asks_the_reward_model(folders, monkeypatch, capsys):
+    arguments = [folders / "sft", "--prompt", "Hi?", "--best-of", 6, "--temperature", 1]
+    with pytest.raises(InputError, match="--reward"):
+        run_chat(monkeypatch, capsys, arguments)
+    out = run_chat(monkeypatch, capsys, [*arguments, "--reward", folders / "reward"])
+    speaker, (reward, _, shift, _) = (chat.open_speaker(folders / "sft"),
+                                      chat.load_reward(folders / "reward"))
+    _, ((*samples,),), scores = chat.best_of_n(
+        speaker.model, speaker.tokenizer, (reward, shift), [speaker.prompt("Hi?")], 6, 12,
+        temperature=1.0, eos_ids=speaker.end_ids, generator=torch.Generator().manual_seed(1))
+    assert out == chat.visible(speaker.text(samples[scores[0].argmax()])) + "\n"
+
+
+def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    for choice in "ab":
+        run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1],
+                 f"Hi?\n{choice}\nHi?\ns\n")
+    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first["prompt"] == "Hi?" and first["chosen"] != first["rejected"]
+    assert (second["chosen"], second["rejected"]) == (first["rejected"], first["chosen"])
+
+
+def test_templates_other_than_chatml_are_refused(folders, tokenizer, tmp_path):
+    save_checkpoint(tmp_path, tiny(tokenizer), tokenizer)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    default = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are kind."
+               "<|im_end|>\\n' }}{% endif %}")
+    path.write_text(json.dumps(config | {"chat_template": default + config["chat_template"]}))
+    assert chat.open_speaker(tmp_path).system == "You are kind."
+    path.write_text(json.dumps(config | {"chat_template": "[INST] {{ messages }} [/INST]"}))
+    with pytest.raises(InputError, match="ChatML.*INST"):
+        chat.open_speaker(tmp_path)
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def test_rates_have_wilson_intervals():
+    # Brown, Cai and DasGupta 2001: 0 of 10 and 5 of 10 at 95 %.
+    assert evaluate.rate(np.zeros(10, bool)) == pytest.approx([0, 0, 0.2775], abs=1e-3)
+    assert evaluate.rate(np.arange(10) < 5) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-3)
+    assert evaluate.rate(np.array([], bool)) is None
+
+
+def test_bootstrap_agrees_with_the_standard_error():
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    mean, low, high = evaluate.bootstrap(values)
+    error = values.std() / math.sqrt(400)
+    assert mean == pytest.approx(values.mean())
+    assert (mean - low, high - mean) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
+    assert evaluate.bootstrap([2.0, 2.0]) == pytest.approx([2, 2, 2])
+    assert evaluate.bootstrap([]) is None
+
+
+def test_resamples_are_whole_samples_with_replacement():
+    weights = evaluate.resampling(50)
+    assert weights.shape == (2000, 50)
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(weights.mean(0), 1 / 50, rtol=0.15)
+    assert (weights == 0).mean() == pytest.approx((1 - 1 / 50) ** 50, abs=0.02)
+
+
+def test_kl_of_a_model_with_itself_is_zero_and_else_is_the_direct_sum(tokenizer):
+    policy, other = tiny(tokenizer, 1), tiny(tokenizer, 2)
+    prompts = [tokenizer.encode(text) for text in ("Hello", "A", "What is the capital of France?")]
+    answers = [[5, 6, tokenizer.im_end_id], [9], [7, 8, 9, 10, 11]]
+    same = evaluate.sequence_kl(policy, policy, prompts, answers)
+    assert same.abs().max() < 1e-9
+    found = evaluate.sequence_kl(policy, other, prompts, answers, chunk=2)
+    for kl, prompt, answer in zip(found, prompts, answers):
+        direct = 0.0
+        for t in range(len(answer)):  # one distribution at a time, no batch, no padding
+            ids = torch.tensor([prompt + answer[:t]])
+            p, q = (model(ids)[0, -1].double().softmax(0) for model in (policy, other))
+            direct += (p * (p / q).log()).sum().item()
+        assert kl.item() == pytest.approx(direct, rel=1e-4)
+
+
+# ---- the evaluation ------------------------------------------------------------------------------
+
+
+def rehearsed(tasks, texts, ended=True):
+    ids = [[1] * (3 + ended)] * len(texts)
+    return evaluate.Answers([[0]] * len(texts), ids, texts, np.full(len(texts), ended))
+
+
+@pytest.fixture(scope="module")
+def some_tasks():
+    by_family = {}
+    for task in world.heldout_tasks():
+        by_family.setdefault(task.family, []).append(task)
+    return [task for tasks in by_family.values() for task in tasks[:2]]
+
+
+def test_measures_of_known_answers(some_tasks):
+    tasks = some_tasks
+    kinds = [task.kind for task in tasks]
+    everywhere, config = np.arange(len(tasks)), evaluate.Config(["sft"])
+    best = rehearsed(tasks, [task.best for task in tasks])
+    poor = rehearsed(tasks, ["I do not know." if kind == "answerable" else "Ask the moon."
+                             for kind in kinds], ended=False)
+    model, human = (evaluate.Row(tasks, everywhere, a, a) for a in (poor, best))
+    can = np.zeros(len(tasks), bool)
+    can[[i for i, kind in enumerate(kinds) if kind == "answerable"][:3]] = True
+
+    bad = evaluate.measure(model, human, can, config)
+    assert bad["accuracy"]["all"][0] == 0 and bad["accuracy_vs_sft"]["greedy"] == [-1, -1, -1]
+    assert bad["hedging_rate"][0] == 1 and bad["prompts"]["hedging"] == 3
+    assert bad["hallucination_rate"][0] == 1 and bad["eos_rate"][0] == 0
+    assert bad["refusal_rate"]["harmful"][0] == 0 and bad["win_rate_vs_sft"][0] < 0.1
+    assert bad["mean_tokens"] == [3, 3, 3]
+
+    good = evaluate.measure(human, model, can, config)
+    assert good["accuracy"]["all"][0] == 1 and good["hedging_rate"][0] == 0
+    assert good["hallucination_rate"][0] == 0 and good["mean_tokens"] == [3, 3, 3]  # no end token
+    assert good["refusal_rate"]["harmful"][0] == 1 and good["refusal_rate"]["harmless"][0] == 0
+    assert good["win_rate_vs_sft"][0] > 0.9
+    assert good["prompts"]["accuracy"]["all"] == kinds.count("answerable")
+    assert good["prompts"]["harmless"] == len(kinds) - kinds.count("harmful") - kinds.count("unknown")
+    assert evaluate.measure(human, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
+
+    # Best-of-n answers some prompts only, and is compared with the reference on these.
+    last = everywhere[-4:]
+    part = evaluate.Row(tasks[-4:], last, rehearsed(tasks, best.texts[-4:]), None)
+    assert evaluate.measure(part, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
+    assert part.right["sampled"].all() and "greedy" not in part.right
+
+
+def test_best_of_places_are_a_share_of_each_kind():
+    tasks = world.heldout_tasks()
+    config = evaluate.Config(["sft"], best_of_prompts=20)
+    places = evaluate.best_of_places(tasks, config)
+    chosen = [tasks[i] for i in places]
+    assert sorted(set(places)) == places.tolist()
+    for kind in ("unknown", "harmful", "medical", "chat"):
+        assert 20 <= sum(task.kind == kind for task in chosen) <= 22
+    for hold in evaluate.HOLDOUTS:
+        count = sum(task.kind == "answerable" and task.holdout == hold for task in chosen)
+        assert 20 <= count <= 22
+    assert all(task in chosen for task in world.COURSE_PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def written(folders, some_tasks):
+    """One tiny evaluation of everything -> the folder of its report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "heldout_tasks", lambda: some_tasks)
+        patch.setattr(world, "heldout_documents", lambda: ["Paris is in France."] * 3)
+        evaluate.main([*(str(folders / name) for name in ("base", "sft", "ppo")),
+                       "--reward", str(folders / "reward"), "--data", str(folders / "pairs.jsonl"),
+                       "--out", str(folders / "report"), "--max-new-tokens", "10", "--device",
+                       "cpu", "--best-of", "4", "--few-shot", "1"])
+    return folders / "report"
+
+
+def test_report_has_the_whole_schema(written, some_tasks, folders):
+    found = json.loads((written / "report.json").read_text())
+    rows = found["checkpoints"]
+    assert list(rows) == ["base", "base_few_shot", "sft", "ppo", "best_of_4"]
+    everything = {*some_tasks, *world.COURSE_PROMPTS}
+    assert found["prompts"] == len(everything)
+    families = {task.family for task in everything}
+    for name, row in rows.items():
+        assert {"bits_per_byte", "accuracy", "gold", "win_rate_vs_sft", "kl_from_sft",
+                "refusal_rate", "hallucination_rate", "hedging_rate", "eos_rate", "mean_tokens",
+                "proxy", "accuracy_vs_sft"} <= set(row)
+        assert set(row["accuracy"]) == {"all", "families", *evaluate.HOLDOUTS}
+        assert set(row["accuracy"]["families"]) == families
+        assert set(row["gold"]) == {"total", "helpful", "honest", "harmless"}
+        assert set(row["refusal_rate"]) == {"harmful", "harmless"}
+        for rate in (row["accuracy"]["all"], row["gold"]["total"], row["win_rate_vs_sft"],
+                     row["refusal_rate"]["harmful"], row["hallucination_rate"], row["eos_rate"]):
+            mean, low, high = rate
+            assert 0 <= low <= mean <= high <= 1
+        mean, low, high = row["proxy"]
+        assert low <= mean <= high
+        assert (row["bits_per_byte"] is None) == (name in ("base_few_shot", "best_of_4"))
+    assert rows["base"]["kl_from_sft"] is None and rows["sft"]["kl_from_sft"] == [0, 0, 0]
+    assert rows["ppo"]["kl_from_sft"][0] > 0.1
+    assert rows["best_of_4"]["kl_from_sft"][0] == pytest.approx(math.log(4) - 3 / 4, abs=1e-4)
+    assert rows["best_of_4"]["proxy"][0] > rows["sft"]["proxy"][0]
+    judged = found["reward_model"]
+    assert judged["pairs"] == 20 and judged["noise_ceiling"] == 0.8  # the row without p is not one
+    assert judged["normalised"][0] == pytest.approx((judged["accuracy"][0] - 0.5) / 0.3, abs=1e-4)
+    assert found["seconds"]["sft"] == 12.5 and found["seconds"]["reward"] == 7
+    assert (written / found["runs"]["sft"]).resolve() == (folders / "sft").resolve()
+    course = [t for t in found["transcripts"] if t["course"]]
+    assert [t["prompt"] for t in course] == [task.prompt for task in world.COURSE_PROMPTS]
+    assert all(set(t["answers"]) == set(rows) for t in course)
+
+
+def test_the_same_seed_gives_the_same_report(written, folders):
+    before = json.loads((written / "report.json").read_text())
+    speaker = chat.open_speaker(folders / "sft")
+    config = evaluate.Config(["sft"], max_new_tokens=10)
+    tasks = list(world.COURSE_PROMPTS)
+    prompts = evaluate.prompts_for(speaker, tasks, config)
+    greedy = evaluate.ask(speaker, prompts, config, 0.0)
+    shown = [t["answers"]["sft"]["text"] for t in before["transcripts"] if t["course"]]
+    assert greedy.texts == shown
+    sampled = [evaluate.ask(speaker, prompts, config, 1.0).texts for _ in range(2)]
+    assert sampled[0] == sampled[1] != greedy.texts
+
+
+def test_unknown_reference_and_equal_names_are_refused(folders):
+    with pytest.raises(InputError, match="--reference dpo"):
+        evaluate.main([str(folders / "sft"), "--reference", "dpo"])
+    with pytest.raises(InputError, match="same name"):
+        evaluate.main([str(folders / "sft"), str(folders / "sft")])
+
+
+# ---- the pages -----------------------------------------------------------------------------------
+
+
+HOSTILE = '<script>alert(1)</script> & "q" | pipe\n</dd><img src=x onerror=alert(2)>\x1b[2J $a_b$'
+
+
+def test_hostile_text_stays_text(written):
+    found = json.loads((written / "report.json").read_text())
+    for transcript in found["transcripts"]:
+        transcript["prompt"] = transcript["best"] = HOSTILE
+        transcript["family"] = "<b>family"
+        for answer in transcript["answers"].values():
+            answer["text"] = HOSTILE
+    rows = found["checkpoints"]
+    rows["<i>evil</i> $x_"] = rows.pop("ppo")
+    page, notes = report.build_html(found, written), report.build_markdown(found)
+    tags = set(re.findall(r"<(/?[a-z][a-z0-9]*)", page, re.I))
+    assert tags.isdisjoint({"script", "/script", "img", "i", "b"})
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;q&quot; | pipe" in page
+    assert "\x1b" not in page + notes and r"\x1b[2J" in page
+    assert "<script" not in notes and "<img" not in notes.replace(r"\<", "")
+    line = next(line for line in notes.splitlines() if line.startswith("| sft") and "alert" in line)
+    assert len(re.findall(r"(?<!\\)\|", line)) == 4  # three cells: the pipe in the text is none
+
+
+def test_pages_hold_every_row_and_stand_alone(written):
+    page = (written / "report.html").read_text()
+    notes = (written / "report.md").read_text()
+    for name in ("base", "base_few_shot", "sft", "ppo", "best_of_4"):
+        assert f'<th scope="row">{name}</th>' in page and f"\n| {name} |" in notes
+    for task in world.COURSE_PROMPTS:
+        assert report.html.escape(task.prompt) in page
+    assert "<svg" in page and "sft: loss" in page and report.INK not in page
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    assert not re.search(r'(src|href)="https?:', page) and "@import" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert not [p for p in written.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_pages_can_be_rebuilt_from_the_json(written, monkeypatch, capsys):
+    old = {name: (written / name).read_text() for name in ("report.md", "report.html")}
+    for name in old:
+        (written / name).unlink()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(written)])
+    report.main()
+    assert {name: (written / name).read_text() for name in old} == old
+    monkeypatch.setattr(sys, "argv", ["report.py", str(written / "nowhere")])
+    with pytest.raises(InputError, match="report.json"):
+        report.main()
+
+
+def test_cells():
+    assert report.cell([0.714, 0.69, 0.731], report.PERCENT) == "71 % (69–73)"
+    assert report.cell([0.5, 0.48, 0.52], report.NUMBER) == "0.50 (0.48–0.52)"
+    assert report.cell([12.34, 11.0, 13.0], report.NUMBER) == "12.3 (11.0–13.0)"
+    assert report.cell(1.5, report.NUMBER) == "1.50"
+    assert report.cell(None, report.PERCENT) == "–"
