@@ -425,7 +425,7 @@ def test_hostile_text_stays_text(written):
     assert tags.isdisjoint({"script", "/script", "img", "i", "b"})
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;q&quot; | pipe" in page
     assert "\x1b" not in page + notes and r"\x1b[2J" in page
-    assert "<script" not in notes and "<img" not in notes.replace(r"\<", "")
+    assert "<" not in notes.replace(r"\<", "")
     line = next(line for line in notes.splitlines() if line.startswith("| sft") and "alert" in line)
     assert len(re.findall(r"(?<!\\)\|", line)) == 4  # three cells: the pipe in the text is none
 
