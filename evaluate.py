@@ -2,23 +2,24 @@
 
     python evaluate.py out/base out/sft out/dpo out/ppo --reward out/reward --data out/pairs.jsonl
 
-writes report.json, report.md and report.html to out/report, in about a minute for models of a
-million parameters. Every checkpoint answers every prompt twice: greedily, and with one sample at
+writes report.json, report.md and report.html to out/report, in about two minutes for models of a
+million parameters; --per-family 80 halves that. Every checkpoint answers every prompt twice: greedily, and with one sample at
 temperature 1 from the model itself, no top-k or top-p. The sample is what the KL divergence, the
 gold score, the win rate and the rates of behaviour are measured on; accuracy is given for both.
 
 A base model answers in the plain format of chat.py, zero-shot and, in a row of its own, few-shot.
 Best-of-n is a row too: the reward model's choice among n samples of the reference checkpoint (the
-one in a folder called `sft`), drawn on part of the prompts, at most --best-of-prompts of each kind.
-Those n samples also tell which questions the reference can answer, which "I do not know" to an
-answerable question is judged by.
+one in a folder called `sft`), drawn for part of the prompts. Those n samples also tell which
+questions the reference can answer: only there does "I do not know" count as needless.
 
-Rates have Wilson's interval, means a bootstrap over prompts; whatever compares with the reference
+Means are taken over equally many prompts of each family, so that rows on more or on fewer prompts
+can be compared; a rate about one kind of prompt takes all there are of the kind. Rates have Wilson's interval, means a bootstrap over prompts; whatever compares with the reference
 is paired prompt by prompt. Left out: several seeds of the training itself, which would widen every
 interval here; they are about these checkpoints, not about the method.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from tokenizer import IM_END
 from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
                       seed_everything, write_atomic)
 
+ENOUGH = 160  # prompts behind a rate of its own, however few are asked for of each family
 HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
 
 
@@ -52,9 +54,8 @@ class Config:
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(4, "solved examples in the few-shot row of a base model")
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
-    best_of_prompts: int = flag(150, "prompts of each kind (answerable: of each kind of hold-out) "
-                                     "that the best-of-n samples are drawn for")
-    per_family: int = flag(160, "held-out prompts of each family")
+    best_of_per_family: int = flag(30, "prompts of each family that best-of-n is measured on")
+    per_family: int = flag(160, "held-out prompts of each family that the rest is measured on")
     accuracy_decode: str = flag("greedy", "which answers the column `accuracy` counts",
                                 choices=["greedy", "sample"])
     system: str | None = flag(None, "instruction put before every prompt")
@@ -134,6 +135,7 @@ class Row:
     """One line of the report: the answers to `tasks`, which are the prompts number `where`."""
     tasks: list
     where: np.ndarray
+    fair: np.ndarray  # (N,) bool: the prompts that means are taken over, equally many of a family
     sampled: Answers
     greedy: Answers | None
 
@@ -170,27 +172,40 @@ def prompts_for(speaker, tasks, config, shots=0):
                         config)[0] for task in tasks]
 
 
+def fair_samples(row):
+    """(tasks, prompts, responses, texts) of the prompts that means are taken over."""
+    lists = row.tasks, row.sampled.prompts, row.sampled.ids, row.sampled.texts
+    return [list(itertools.compress(items, row.fair)) for items in lists]
+
+
 def proxy_scores(speaker, row, reward):
     """The reward model's scores (N,). It reads chats, so plain answers go into the template."""
-    model, shift = reward
-    prompts, responses = row.sampled.prompts, row.sampled.ids
+    (model, shift), tokenizer = reward, speaker.tokenizer
+    tasks, prompts, responses, texts = fair_samples(row)
     if speaker.raw:
-        tokenizer = speaker.tokenizer
-        prompts = [chat_prompt(tokenizer, task.prompt) for task in row.tasks]
-        responses = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in row.sampled.texts]
-    return score(model, prompts, responses, speaker.tokenizer.pad_id).numpy() - shift
+        prompts = [chat_prompt(tokenizer, task.prompt) for task in tasks]
+        responses = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]
+    return score(model, prompts, responses, tokenizer.pad_id).numpy() - shift
 
 
-def best_of_places(tasks, config):
-    """Places of at most --best-of-prompts tasks of each kind, and of the course's own."""
-    groups = {}
-    for i in np.random.default_rng(config.seed).permutation(len(tasks)).tolist():
-        task = tasks[i]
-        group = task.holdout if task.kind == "answerable" else task.kind
-        groups.setdefault(group, []).append(i)
-    course = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
-    return np.array(sorted({*course, *(i for g in groups.values()
-                                       for i in g[:config.best_of_prompts])}))
+def choose_tasks(config):
+    """-> (tasks, rank (N,) of each within its family). The course's prompts come first. Of each
+    family --per-family; of those behind a rate of their own, ENOUGH."""
+    counts, tasks, ranks = {}, [], []
+    for task in dict.fromkeys([*world.COURSE_PROMPTS, *world.heldout_tasks()]):
+        rank = counts[task.family] = counts.get(task.family, -1) + 1
+        rated = task.kind in ("harmful", "unknown") or task.holdout == "unseen_family"
+        if rank < max(config.per_family, ENOUGH if rated else 0):
+            tasks.append(task)
+            ranks.append(rank)
+    return tasks, np.array(ranks)
+
+
+def best_of_places(tasks, ranks, config):
+    """Places of the tasks for best-of-n: --best-of-per-family, and ENOUGH for its rates."""
+    rated = np.array([task.kind in ("harmful", "unknown") for task in tasks])
+    return np.flatnonzero(ranks < np.where(rated, max(config.best_of_per_family, ENOUGH),
+                                           config.best_of_per_family))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,14 +236,15 @@ def measure(row, reference, can_answer, config):
     known = answerable & can_answer[row.where]
     right = {name: accuracy(row.tasks, hits) for name, hits in row.right.items()}
     main = "greedy" if config.accuracy_decode == "greedy" and "greedy" in right else "sampled"
-    lengths = [len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)]
+    lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
+    gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
     result = {
         "bits_per_byte": None,
         "accuracy": right[main][0],
         "accuracy_greedy": right["greedy"][0] if "greedy" in right else None,
         "accuracy_sampled": right["sampled"][0],
         "accuracy_vs_sft": None,
-        "gold": {name: bootstrap([gold[name] for gold in row.gold]) for name in row.gold[0]},
+        "gold": {name: bootstrap(values[row.fair]) for name, values in gold.items()},
         "win_rate_vs_sft": None,
         "kl_from_sft": None,
         "proxy": None,
@@ -236,17 +252,16 @@ def measure(row, reference, can_answer, config):
                          "harmless": rate(refused[harmless])},
         "hallucination_rate": rate(~hedged[kind == "unknown"]),
         "hedging_rate": rate(hedged[known]),
-        "eos_rate": rate(row.sampled.ended),
-        "mean_tokens": bootstrap(lengths),
-        "prompts": {"total": len(row.tasks), "accuracy": right[main][1],
+        "eos_rate": rate(row.sampled.ended[row.fair]),
+        "mean_tokens": bootstrap(lengths[row.fair]),
+        "prompts": {"total": len(row.tasks), "means": int(row.fair.sum()), "accuracy": right[main][1],
                     "harmful": int((kind == "harmful").sum()), "harmless": int(harmless.sum()),
                     "unknown": int((kind == "unknown").sum()), "hedging": int(known.sum())},
     }
     if reference:
-        theirs = [reference.gold[i] for i in row.where]
-        margin = np.array([mine["total"] - its["total"] for mine, its in zip(row.gold, theirs)])
+        margin = gold["total"] - [reference.gold[i]["total"] for i in row.where]
         wins = np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
-        result["win_rate_vs_sft"] = bootstrap(wins)
+        result["win_rate_vs_sft"] = bootstrap(wins[row.fair])
         result["accuracy_vs_sft"] = {
             name: bootstrap((hits.astype(float) - reference.right[name][row.where])[answerable])
             for name, hits in row.right.items()}
@@ -320,7 +335,7 @@ def rounded(value):
 
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
-    check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_prompts=(1, 10**6),
+    check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_per_family=(1, 10**6),
                 per_family=(1, 10**6), max_new_tokens=(1, 10**5))
     started = time.perf_counter()
     device = pick_device(config.device)
@@ -340,12 +355,9 @@ def main(argv=None):
     if config.reward:
         model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
-    seen, tasks = {}, []
-    for task in dict.fromkeys([*world.COURSE_PROMPTS, *world.heldout_tasks()]):
-        seen[task.family] = seen.get(task.family, 0) + 1
-        if seen[task.family] <= config.per_family:
-            tasks.append(task)
-    places = best_of_places(tasks, config)
+    tasks, ranks = choose_tasks(config)
+    fair, everywhere = ranks < config.per_family, np.arange(len(tasks))
+    places = best_of_places(tasks, ranks, config)
     documents = world.heldout_documents()
 
     def say(text):
@@ -353,13 +365,12 @@ def main(argv=None):
     say(f"{len(tasks)} held-out prompts, {len(speakers)} checkpoints")
 
     # 2. Everybody answers.
-    everywhere = np.arange(len(tasks))
     rows, voices = {}, {}
     for name, speaker in speakers.items():
         for shots in (0, config.few_shot) if speaker.raw and config.few_shot else (0,):
             title = f"{name}_few_shot" if shots else name
             prompts = prompts_for(speaker, tasks, config, shots)
-            rows[title] = Row(tasks, everywhere, ask(speaker, prompts, config, 1.0),
+            rows[title] = Row(tasks, everywhere, fair, ask(speaker, prompts, config, 1.0),
                               ask(speaker, prompts, config, 0.0))
             voices[title] = speaker
             say(f"{title} has answered")
@@ -375,6 +386,7 @@ def main(argv=None):
             best, samples, _ = best_of_n(reference.model, reference.tokenizer, reward, prompts,
                                          config.best_of, config.max_new_tokens, **sampling)
             rows[best_name] = Row([tasks[i] for i in places], places,
+                                  ranks[places] < config.best_of_per_family,
                                   read_answers(reference, prompts, best), None)
             voices[best_name] = reference
         else:
@@ -400,10 +412,12 @@ def main(argv=None):
             found["proxy"] = bootstrap(proxy_scores(speaker, row, reward))
         if name == best_name:  # exact for a continuous reward, otherwise a bound
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
+        elif speaker is reference:
+            found["kl_from_sft"] = [0.0] * 3
         elif (reference and not speaker.raw and not reference.raw
               and same_tokens(speaker.tokenizer, reference.tokenizer)):
             found["kl_from_sft"] = bootstrap(sequence_kl(
-                speaker.model, reference.model, row.sampled.prompts, row.sampled.ids))
+                speaker.model, reference.model, *fair_samples(row)[1:3]))
         checkpoints[name] = found
         say(f"{name} is measured")
     judged = {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}

@@ -111,7 +111,8 @@ def notes(report):
     counted = "greedy answers" if settings["accuracy_decode"] == "greedy" else "samples"
     lines = [
         f"{report['prompts']:,} held-out prompts, the same for every checkpoint. In brackets: 95 % "
-        "intervals, Wilson's for rates, a bootstrap over prompts for means.",
+        "intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
+        "equally many prompts of each family.",
         f"Accuracy counts {counted} (best-of-n: its choice); all else counts one sample per prompt "
         f"at temperature 1, at most {settings['max_new_tokens']} tokens.",
         f"Best-of-{settings['best_of']} and the needless “I do not know” are measured on "

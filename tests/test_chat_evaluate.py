@@ -292,10 +292,11 @@ def test_measures_of_known_answers(some_tasks):
     tasks = some_tasks
     kinds = [task.kind for task in tasks]
     everywhere, config = np.arange(len(tasks)), evaluate.Config(["sft"])
+    fair = np.arange(len(tasks)) % 7 > 0
     best = rehearsed(tasks, [task.best for task in tasks])
     poor = rehearsed(tasks, ["I do not know." if kind == "answerable" else "Ask the moon."
                              for kind in kinds], ended=False)
-    model, human = (evaluate.Row(tasks, everywhere, a, a) for a in (poor, best))
+    model, human = (evaluate.Row(tasks, everywhere, fair, a, a) for a in (poor, best))
     can = np.zeros(len(tasks), bool)
     can[[i for i, kind in enumerate(kinds) if kind == "answerable"][:3]] = True
 
@@ -305,6 +306,9 @@ def test_measures_of_known_answers(some_tasks):
     assert bad["hallucination_rate"][0] == 1 and bad["eos_rate"][0] == 0
     assert bad["refusal_rate"]["harmful"][0] == 0 and bad["win_rate_vs_sft"][0] < 0.1
     assert bad["mean_tokens"] == [3, 3, 3]
+    expected = np.mean([gold["total"] for gold, on in zip(model.gold, fair) if on])
+    assert bad["gold"]["total"][0] == pytest.approx(expected)
+    assert bad["prompts"]["means"] == fair.sum() < bad["prompts"]["total"] == len(tasks)
 
     good = evaluate.measure(human, model, can, config)
     assert good["accuracy"]["all"][0] == 1 and good["hedging_rate"][0] == 0
@@ -317,23 +321,23 @@ def test_measures_of_known_answers(some_tasks):
 
     # Best-of-n answers some prompts only, and is compared with the reference on these.
     last = everywhere[-4:]
-    part = evaluate.Row(tasks[-4:], last, rehearsed(tasks, best.texts[-4:]), None)
+    part = evaluate.Row(tasks[-4:], last, fair[-4:], rehearsed(tasks, best.texts[-4:]), None)
     assert evaluate.measure(part, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
     assert part.right["sampled"].all() and "greedy" not in part.right
 
 
-def test_best_of_places_are_a_share_of_each_kind():
-    tasks = world.heldout_tasks()
-    config = evaluate.Config(["sft"], best_of_prompts=20)
-    places = evaluate.best_of_places(tasks, config)
-    chosen = [tasks[i] for i in places]
-    assert sorted(set(places)) == places.tolist()
-    for kind in ("unknown", "harmful", "medical", "chat"):
-        assert 20 <= sum(task.kind == kind for task in chosen) <= 22
-    for hold in evaluate.HOLDOUTS:
-        count = sum(task.kind == "answerable" and task.holdout == hold for task in chosen)
-        assert 20 <= count <= 22
-    assert all(task in chosen for task in world.COURSE_PROMPTS)
+def test_prompts_are_chosen_evenly_but_rates_of_their_own_get_enough():
+    config = evaluate.Config(["sft"], per_family=20, best_of_per_family=10)
+    tasks, ranks = evaluate.choose_tasks(config)
+    assert tasks[:3] == list(world.COURSE_PROMPTS) and len(set(tasks)) == len(tasks)
+    places = evaluate.best_of_places(tasks, ranks, config)
+    assert set(range(3)) <= set(places)
+    for family in {task.family for task in tasks}:
+        mine = np.array([task.family == family for task in tasks])
+        rated = family in ("harmful", "unknown")
+        assert (mine & (ranks < 20)).sum() == 20
+        assert mine.sum() >= 150 if rated or family == "grammar" else mine.sum() == 20
+        assert mine[places].sum() >= 150 if rated else mine[places].sum() == 10
 
 
 @pytest.fixture(scope="module")
