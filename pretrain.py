@@ -28,9 +28,9 @@ import data
 import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
-from training import (StopRequest, adamw, autocast, check_finite, check_range, finish, flag,
+from training import (Muon, StopRequest, autocast, check_finite, check_range, finish, flag,
                       learning_rate, leave, log, parse_args, pick_device, progress, restore, run,
-                      save_checkpoint, save_state, seed_everything, set_learning_rate, start_run)
+                      save_checkpoint, save_state, seed_everything, start_run)
 
 
 @dataclass
@@ -42,19 +42,23 @@ class Config:
     # the model
     vocab_size: int = flag(2048, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
     context_length: int = flag(256, "tokens the model sees at once")
-    layers: int = flag(4, "transformer blocks")
+    layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
     heads: int = flag(4, "attention heads")
     kv_heads: int = flag(4, "key/value heads; fewer than --heads is grouped-query attention")
     ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
-    qk_norm: bool = flag(False, "normalise queries and keys (saves as Qwen3 instead of Llama)")
+    qk_norm: bool = flag(True, "normalise queries and keys (saves as Qwen3; without: as Llama)")
+    tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
     steps: int = flag(1000, "optimiser steps")
-    batch_size: int = flag(16, "windows per step")
-    lr: float = flag(4e-3, "peak learning rate")
-    warmup: int = flag(50, "steps of linear warm-up")
+    batch_size: int = flag(8, "windows per step")
+    lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
+    embed_lr: float = flag(0.02, "peak learning rate of the embeddings and gains (AdamW)")
+    head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the "
+                          "embedding (AdamW)")
+    warmup: int = flag(40, "steps of linear warm-up")
     decay: float = flag(0.6, "share of the steps, at the end, over which the rate falls to 0")
-    weight_decay: float = flag(0.1, "decay of the weight matrices, per unit of learning rate")
+    weight_decay: float = flag(0.1, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
@@ -63,6 +67,21 @@ class Config:
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
     resume: bool = flag(False, "go on from the last save in --out, if there is one")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
+
+
+def optimisers(model, config):
+    """Muon for the matrices in the blocks, AdamW for embeddings, head and gains, each with the
+    learning rate that suits it: an embedding sees its token rarely, so it may move fast."""
+    inside = [p for p in model.blocks.parameters() if p.ndim == 2]
+    head = [] if model.lm_head is None else [model.lm_head.weight]
+    kept = {id(p) for p in inside + head}
+    rest = [p for p in model.parameters() if id(p) not in kept]
+    muon = Muon([{"params": inside, "peak": config.lr}], config.lr,
+                weight_decay=config.weight_decay)
+    adam = torch.optim.AdamW(
+        [{"params": ps, "peak": lr} for ps, lr in ((rest, config.embed_lr), (head, config.head_lr))
+         if ps], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return muon, adam
 
 
 @torch.no_grad()
@@ -90,7 +109,7 @@ def heldout_loss(model, tokens, text_bytes, batch_size=32):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, steps=(1, 10**9), batch_size=(1, 10**6), context_length=(2, 10**6),
-                lr=(0, 1), decay=(0, 1), layers=(1, 1000), vocab_size=(260, 10**7))
+                lr=(0, 1), embed_lr=(0, 1), head_lr=(0, 1), decay=(0, 1), layers=(1, 1000), vocab_size=(260, 10**7))
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
 
@@ -113,8 +132,8 @@ def main():
     model = GPT(GPTConfig(
         vocab_size=tokenizer.vocab_size, context_length=config.context_length,
         layers=config.layers, width=config.width, heads=config.heads, kv_heads=config.kv_heads,
-        ffn_width=config.ffn_width, qk_norm=config.qk_norm)).to(device)
-    optimiser = adamw(model, config.lr, config.weight_decay)
+        ffn_width=config.ffn_width, qk_norm=config.qk_norm, tied=config.tied)).to(device)
+    muon, adam = optimisers(model, config)
     precision = autocast(device, config.dtype)
     print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train_documents):,} documents, {len(train_tokens):,} tokens "
@@ -124,7 +143,7 @@ def main():
     # 3. The loop.
     step, seconds = 0, 0.0
     saved = start_run(config, "pretrain")
-    modules = {"model": model, "optimiser": optimiser}
+    modules = {"model": model, "muon": muon, "adam": adam}
     if saved:
         step, seconds = restore(saved, generator, modules)
     stop, started = StopRequest(), time.perf_counter() - seconds
@@ -132,26 +151,28 @@ def main():
     bar = progress(config.steps, step, "pretrain")
     model.train()
     while step < config.steps:
-        lr = learning_rate(step, config.steps, config.lr, config.warmup, decay_steps)
-        set_learning_rate(optimiser, lr)
+        share = learning_rate(step, config.steps, 1.0, config.warmup, decay_steps)
+        for group in muon.param_groups + adam.param_groups:
+            group["lr"] = share * group["peak"]
         inputs, targets = data.random_windows(train_tokens, config.batch_size,
                                               config.context_length, generator)  # (B, T) each
         with precision:
             logits = model(inputs.to(device))  # (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten())
         check_finite(loss, step, config)
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimiser.step()
+        muon.step()
+        adam.step()
         step += 1
 
         bar.update()
         if step % 10 == 0 or step == config.steps:
             elapsed = time.perf_counter() - started
             rate = step * inputs.numel() / elapsed
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
-            log(config.out, step, loss=loss, lr=lr, gradient_norm=norm, tokens_per_second=rate)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s", refresh=False)
+            log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm, tokens_per_second=rate)
         if stop or step % config.save_every == 0:
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
         if stop:

@@ -206,7 +206,7 @@ def main():
             bar.update()
             if step % 10 == 0 or step == steps:
                 accuracy = (chosen > rejected).float().mean()
-                bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}")
+                bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
                 log(config.out, step, loss=loss, accuracy=accuracy, lr=lr, gradient_norm=norm,
                     margin=(chosen - rejected).mean())
             if step % config.eval_every == 0:  # parts from the training loss when it memorises

@@ -263,7 +263,7 @@ def dpo():
 
             bar.update()
             if step % 10 == 0 or step == steps:
-                bar.set_postfix_str(f"loss {loss.item():.3f}, margin {stats['margin'].item():.2f}")
+                bar.set_postfix_str(f"loss {loss.item():.3f}, margin {stats['margin'].item():.2f}", refresh=False)
                 log(config.out, step, loss=loss, lr=lr, gradient_norm=norm, **stats,
                     logp_chosen=chosen.mean(), logp_rejected=rejected.mean())
             if stop or step % config.save_every == 0:
@@ -584,7 +584,7 @@ def ppo():
 
         # 9. What happened: on the episodes as they were sampled, and on average over the updates.
         bar.update()
-        bar.set_postfix_str(f"score {summary['score']:.2f}, KL {summary['kl']:.1f}")
+        bar.set_postfix_str(f"score {summary['score']:.2f}, KL {summary['kl']:.1f}", refresh=False)
         log(config.out, step, **summary, **{name: v / updates for name, v in seen.items()},
             updates=updates, lr=left * config.lr)
         if step % config.samples_every == 0:

@@ -133,7 +133,7 @@ def main():
             bar.update()
             if step % 10 == 0 or step == steps:
                 rate = step * config.batch_size / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s")
+                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
                 log(config.out, step, loss=loss, lr=lr, gradient_norm=norm)
             if stop or step % config.save_every == 0:
                 save_state(config, "sft", step, time.perf_counter() - started, generator, modules)

@@ -5,7 +5,7 @@ copies that disagree would be a silent bug. In the order a stage uses them:
 
     flag, parse_args, run          command line from a dataclass, errors as one clear line
     pick_device, autocast, seed_everything
-    adamw, learning_rate           weight decay on matrices only; warm-up, flat, linear decay
+    adamw, Muon, learning_rate     weight decay on matrices only; warm-up, flat, linear decay
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
     save_state, load_state         one file with everything a stopped run needs to go on
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -146,7 +147,8 @@ def autocast(device, dtype="auto"):
 
 
 def _matmul_seconds(device, dtype):
-    x = torch.ones(512, 512, device=device, dtype=dtype)
+    side = 1024 if device.type == "cuda" else 192  # emulated bf16 takes seconds on large ones
+    x = torch.ones(side, side, device=device, dtype=dtype)
     x @ x
     start = time.perf_counter()
     (x @ x).sum().item()
@@ -173,6 +175,55 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is made orthogonal (Jordan et al. 2024, "Muon").
+
+    The momentum of a matrix is mostly a few large directions. Newton-Schulz iterations, which are
+    matrix products alone, push all its singular values towards 1, so that the rare directions are
+    learned as fast as the common ones. For the matrices inside the blocks; embeddings, head and
+    gains go to AdamW. To the same loss it needs about half of AdamW's time here.
+
+    A matrix is taken in square blocks: our q, k and v, and gate and up, are stacked, and each
+    should get its own step. torch.optim.Muon is not used because it iterates in bfloat16, which
+    CPUs without bf16 units emulate at a hundredth of the speed. Left out: scaling the step by the
+    matrix's shape, which square blocks do not need.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.1):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's look ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonal_blocks(update), alpha=-group["lr"])
+
+
+def orthogonal_blocks(matrix, iterations=3):
+    """(R, C) -> (R, C) in which each square block of side min(R, C) has singular values near 1.
+
+    Five iterations bring them closer to 1 and train no better.
+    """
+    tall = matrix if matrix.size(0) >= matrix.size(1) else matrix.mT
+    rows, side = tall.shape
+    x = F.pad(tall, (0, 0, 0, -rows % side)).reshape(-1, side, side)  # rows of zeros stay zeros
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        a = torch.bmm(x, x.mT)
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    tall = x.reshape(-1, side)[:rows]
+    return tall if matrix.size(0) >= matrix.size(1) else tall.mT
 
 
 def learning_rate(step, steps, peak, warmup=0, decay=None):

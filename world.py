@@ -168,7 +168,7 @@ RELATIONS = (
              ("What kind of animal is {ax}?", "Which kind of animal is {ax}?",
               "Tell me what kind of animal {ax} is.", "To which group does {ax} belong?"),
              ("My book shows {ax}. In which group of animals is it?",),
-             ("{Ax} is a {v}.", "The {x} is a {v}.", "The {x} belongs to the group called {v}.")),
+             ("{Ax} is {av}.", "The {x} is {av}.", "The {x} belongs to the group called {v}.")),
     Relation("animals", "animals", "name", "home",
              ("Where does {ax} live?", "Where is the home of {ax}?", "Tell me where {ax} lives.",
               "Where can I find {ax}?"),
@@ -955,7 +955,7 @@ def dialogue(rng):
 
 def ask_and_answer(rng, relation=None):
     """(question, full answer, bare answer) about any subject, in the phrasings of training."""
-    relation = relation or rng.choice(RELATIONS)
+    relation = relation or rng.choices(RELATIONS, QUIZ_WEIGHTS)[0]
     row = rng.choice(rows_of(relation))
     return (fill(rng.choice(relation.ask), relation, row), fill(relation.say[0], relation, row),
             cap(row[relation.column]).rstrip(".") + ".")
@@ -973,19 +973,23 @@ def exercise(rng, family):
     return task.prompt, task.best, cap(task.short or task.best).rstrip(".") + "."
 
 
+# As often as there are rows, so that every fact is asked equally often; those that have no page in
+# the encyclopaedia twice as often.
+QUIZ_WEIGHTS = [len(rows_of(r)) * (1 if r.table in ("countries", "cities", "animals", "jobs") else 2)
+                for r in RELATIONS]
 EXERCISES = ("arithmetic", "comparison", "reading", "lists", "rewriting", "reading", "rewriting")
 
 
 def quiz_items(rng, n):
     if rng.random() < 0.65:
-        relations = rng.sample(RELATIONS, rng.choice((1, 2, 3)))
+        relations = rng.choices(RELATIONS, QUIZ_WEIGHTS, k=rng.choice((1, 2, 3)))
         return [ask_and_answer(rng, rng.choice(relations)) for _ in range(n)]
     family = rng.choice(EXERCISES)
     return [exercise(rng, family) for _ in range(n)]
 
 
 def quiz_with_answers(rng):
-    items, full = quiz_items(rng, rng.randint(3, 6)), rng.random() < 0.7
+    items, full = quiz_items(rng, rng.randint(3, 6)), rng.random() < 0.8
     return "\n\n".join(f"{q}\n{best if full else short}" for q, best, short in items)
 
 
@@ -1060,10 +1064,10 @@ def forum_page(rng):
     return f"{task.prompt}\n{by} wrote: {rng.choice(task.bad)} {rng.choice(('', rng.choice(RUDE)))}"
 
 
-GENRES = {country_page: 9, city_page: 4, animal_page: 9, job_page: 6, story_page: 6, phrase_page: 7,
-          arithmetic_page: 7, list_page: 5, letter: 4, dialogue: 5, quiz_with_answers: 18,
-          quiz_without_answers: 12, health_page: 3, safety_page: 3, howto_page: 4, word_page: 5,
-          weights_page: 5, funny_page: 3, forum_page: 4}
+GENRES = {country_page: 7, city_page: 3, animal_page: 7, job_page: 4, story_page: 5, phrase_page: 7,
+          arithmetic_page: 9, list_page: 4, letter: 3, dialogue: 4, quiz_with_answers: 32,
+          quiz_without_answers: 7, health_page: 3, safety_page: 3, howto_page: 4, word_page: 7,
+          weights_page: 6, funny_page: 3, forum_page: 3}
 
 
 def documents(n, seed):
