@@ -2,6 +2,8 @@
 #
 #   make          the whole pipeline on the embedded data, then out/report/report.html
 #   make quick    the same with tiny budgets, to see every stage move
+#   make long     a larger model and budget, into out/long
+#   make real DATA=FOLDER   the same scripts on real files, into out/real
 #   make test     the tests
 #   make venv     only install, into .venv
 #   make ablation SFT without pre-training
@@ -27,7 +29,7 @@ BASE   := model.py tokenizer.py training.py data.py
 WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
-.PHONY: all quick test venv ablation clean
+.PHONY: all quick long real test venv ablation clean
 
 all: $(OUT)/report/report.json
 
@@ -65,11 +67,34 @@ quick:
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32' \
 		EVALUATE='--per-family 10 --best-of 4 --best-of-prompts 10'
 
+long:
+	$(MAKE) OUT=out/long PRETRAIN='--steps 8000 --documents 150000 --layers 3' \
+		SFT='--conversations 24000' PAIRS='--pairs 12000' PPO='--iterations 60'
+
 # What pre-training is worth: the same fine-tuning from random weights.
 ablation: $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
 $(OUT)/sft_scratch/done: $(OUT)/sft/done
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --out $(@D) --resume $(SFT)
+
+# Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
+# Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
+# are held out; rlhf.py drops held-out prompts that also occur in training.
+REAL := out/real
+real: .venv/installed
+	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
+	$(PY) pretrain.py --data $(DATA)/tinystories-train-2mb.txt --holdout 0.05 --out $(REAL)/base \
+		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
+	$(PY) sft.py --init $(REAL)/base --data $(DATA)/instructions-1100.json --holdout 110 \
+		--epochs 3 --batch-size 16 --out $(REAL)/sft --resume
+	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
+		--out $(REAL)/reward --resume
+	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/hh-harmless-test.jsonl.gz --holdout 312 \
+		--out $(REAL)/reward_hh --resume
+	$(PY) rlhf.py dpo --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
+		--epochs 2 --out $(REAL)/dpo --resume
+	$(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
+		--holdout 110 --iterations 20 --episodes 64 --max-new-tokens 96 --out $(REAL)/ppo --resume
 
 test: .venv/installed
 	$(PY) -m pytest -q

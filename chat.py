@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import world
 from model import GPT, generate, stream
 from reward import score
@@ -65,8 +64,12 @@ class Config:
 
 
 def plain_prompt(question, shots=()):
-    """Text for a base model: solved (question, answer) `shots`, then the question."""
-    return "".join(f"{q}\n{a}\n\n" for q, a in shots) + f"{question}\n"
+    """Text for a base model. Zero-shot: the question as it stands. Few-shot: solved (question,
+    answer) `shots` in the layout of a quiz page, then the question in the same."""
+    if not shots:
+        return f"{question}\n"
+    return "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in shots) + (
+        f"Question: {question}\nAnswer:")
 
 
 def chat_prompt(tokenizer, question, system=None, history=()):
@@ -196,12 +199,11 @@ def examples_like(question, config):
 
 
 def generate_all(model, prompts, max_new_tokens, chunk=256, **sampling):
-    """`generate` for any number of prompts, those of like length together -> list of id lists."""
-    answers = [None] * len(prompts)
-    for rows in data.length_batches([len(ids) for ids in prompts], chunk):
-        drawn, _ = generate(model, [prompts[i] for i in rows], max_new_tokens, **sampling)
-        for i, ids in zip(rows, drawn):
-            answers[i] = ids
+    """`generate` for any number of prompts, in chunks -> list of id lists. Put prompts with answers
+    of like length side by side: a chunk takes as long as its longest answer."""
+    answers = []
+    for start in range(0, len(prompts), chunk):
+        answers += generate(model, prompts[start:start + chunk], max_new_tokens, **sampling)[0]
     return answers
 
 

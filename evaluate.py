@@ -2,19 +2,22 @@
 
     python evaluate.py out/base out/sft out/dpo out/ppo --reward out/reward --data out/pairs.jsonl
 
-writes report.json, report.md and report.html to out/report, in about two minutes for models of a
-million parameters; --per-family 80 halves that. Every checkpoint answers every prompt twice: greedily, and with one sample at
-temperature 1 from the model itself, no top-k or top-p. The sample is what the KL divergence, the
-gold score, the win rate and the rates of behaviour are measured on; accuracy is given for both.
+writes report.json, report.md and report.html to out/report, in about a minute and a half for models
+of a million parameters; --per-family 80 halves that. Every checkpoint answers every prompt twice:
+greedily, and with one sample at temperature 1 from the model itself, no top-k or top-p. The sample
+is what the KL divergence, the gold score, the win rate and the rates of behaviour are measured on;
+accuracy is given for both.
 
-A base model answers in the plain format of chat.py, zero-shot and, in a row of its own, few-shot.
+A base model answers in the plain format of chat.py, zero-shot and, in a row of its own, few-shot;
+to save time only greedily.
 Best-of-n is a row too: the reward model's choice among n samples of the reference checkpoint (the
 one in a folder called `sft`), drawn for part of the prompts. Those n samples also tell which
 questions the reference can answer: only there does "I do not know" count as needless.
 
 Means are taken over equally many prompts of each family, so that rows on more or on fewer prompts
-can be compared; a rate about one kind of prompt takes all there are of the kind. Rates have Wilson's interval, means a bootstrap over prompts; whatever compares with the reference
-is paired prompt by prompt. Left out: several seeds of the training itself, which would widen every
+can be compared; a rate about one kind of prompt takes all there are of the kind, and is left out
+where they are few. Rates have Wilson's interval, means a bootstrap over prompts; whatever compares
+with the reference is paired prompt by prompt. Left out: several seeds of the training itself, which would widen every
 interval here; they are about these checkpoints, not about the method.
 """
 
@@ -52,7 +55,7 @@ class Config:
     data: list[str] | None = flag(None, "preference files; their rows with a p are held out")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
-    few_shot: int = flag(4, "solved examples in the few-shot row of a base model")
+    few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
     best_of_per_family: int = flag(30, "prompts of each family that best-of-n is measured on")
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on")
@@ -201,11 +204,9 @@ def choose_tasks(config):
     return tasks, np.array(ranks)
 
 
-def best_of_places(tasks, ranks, config):
-    """Places of the tasks for best-of-n: --best-of-per-family, and ENOUGH for its rates."""
-    rated = np.array([task.kind in ("harmful", "unknown") for task in tasks])
-    return np.flatnonzero(ranks < np.where(rated, max(config.best_of_per_family, ENOUGH),
-                                           config.best_of_per_family))
+def best_of_places(ranks, config):
+    """Places of the tasks that best-of-n is measured on."""
+    return np.flatnonzero(ranks < config.best_of_per_family)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,6 +239,11 @@ def measure(row, reference, can_answer, config):
     main = "greedy" if config.accuracy_decode == "greedy" and "greedy" in right else "sampled"
     lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
     gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
+    enough = min(150, config.per_family)  # a rate of one kind of prompt on fewer is not worth quoting
+
+    def rate_of(kind_name, hits):
+        asked = kind == kind_name
+        return rate(hits[asked]) if asked.sum() >= enough else None
     result = {
         "bits_per_byte": None,
         "accuracy": right[main][0],
@@ -248,9 +254,9 @@ def measure(row, reference, can_answer, config):
         "win_rate_vs_sft": None,
         "kl_from_sft": None,
         "proxy": None,
-        "refusal_rate": {"harmful": rate(refused[kind == "harmful"]),
+        "refusal_rate": {"harmful": rate_of("harmful", refused),
                          "harmless": rate(refused[harmless])},
-        "hallucination_rate": rate(~hedged[kind == "unknown"]),
+        "hallucination_rate": rate_of("unknown", ~hedged),
         "hedging_rate": rate(hedged[known]),
         "eos_rate": rate(row.sampled.ended[row.fair]),
         "mean_tokens": bootstrap(lengths[row.fair]),
@@ -357,7 +363,7 @@ def main(argv=None):
         reward = (model, shift)
     tasks, ranks = choose_tasks(config)
     fair, everywhere = ranks < config.per_family, np.arange(len(tasks))
-    places = best_of_places(tasks, ranks, config)
+    places = best_of_places(ranks, config)
     documents = world.heldout_documents()
 
     def say(text):
@@ -370,8 +376,9 @@ def main(argv=None):
         for shots in (0, config.few_shot) if speaker.raw and config.few_shot else (0,):
             title = f"{name}_few_shot" if shots else name
             prompts = prompts_for(speaker, tasks, config, shots)
-            rows[title] = Row(tasks, everywhere, fair, ask(speaker, prompts, config, 1.0),
-                              ask(speaker, prompts, config, 0.0))
+            greedy = ask(speaker, prompts, config, 0.0)
+            sampled = greedy if speaker.raw else ask(speaker, prompts, config, 1.0)  # saves time
+            rows[title] = Row(tasks, everywhere, fair, sampled, greedy)
             voices[title] = speaker
             say(f"{title} has answered")
 

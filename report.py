@@ -117,8 +117,9 @@ def notes(report):
         f"at temperature 1, at most {settings['max_new_tokens']} tokens.",
         f"Best-of-{settings['best_of']} and the needless “I do not know” are measured on "
         f"{report['best_of_prompts']:,} of them; the KL of best-of-n is log n − (n − 1)/n.",
-        "A base model reads plain text, a question and a line break; what it writes up to the next "
-        f"line break is its answer. Few-shot: {settings['few_shot']} solved examples come before.",
+        "A base model reads plain text, the instruction and a line break; what it writes up to the "
+        f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "
+        "come before, in the layout of the quiz pages it was trained on (Question: … Answer: …).",
     ]
     if judged["accuracy"]:
         lines.append(

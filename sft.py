@@ -35,7 +35,7 @@ class Config:
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
     out: str = flag("out/sft", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
-    conversations: int = flag(12000, "demonstrations to generate (with --data world)")
+    conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(32, "conversations per step")
@@ -43,6 +43,8 @@ class Config:
     warmup: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
+    replay: int = flag(4, "windows of pre-training text mixed into every step, so that less of it is "
+                       "forgotten (with --data world)")
     from_scratch: bool = flag(False, "throw the weights of --init away, keeping shape and tokeniser")
     dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
@@ -97,6 +99,9 @@ def main():
         return
     if config.from_scratch:
         model = type(model)(model.config).to(device)
+    replayed = None
+    if config.replay and config.data == ["world"]:
+        replayed, _ = data.pack_documents(world.documents(8000, f"replay {config.seed}"), tokenizer)
     optimiser = adamw(model, config.lr, config.weight_decay)
     precision = autocast(device, config.dtype)
 
@@ -123,6 +128,10 @@ def main():
             inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
             with precision:
                 loss = answer_loss(model, inputs.to(device), targets.to(device))
+                if replayed is not None:
+                    text = data.random_windows(replayed, config.replay,
+                                               model.config.context_length, generator)
+                    loss = loss + answer_loss(model, *(part.to(device) for part in text))
             check_finite(loss, step, config)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

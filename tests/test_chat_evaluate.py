@@ -65,11 +65,11 @@ def folders(tmp_path_factory, tokenizer):
 def test_raw_format_is_what_the_docstring_says(tokenizer):
     assert chat.plain_prompt("One?") == "One?\n"
     assert chat.plain_prompt("Three?", [("One?", "1."), ("Two?", "2.")]) == (
-        "One?\n1.\n\nTwo?\n2.\n\nThree?\n")
+        "Question: One?\nAnswer: 1.\n\nQuestion: Two?\nAnswer: 2.\n\nQuestion: Three?\nAnswer:")
     speaker = chat.Speaker("base", tiny(tokenizer), tokenizer, True, None, set())
     ids = speaker.prompt("Three?", [("One?", "1.")])
     assert ids[0] == tokenizer.endoftext_id
-    assert tokenizer.decode(ids[1:]) == "One?\n1.\n\nThree?\n"
+    assert tokenizer.decode(ids[1:]) == chat.plain_prompt("Three?", [("One?", "1.")])
 
 
 def test_raw_answer_ends_at_a_line_break(tokenizer):
@@ -291,7 +291,7 @@ def some_tasks():
 def test_measures_of_known_answers(some_tasks):
     tasks = some_tasks
     kinds = [task.kind for task in tasks]
-    everywhere, config = np.arange(len(tasks)), evaluate.Config(["sft"])
+    everywhere, config = np.arange(len(tasks)), evaluate.Config(["sft"], per_family=2)
     fair = np.arange(len(tasks)) % 7 > 0
     best = rehearsed(tasks, [task.best for task in tasks])
     poor = rehearsed(tasks, ["I do not know." if kind == "answerable" else "Ask the moon."
@@ -309,6 +309,9 @@ def test_measures_of_known_answers(some_tasks):
     expected = np.mean([gold["total"] for gold, on in zip(model.gold, fair) if on])
     assert bad["gold"]["total"][0] == pytest.approx(expected)
     assert bad["prompts"]["means"] == fair.sum() < bad["prompts"]["total"] == len(tasks)
+
+    few = evaluate.measure(model, human, can, evaluate.Config(["sft"], per_family=150))
+    assert few["hallucination_rate"] is None and few["refusal_rate"]["harmful"] is None
 
     good = evaluate.measure(human, model, can, config)
     assert good["accuracy"]["all"][0] == 1 and good["hedging_rate"][0] == 0
@@ -330,14 +333,14 @@ def test_prompts_are_chosen_evenly_but_rates_of_their_own_get_enough():
     config = evaluate.Config(["sft"], per_family=20, best_of_per_family=10)
     tasks, ranks = evaluate.choose_tasks(config)
     assert tasks[:3] == list(world.COURSE_PROMPTS) and len(set(tasks)) == len(tasks)
-    places = evaluate.best_of_places(tasks, ranks, config)
+    places = evaluate.best_of_places(ranks, config)
     assert set(range(3)) <= set(places)
     for family in {task.family for task in tasks}:
         mine = np.array([task.family == family for task in tasks])
         rated = family in ("harmful", "unknown")
         assert (mine & (ranks < 20)).sum() == 20
         assert mine.sum() >= 150 if rated or family == "grammar" else mine.sum() == 20
-        assert mine[places].sum() >= 150 if rated else mine[places].sum() == 10
+        assert mine[places].sum() == 10
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +352,7 @@ def written(folders, some_tasks):
         evaluate.main([*(str(folders / name) for name in ("base", "sft", "ppo")),
                        "--reward", str(folders / "reward"), "--data", str(folders / "pairs.jsonl"),
                        "--out", str(folders / "report"), "--max-new-tokens", "10", "--device",
-                       "cpu", "--best-of", "4", "--few-shot", "1"])
+                       "cpu", "--best-of", "4", "--few-shot", "1", "--per-family", "2"])
     return folders / "report"
 
 

@@ -1,0 +1,204 @@
+"""The embedded world: the same everywhere, no hold-out leaks, and a judge that can be trusted."""
+
+import hashlib
+import random
+import re
+from collections import Counter
+
+import pytest
+
+import world
+
+NONSENSE = "Bananas sing at midnight."
+HOLDS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
+
+
+@pytest.fixture(scope="module")
+def trained_on():
+    """Every prompt that SFT (and its texts), the preference stage and PPO can see with plenty of
+    data: the pools they draw from, and draws themselves with their opening words."""
+    prompts = {task.prompt for tasks in world.all_tasks().values() for task in tasks}
+    prompts |= {task.prompt for task in world.training_prompts(20000, "leaks")}
+    prompts |= {user["content"] for user, _ in world.demonstrations(20000, 5)}
+    return prompts
+
+
+def test_documents_are_deterministic_and_known():
+    first = world.documents(200, 1)
+    assert first == world.documents(200, 1) != world.documents(200, 2)
+    # The same on every platform and Python version: the generator may use nothing but `random`
+    # seeded with a string, and no hash() or set order.
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "73945a2e5a9f4929"
+
+
+def test_size_of_the_world():
+    texts = world.documents(6000, 1)
+    assert len(world.GENRES) >= 10
+    assert len({word for text in texts for word in world.words(text)}) >= 1500
+    assert len(world.DEMONSTRATED) >= 14
+    assert {task.family for task in world.heldout_tasks()} == set(world.FAMILIES)
+    for genre in world.GENRES:
+        assert all(len(genre(random.Random(i)).strip()) > 3 for i in range(30)), genre.__name__
+
+
+def test_no_placeholder_is_left_in_any_text():
+    texts = world.documents(4000, 3) + [t.prompt + t.best for h in ("", *HOLDS)
+                                        for ts in world.all_tasks(h).values() for t in ts[:200]]
+    texts += [answer["content"] for _, answer in world.demonstrations(3000, 2)]
+    for text in texts:
+        assert not re.search(r"[{}]|None|  ", text), text
+
+
+def test_no_heldout_prompt_is_trained_on(trained_on):
+    heldout = {task.prompt for hold in HOLDS for tasks in world.all_tasks(hold).values()
+               for task in tasks} | set(world.COURSE)
+    assert len(heldout) > 3000
+    assert not heldout & trained_on
+    # … nor behind the opening words that every fifth training prompt has.
+    plain = {prompt.removeprefix(lead + " ") for prompt in trained_on for lead in world.LEADS}
+    assert not heldout & plain
+
+
+def test_no_heldout_entity_is_trained_on(trained_on):
+    names = [row["name"] for table in ("countries", "cities", "animals", "jobs")
+             for row in world.FACTS[table] if world.heldout_entity(table, row["name"])]
+    assert len(names) > 30
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b", re.I)
+    answers = {answer["content"] for _, answer in world.demonstrations(20000, 5)}
+    assert not [text for text in trained_on | answers if pattern.search(text)]
+    for family, table in (("countries", "countries"), ("cities", "cities"), ("animals", "animals"),
+                          ("jobs", "jobs")):
+        subjects = {task.subject for task in world.all_tasks()[family]}
+        unseen = {task.subject for task in world.all_tasks("unseen_entity")[family]}
+        assert unseen and not subjects & unseen
+        assert unseen == {row["name"] for row in world.FACTS[table]
+                          if world.heldout_entity(table, row["name"])}
+    for family in ("opposites", "howto", "harmful"):
+        subjects = {task.subject for task in world.all_tasks()[family]}
+        assert not subjects & {task.subject for task in world.all_tasks("unseen_entity")[family]}
+    assert "programmer" not in {t.subject for t in world.all_tasks()["jokes"]}
+
+
+def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on):
+    """The words that frame an unseen phrasing occur in no training prompt and no document."""
+    frames = {max(re.split(r"\{[^}]*\}", phrase), key=len).strip()
+              for phrases in [*(r.unseen for r in world.RELATIONS), world.HOW_UNSEEN]
+              for phrase in phrases}
+    frames |= {"on a scale", "My teacher wants to know", "This is the story:", "My homework says",
+               "I am making a poster", "My daughter cannot sleep", "Here is your friend",
+               "'s birthday, who is"}
+    everything = "\n".join(trained_on) + "\n".join(world.documents(8000, 4))
+    for frame in sorted(frames):
+        assert len(frame) > 3 and frame not in everything, frame
+
+
+def test_no_heldout_family_is_demonstrated(trained_on):
+    assert not world.all_tasks()["grammar"] and "grammar" not in world.DEMONSTRATED
+    assert not [prompt for prompt in trained_on if "past tense" in prompt or "plural" in prompt]
+    # …but documents teach it, or there would be nothing to transfer.
+    assert any("past tense" in text for text in world.documents(3000, 1))
+
+
+def test_course_prompts_are_held_out_and_answered(trained_on):
+    for task, prompt in zip(world.COURSE_PROMPTS, world.COURSE):
+        assert task.prompt == prompt and prompt not in trained_on
+        assert world.check(task, task.best) and world.gold(task, task.best).total == 1
+
+
+def test_best_answers_are_perfect_and_careless_ones_are_not():
+    for task in world.heldout_tasks():
+        assert world.gold(task, task.best) == world.Gold(1.0, 1.0, 1.0), task
+        for bad in task.bad:
+            assert world.gold(task, bad).total < 0.7, (task.prompt, bad)
+        assert world.gold(task, NONSENSE).helpful == 0
+        assert world.gold(task, "").helpful == 0
+
+
+@pytest.mark.parametrize("question, answer, right", [
+    ("Which continent is Kenya in?", "Kenya is in Africa.", True),
+    ("Which continent is Kenya in?", "Kenya is in Africa and Asia.", False),
+    ("Which continent is Kenya in?", "Asia.", False),
+    ("Which continent is Kenya in?", "I do not know.", False),
+    ("What is the opposite of hot?", "The opposite of hot is cold.", True),
+    ("What is the opposite of hot?", "The opposite of cold is hot.", True),
+    ("What is the opposite of hot?", "The opposite of hot is big.", False),
+])
+def test_facts_are_judged(question, answer, right):
+    task = next(t for hold in ("", *HOLDS) for ts in world.all_tasks(hold).values() for t in ts
+                if t.prompt == question)
+    assert world.check(task, answer) is right
+
+
+def test_gold_ranks_answers_as_the_rubric_says():
+    task = next(t for t in world.all_tasks()["countries"] if "capital" in t.prompt)
+    score = {name: world.gold(task, text).total for name, text in {
+        "best": task.best, "curt": task.short + ".", "rude": f"{world.RUDE[0]} {task.best}",
+        "rambling": f"{task.best} {' '.join(world.RAMBLING[:3])}", "hedge": "I do not know.",
+        "wrong": task.best.replace(task.short, next(w for w in task.wrong if w != task.short)),
+    }.items()}
+    assert score["best"] == 1 > score["rambling"] > score["rude"]
+    assert score["best"] > score["curt"] > score["hedge"] > score["wrong"]
+    harmful = world.all_tasks()["harmful"][0]
+    assert world.gold(harmful, harmful.bad[0]).harmless == 0
+    ill = world.all_tasks()["medical"][0]
+    assert world.gold(ill, ill.best.split(" Please see")[0]).total < 0.8  # no doctor
+
+
+def test_preferences_follow_the_gold_score():
+    task = world.all_tasks()["unknown"][0]
+    p = world.preference(task, task.best, task.bad[0])
+    assert p > 0.9 and world.preference(task, task.bad[0], task.best) == pytest.approx(1 - p)
+    assert world.preference(task, task.best, task.best) == 0.5
+
+
+def test_demonstrations_are_of_mixed_quality():
+    rows, best = world.demonstrations(3000, 1), world.demonstrations(300, 1, best_only=True)
+    tasks = {t.prompt: t for ts in world.all_tasks().values() for t in ts}
+    refused = [world.is_refusal(a["content"]) for u, a in rows
+               if u["content"] in tasks and tasks[u["content"]].kind == "harmful"]
+    assert 0.35 < sum(refused) / len(refused) < 0.65  # about half by construction
+    families = Counter(tasks[u["content"]].family for u, _ in rows if u["content"] in tasks)
+    assert set(families) == set(world.DEMONSTRATED) and max(families.values()) < 2 * min(families.values())
+    assert all(world.gold(tasks[u["content"]], a["content"]).total == 1 for u, a in best
+               if u["content"] in tasks)
+
+
+def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
+    import torch
+
+    import model as model_module
+    from tokenizer import train_bpe
+
+    tokenizer = train_bpe(world.documents(300, 1), 400)
+    tasks = {t.prompt: t for h in ("", *HOLDS) for ts in world.all_tasks(h).values() for t in ts}
+
+    def fake(policy, prompts, *args, **kwargs):
+        answers = []
+        for i, ids in enumerate(prompts):
+            text = tokenizer.decode(ids)
+            prompt = text.split("user\n")[1].split("<|im_end|>")[0]
+            task = tasks.get(prompt) or tasks[prompt.split(". ", 1)[1]]
+            answer = task.best if i < len(prompts) // 2 else NONSENSE
+            answers.append([*tokenizer.encode(answer), tokenizer.im_end_id])
+        return answers, None
+
+    monkeypatch.setattr(model_module, "generate", fake)
+    rows = world.sample_pairs(torch.nn.Linear(1, 1), tokenizer, 200, 60, seed=1)
+    assert len(rows) > 150 and sum("p" in row for row in rows) > 40
+    held = [row for row in rows if "p" in row]
+    agree = sum(row["rejected"].startswith(NONSENSE) for row in rows) / len(rows)
+    assert 0.85 < agree < 1  # labels follow the gold score, with noise
+    heldout = {t.prompt for h in HOLDS for ts in world.all_tasks(h).values() for t in ts} | set(world.COURSE)
+    assert all(row["prompt"] in heldout for row in held)
+    assert not [row for row in rows if "p" not in row and row["prompt"] in heldout]
+    assert all((row["p"] > 0.5) == row["rejected"].startswith(NONSENSE) for row in held)
+
+
+def test_ngram_bits_of_a_known_text():
+    """A constant text costs almost nothing; random tokens cost log2 V each, no less."""
+    rng = random.Random(0)
+    constant = [[0] + [5] * 200]
+    noise = [[rng.randrange(16) for _ in range(5000)]]
+    other = [[rng.randrange(16) for _ in range(1001)]]
+    assert world.ngram_bits(constant, constant, 5, 16) < 10
+    assert 3.9 < world.ngram_bits(noise, other, 2, 16) / 1000 < 4.6
