@@ -35,15 +35,15 @@ class Config:
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
     out: str = flag("out/sft", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
-    conversations: int = flag(9000, "demonstrations to generate (with --data world)")
+    conversations: int = flag(12000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(32, "conversations per step")
-    lr: float = flag(1e-3, "peak learning rate")
+    lr: float = flag(7e-4, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    replay: int = flag(4, "windows of pre-training text mixed into every step, so that less of it is "
+    replay: int = flag(2, "windows of pre-training text mixed into every step, so that less of it is "
                        "forgotten (with --data world)")
     from_scratch: bool = flag(False, "throw the weights of --init away, keeping shape and tokeniser")
     dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
