@@ -28,9 +28,9 @@ import data
 import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
-from training import (Muon, StopRequest, autocast, check_finite, check_range, finish, flag,
-                      learning_rate, leave, log, parse_args, pick_device, progress, restore, run,
-                      save_checkpoint, save_state, seed_everything, start_run)
+from training import (StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
+                      leave, log, muon_and_adam, parse_args, pick_device, progress, restore, run,
+                      save_checkpoint, save_state, seed_everything, set_share, start_run)
 
 
 @dataclass
@@ -67,21 +67,6 @@ class Config:
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
     resume: bool = flag(False, "go on from the last save in --out, if there is one")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
-
-
-def optimisers(model, config):
-    """Muon for the matrices in the blocks, AdamW for embeddings, head and gains, each with the
-    learning rate that suits it: an embedding sees its token rarely, so it may move fast."""
-    inside = [p for p in model.blocks.parameters() if p.ndim == 2]
-    head = [] if model.lm_head is None else [model.lm_head.weight]
-    kept = {id(p) for p in inside + head}
-    rest = [p for p in model.parameters() if id(p) not in kept]
-    muon = Muon([{"params": inside, "peak": config.lr}], config.lr,
-                weight_decay=config.weight_decay)
-    adam = torch.optim.AdamW(
-        [{"params": ps, "peak": lr} for ps, lr in ((rest, config.embed_lr), (head, config.head_lr))
-         if ps], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return muon, adam
 
 
 @torch.no_grad()
@@ -133,7 +118,8 @@ def main():
         vocab_size=tokenizer.vocab_size, context_length=config.context_length,
         layers=config.layers, width=config.width, heads=config.heads, kv_heads=config.kv_heads,
         ffn_width=config.ffn_width, qk_norm=config.qk_norm, tied=config.tied)).to(device)
-    muon, adam = optimisers(model, config)
+    muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
+                               config.weight_decay)
     precision = autocast(device, config.dtype)
     print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train_documents):,} documents, {len(train_tokens):,} tokens "
@@ -152,8 +138,7 @@ def main():
     model.train()
     while step < config.steps:
         share = learning_rate(step, config.steps, 1.0, config.warmup, decay_steps)
-        for group in muon.param_groups + adam.param_groups:
-            group["lr"] = share * group["peak"]
+        set_share(share, muon, adam)
         inputs, targets = data.random_windows(train_tokens, config.batch_size,
                                               config.context_length, generator)  # (B, T) each
         with precision:

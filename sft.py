@@ -12,7 +12,11 @@ x is the prompt in the template, y the answer *and its end token* <|im_end|>: a 
 token is never supervised never stops. Each batch holds conversations of like length, padded on the
 right to its own longest; causal attention keeps the padding from touching what comes before it.
 The mean is taken over the supervised tokens of the batch, so a long answer weighs more than a
-short one. Left out: packing several conversations into one row.
+short one.
+
+In a world of facts a few hundred steps on a few thousand answers would overwrite some of what
+pre-training taught, so every step also holds a little of its text (--replay). The optimisers are
+those of pre-training at half their rates. Left out: packing several conversations into one row.
 """
 
 import time
@@ -23,10 +27,10 @@ import torch.nn.functional as F
 
 import data
 import world
-from training import (StopRequest, adamw, autocast, check_finite, check_range, finish, flag,
-                      learning_rate, leave, load_policy, log, parse_args, pick_device, progress,
-                      restore, run, save_checkpoint, save_state, seed_everything,
-                      set_learning_rate, start_run)
+from training import (StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
+                      leave, load_policy, log, muon_and_adam, parse_args, pick_device, progress,
+                      restore, run, save_checkpoint, save_state, seed_everything, set_share,
+                      start_run)
 
 
 @dataclass
@@ -39,7 +43,10 @@ class Config:
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(32, "conversations per step")
-    lr: float = flag(7e-4, "peak learning rate")
+    lr: float = flag(0.01, "peak learning rate of the matrices in the blocks (Muon)")
+    embed_lr: float = flag(0.01, "peak learning rate of the embeddings and gains (AdamW)")
+    head_lr: float = flag(0.002, "peak learning rate of the output head, where it is not the "
+                          "embedding (AdamW)")
     warmup: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
@@ -80,7 +87,8 @@ def heldout_loss(model, rows, pad_id, device):
 
 def main():
     config = parse_args(Config, description=__doc__)
-    check_range(config, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1))
+    check_range(config, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1), embed_lr=(0, 1),
+                head_lr=(0, 1))
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
@@ -102,7 +110,8 @@ def main():
     replayed = None
     if config.replay and config.data == ["world"]:
         replayed, _ = data.pack_documents(world.documents(8000, f"replay {config.seed}"), tokenizer)
-    optimiser = adamw(model, config.lr, config.weight_decay)
+    muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
+                               config.weight_decay)
     precision = autocast(device, config.dtype)
 
     def batches(epoch):  # its own seed, so that a resumed run finds the same order again
@@ -114,7 +123,7 @@ def main():
     steps = config.epochs * per_epoch
     step, seconds = 0, 0.0
     saved = start_run(config, "sft")
-    modules = {"model": model, "optimiser": optimiser}
+    modules = {"model": model, "muon": muon, "adam": adam}
     if saved:
         step, seconds = restore(saved, generator, modules)
     stop, started = StopRequest(), time.perf_counter() - seconds
@@ -123,8 +132,8 @@ def main():
     model.train()
     for epoch in range(step // per_epoch, config.epochs):
         for batch in batches(epoch)[step % per_epoch:]:
-            lr = learning_rate(step, steps, config.lr, config.warmup)
-            set_learning_rate(optimiser, lr)
+            share = learning_rate(step, steps, 1.0, config.warmup)
+            set_share(share, muon, adam)
             inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
             with precision:
                 loss = answer_loss(model, inputs.to(device), targets.to(device))
@@ -133,17 +142,18 @@ def main():
                                                model.config.context_length, generator)
                     loss = loss + answer_loss(model, *(part.to(device) for part in text))
             check_finite(loss, step, config)
-            optimiser.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimiser.step()
+            muon.step()
+            adam.step()
             step += 1
 
             bar.update()
             if step % 10 == 0 or step == steps:
                 rate = step * config.batch_size / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
-                log(config.out, step, loss=loss, lr=lr, gradient_norm=norm)
+                log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm)
             if stop or step % config.save_every == 0:
                 save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
             if stop:

@@ -5,7 +5,7 @@ copies that disagree would be a silent bug. In the order a stage uses them:
 
     flag, parse_args, run          command line from a dataclass, errors as one clear line
     pick_device, autocast, seed_everything
-    adamw, Muon, learning_rate     weight decay on matrices only; warm-up, flat, linear decay
+    adamw, Muon, muon_and_adam, learning_rate      warm-up, flat, linear decay
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
     save_state, load_state         one file with everything a stopped run needs to go on
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
@@ -224,6 +224,27 @@ def orthogonal_blocks(matrix, iterations=3):
         x = torch.baddbmm(x, b, x, beta=3.4445)
     tall = x.reshape(-1, side)[:rows]
     return tall if matrix.size(0) >= matrix.size(1) else tall.mT
+
+
+def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay):
+    """Muon for the matrices in the blocks, AdamW for embeddings, head and gains, each with the peak
+    learning rate that suits it: an embedding sees its token rarely, so it may move fast."""
+    inside = [p for p in model.blocks.parameters() if p.ndim == 2]
+    head = [] if model.lm_head is None else [model.lm_head.weight]
+    kept = {id(p) for p in inside + head}
+    rest = [p for p in model.parameters() if id(p) not in kept]
+    muon = Muon([{"params": inside, "peak": lr}], lr, weight_decay=weight_decay)
+    adam = torch.optim.AdamW(
+        [{"params": ps, "peak": peak} for ps, peak in ((rest, embed_lr), (head, head_lr)) if ps],
+        betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return muon, adam
+
+
+def set_share(share, *optimisers):
+    """Every group of parameters at this share of its own peak learning rate."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = share * group["peak"]
 
 
 def learning_rate(step, steps, peak, warmup=0, decay=None):

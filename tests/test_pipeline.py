@@ -1,0 +1,116 @@
+"""The whole method once, tiny, through the commands a user types: every stage must *learn*, not
+only end. Each bound is one that a stage which ignores its input cannot reach."""
+
+import json
+import math
+import random
+import sys
+from collections import Counter
+
+import pytest
+
+import data
+import evaluate
+import pretrain
+import reward
+import rlhf
+import sft
+import world
+from tokenizer import Tokenizer
+
+SHAPE = ("--layers 2 --width 64 --heads 2 --kv-heads 2 --ffn-width 128 --vocab-size 512 "
+         "--context-length 160 --batch-size 6").split()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Folder with base, sft, reward, dpo and ppo, and the files they were trained on."""
+    root = tmp_path_factory.mktemp("pipeline")
+
+    def command(main, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["stage.py", *map(str, args), "--device", "cpu"])
+            main()
+
+    command(pretrain.main, "--documents", 2500, "--steps", 220, *SHAPE, "--out", root / "base")
+    command(sft.main, "--init", root / "base", "--conversations", 2000, "--replay", 0,
+            "--out", root / "sft")
+    # Pairs with one rule to find, held-out prompts included: the kind answer, not the curt one.
+    rng = random.Random(1)
+    pairs = [{"prompt": task.prompt, "chosen": f"I am glad to help. {task.short}.",
+              "rejected": f"{rng.choice(world.RUDE)} {task.short}."}
+             for task in world.training_prompts(700, "pipeline")]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (root / "score.py").write_text("def letters(prompt, response):\n"
+                                   "    return 10 * response.count('e') / (len(response) + 5)\n")
+    command(reward.main, "--init", root / "sft", "--data", root / "pairs.jsonl",
+            "--out", root / "reward")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rlhf.py dpo", "--init", str(root / "sft"), "--data",
+                                    str(root / "pairs.jsonl"), "--out", str(root / "dpo")])
+        rlhf.dpo()
+        patch.setattr(sys, "argv", [
+            "rlhf.py ppo", "--init", str(root / "sft"), "--reward", f"{root / 'score.py'}:letters",
+            "--iterations", "14", "--episodes", "48", "--eval-prompts", "64", "--prompts", "300",
+            "--max-new-tokens", "24", "--lr", "2e-3", "--beta", "0.01", "--out", str(root / "ppo")])
+        rlhf.ppo()
+    return root
+
+
+def done(folder):
+    return json.loads((folder / "done").read_text())
+
+
+def unigram_nats(counted, measured):
+    """Cost per token of the best model that ignores its context: token frequencies."""
+    counts = Counter(counted)
+    total = sum(counts.values()) + 512
+    return -sum(math.log((counts[t] + 1) / total) for t in measured) / len(measured)
+
+
+def test_pretraining_uses_the_context(out):
+    tokenizer = Tokenizer.load(out / "base")
+    documents = world.documents(2500, 1)
+    train, heldout = (data.pack_documents(part, tokenizer)[0].tolist()
+                      for part in (documents[:2375], documents[2375:]))
+    assert done(out / "base")["heldout_loss"] < 0.75 * unigram_nats(train, heldout)
+
+
+def test_sft_answers_the_prompt(out):
+    tokenizer = Tokenizer.load(out / "sft")
+    rows = data.encode_conversations(world.demonstrations(2000, 1), tokenizer, 160)
+    answers = [[token for token, on in zip(ids, mask) if on] for ids, mask in rows]
+    flat = [[token for answer in part for token in answer]
+            for part in (answers[:1900], answers[1900:])]
+    assert done(out / "sft")["heldout_loss"] < 0.55 * unigram_nats(*flat)
+
+
+def test_reward_model_finds_the_rule(out):
+    assert done(out / "reward")["heldout_accuracy"][1] > 0.8  # the low end of the interval
+
+
+def test_dpo_widens_the_margin(out):
+    found = done(out / "dpo")
+    assert found["heldout_margin"] > 0.2 and found["heldout_accuracy"][1] > 0.6
+    assert found["heldout_loss"] < math.log(2) - 0.05
+
+
+def test_ppo_raises_the_toy_reward(out):
+    found = done(out / "ppo")
+    assert found["heldout_score"] > found["heldout_score_before"] + 0.2
+    assert found["heldout_kl"] > 0.05
+
+
+def test_evaluation_puts_them_side_by_side(out, monkeypatch):
+    tasks = [task for task in world.heldout_tasks() if task.family in ("countries", "harmful")][:12]
+    monkeypatch.setattr(world, "heldout_tasks", lambda: tasks)
+    monkeypatch.setattr(world, "heldout_documents", lambda: world.documents(20, "few"))
+    evaluate.main([*(str(out / name) for name in ("base", "sft", "dpo", "ppo")), "--reward",
+                   str(out / "reward"), "--data", str(out / "pairs.jsonl"), "--best-of", "2",
+                   "--per-family", "6", "--max-new-tokens", "24", "--out", str(out / "report"),
+                   "--device", "cpu"])
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert set(report["checkpoints"]) == {"base", "base_few_shot", "sft", "dpo", "ppo", "best_of_2"}
+    assert report["checkpoints"]["ppo"]["kl_from_sft"][0] > 0.05
+    assert report["checkpoints"]["sft"]["bits_per_byte"] > 0
+    assert set(report["seconds"]) >= {"pretrain", "sft", "reward", "dpo", "ppo"}
