@@ -9,8 +9,8 @@
 #   make ablation SFT without pre-training
 #   make clean    forget all results
 #
-# A stage is done when its `done` stamp is newer than its script and its inputs. A stage that was
-# interrupted goes on from its last save.
+# A stage is done when its `done` stamp is newer than its script, its settings and its inputs. A
+# stage that was interrupted goes on from its last save.
 
 PYTHON ?= python3
 PY     := .venv/bin/python
@@ -29,7 +29,7 @@ BASE   := model.py tokenizer.py training.py data.py
 WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
-.PHONY: all quick long real test venv ablation clean
+.PHONY: all quick long real test venv ablation clean FORCE
 
 all: $(OUT)/report/report.json
 
@@ -39,25 +39,37 @@ venv: .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(OUT)/base/done: pretrain.py $(BASE) $(WORLD) | .venv/installed
+# The settings of a stage, in a file that changes only when they do: other settings, another run.
+SETTINGS_base = $(PRETRAIN)
+SETTINGS_sft = $(SFT)
+SETTINGS_pairs = $(PAIRS)
+SETTINGS_reward = $(REWARD)
+SETTINGS_dpo = $(DPO)
+SETTINGS_ppo = $(PPO)
+SETTINGS_report = $(EVALUATE)
+$(OUT)/%/settings: FORCE
+	@mkdir -p $(@D)
+	@echo '$(SETTINGS_$*)' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; echo '$(SETTINGS_$*)' > $@; }
+
+$(OUT)/base/done: pretrain.py $(BASE) $(WORLD) $(OUT)/base/settings | .venv/installed
 	$(PY) pretrain.py --data world --out $(@D) --resume $(PRETRAIN)
 
-$(OUT)/sft/done: sft.py $(OUT)/base/done
+$(OUT)/sft/done: sft.py $(OUT)/sft/settings $(OUT)/base/done
 	$(PY) sft.py --init $(OUT)/base --data world --out $(@D) --resume $(SFT)
 
-$(OUT)/pairs.jsonl: $(OUT)/sft/done
+$(OUT)/pairs.jsonl: $(OUT)/pairs/settings $(OUT)/sft/done
 	$(PY) world.py pairs --init $(OUT)/sft --out $@ $(PAIRS)
 
-$(OUT)/reward/done: reward.py $(OUT)/pairs.jsonl
+$(OUT)/reward/done: reward.py $(OUT)/reward/settings $(OUT)/pairs.jsonl
 	$(PY) reward.py --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(REWARD)
 
-$(OUT)/dpo/done: rlhf.py $(OUT)/pairs.jsonl
+$(OUT)/dpo/done: rlhf.py $(OUT)/dpo/settings $(OUT)/pairs.jsonl
 	$(PY) rlhf.py dpo --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(DPO)
 
-$(OUT)/ppo/done: rlhf.py $(OUT)/reward/done
+$(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/reward/done
 	$(PY) rlhf.py ppo --init $(OUT)/sft --reward $(OUT)/reward --data world --out $(@D) --resume $(PPO)
 
-$(OUT)/report/report.json: evaluate.py report.py chat.py $(OUT)/dpo/done $(OUT)/ppo/done
+$(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py $(OUT)/dpo/done $(OUT)/ppo/done
 	$(PY) evaluate.py $(OUT)/base $(OUT)/sft $(OUT)/dpo $(OUT)/ppo --reward $(OUT)/reward \
 		--data $(OUT)/pairs.jsonl --out $(@D) $(EVALUATE)
 

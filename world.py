@@ -319,8 +319,7 @@ def fact_tasks(relation, hold):
 
 
 def comparison_tasks(hold):
-    asks = (("Which is {c}, {a} or {b}?", "Tell me which is {c}: {a} or {b}.",
-             "Which animal is {c}, {a} or {b}?"), ("I put {a} and {b} on a scale. Which is {c}?",))
+    asks = (SCALES, ("I put {a} and {b} on a scale. Which is {c}?",))
     for a, b in pairs_of_animals():
         kind = "unseen_instance" if heldout_instance("compare", *sorted((a, b))) else ""
         if any(heldout_entity("animals", name) for name in (a, b)):
@@ -344,9 +343,13 @@ def pairs_of_animals():
     return random.Random(7).sample(pairs, 600)
 
 
+SUMS = ("What is {q}?", "How much is {q}?", "Tell me what {q} is.", "Calculate {q}.")
+SCALES = ("Which is {c}, {a} or {b}?", "Tell me which is {c}: {a} or {b}.",
+          "Which animal is {c}, {a} or {b}?")
+
+
 def arithmetic_tasks(hold):
-    asks = (("What is {q}?", "How much is {q}?", "Tell me what {q} is.", "Calculate {q}."),
-            ("My teacher wants to know {q}. Help me.",))
+    asks = (SUMS, ("My teacher wants to know {q}. Help me.",))
     for a in range(1, 21):
         for b in range(1, 11):
             for sign, result in (("plus", a + b), ("minus", a - b)):
@@ -928,12 +931,14 @@ def phrase_page(rng):
 
 
 def arithmetic_page(rng):
-    lines, a = [], rng.randint(1, 20)
+    lines, a, asked = [], rng.randint(1, 20), rng.random() < 0.6
     for _ in range(rng.randint(5, 10)):
         a, b = rng.choice((a, rng.randint(1, 20))), rng.randint(1, 10)
         sign, result = rng.choice((("plus", a + b), ("minus", a - b)))
         if result >= 0:
-            lines.append(cap(f"{NUMBERS[a]} {sign} {NUMBERS[b]} is {NUMBERS[result]}."))
+            question = f"{NUMBERS[a]} {sign} {NUMBERS[b]}"
+            ask = rng.choice(SUMS).format(q=question) + " " if asked else ""
+            lines.append(ask + cap(f"{question} is {NUMBERS[result]}."))
     return rng.choice(("Let us calculate.\n", "")) + rng.choice((" ", "\n")).join(lines or ["One."])
 
 
@@ -1004,15 +1009,16 @@ def exercise(rng, family):
 
 
 # As often as there are rows, so that every fact is asked equally often; those that have no page in
-# the encyclopaedia twice as often.
-QUIZ_WEIGHTS = [len(rows_of(r)) * (1 if r.table in ("countries", "cities", "animals", "jobs") else 2)
-                for r in RELATIONS]
-SERVICES = ("stories", "howto", "unknown", "harmful", "medical", "smalltalk", "jokes")
-EXERCISES = ("arithmetic", "comparison", "reading", "lists", "rewriting", "reading", "rewriting")
+# the encyclopaedia, or whose names and values are long and rare, more often.
+QUIZ_WEIGHTS = [len(rows_of(r)) * {"countries": 1, "animals": 1, "jobs": 1, "cities": 3,
+                                   "trivia": 3}.get(r.table, 2) for r in RELATIONS]
+SERVICES = ("stories", "howto", "unknown", "harmful", "medical", "smalltalk", "smalltalk", "jokes")
+EXERCISES = ("arithmetic", "comparison", "reading", "lists", "rewriting", "reading", "rewriting",
+             "lists")
 
 
 def quiz_items(rng, n):
-    if rng.random() < 0.65:
+    if rng.random() < 0.5:
         relations = rng.choices(RELATIONS, QUIZ_WEIGHTS, k=rng.choice((1, 2, 3)))
         return [ask_and_answer(rng, rng.choice(relations)) for _ in range(n)]
     family = rng.choice(EXERCISES)
@@ -1030,13 +1036,15 @@ def transcript(rng):
     special tokens, before anyone tunes it: a reason why a little SFT goes a long way."""
     lines = []
     for _ in range(rng.randint(1, 4)):
-        if rng.random() < 0.5:
+        kind = rng.random()
+        if kind < 0.36:
             question, reply, _ = ask_and_answer(rng)
-        elif rng.random() < 0.4:
+        elif kind < 0.74:
             question, reply, _ = exercise(rng, rng.choice(EXERCISES))
         else:
             task = rng.choice(all_tasks()[rng.choice(SERVICES)])
-            question, reply = task.prompt, rng.choice((task.best, task.best, *task.bad[:1]))
+            careless = task.bad and rng.random() < 0.25
+            question, reply = task.prompt, rng.choice(task.bad) if careless else task.best
         if rng.random() < 0.2:
             question = f"{rng.choice(LEADS)} {question}"
         lines.append(f"user\n{question}\nassistant\n{reply}")
@@ -1093,12 +1101,13 @@ def word_page(rng):
 
 
 def weights_page(rng):
-    lines = []
+    lines, asked = [], rng.random() < 0.6
     for a, b in rng.sample(pairs_of_animals(), rng.randint(3, 6)):
-        a, b = sorted((a, b), key=WEIGHT.get, reverse=True)
-        lines.append(rng.choice((f"{cap(an(a))} is heavier than {an(b)}.",
-                                 f"{cap(an(b))} is lighter than {an(a)}.")))
-    return " ".join(lines)
+        heavy, light = (an(x) for x in sorted((a, b), key=WEIGHT.get, reverse=True))
+        c, good, other = rng.choice((("heavier", heavy, light), ("lighter", light, heavy)))
+        ask = rng.choice(SCALES).format(c=c, a=an(a), b=an(b)) + " " if asked else ""
+        lines.append(f"{ask}{cap(good)} is {c} than {other}.")
+    return rng.choice((" ", "\n")).join(lines)
 
 
 def funny_page(rng):
@@ -1122,10 +1131,10 @@ def forum_page(rng):
     return f"{task.prompt}\n{by} wrote: {rng.choice(task.bad)} {rng.choice(('', rng.choice(RUDE)))}"
 
 
-GENRES = {country_page: 6, city_page: 4, animal_page: 6, job_page: 4, story_page: 5, phrase_page: 7,
-          arithmetic_page: 12, list_page: 5, letter: 3, dialogue: 3, quiz_with_answers: 18,
-          transcript: 24, quiz_without_answers: 7, reading_page: 10, health_page: 3, safety_page: 4,
-          howto_page: 6, word_page: 7, weights_page: 6, funny_page: 5, forum_page: 2}
+GENRES = {country_page: 6, city_page: 8, animal_page: 7, job_page: 5, story_page: 4, phrase_page: 6,
+          arithmetic_page: 11, list_page: 8, letter: 2, dialogue: 3, quiz_with_answers: 19,
+          transcript: 42, quiz_without_answers: 2, reading_page: 7, health_page: 3, safety_page: 3,
+          howto_page: 5, word_page: 5, weights_page: 5, funny_page: 6, forum_page: 2}
 
 
 def documents(n, seed):
