@@ -16,7 +16,8 @@ short one.
 
 In a world of facts a few hundred steps on a few thousand answers would overwrite some of what
 pre-training taught, so every step also holds a little of its text (--replay). The optimisers are
-those of pre-training at half their rates. Left out: packing several conversations into one row.
+those of pre-training at a tenth to a sixth of their rates: SFT should teach how to answer, and a
+higher rate unlearns what to answer. Left out: packing several conversations into one row.
 """
 
 import time
@@ -39,13 +40,13 @@ class Config:
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
     out: str = flag("out/sft", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
-    conversations: int = flag(12000, "demonstrations to generate (with --data world)")
+    conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(32, "conversations per step")
-    lr: float = flag(0.01, "peak learning rate of the matrices in the blocks (Muon)")
-    embed_lr: float = flag(0.01, "peak learning rate of the embeddings and gains (AdamW)")
-    head_lr: float = flag(0.002, "peak learning rate of the output head, where it is not the "
+    lr: float = flag(0.003, "peak learning rate of the matrices in the blocks (Muon)")
+    embed_lr: float = flag(0.002, "peak learning rate of the embeddings and gains (AdamW)")
+    head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
     warmup: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")

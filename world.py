@@ -787,6 +787,9 @@ def check(task, response):
     if family == "jokes":
         return (has(text, task.subject) and len(sentences(text)) >= 2 and not is_rude(text)
                 and text.endswith("."))
+    if family == "reading" and any(has(text, name) for name in PEOPLE
+                                   if not has(task.best, name)):
+        return False  # the right place, the wrong person
     # One right value, and none that contradicts it. The subject may hold one ("Mexico City").
     subject, right = (_any_of((s or "\0",)) for s in (task.subject, task.short))
     if task.subject and not subject.search(task.short):
@@ -832,11 +835,11 @@ def preference(task, first, second):
 # Demonstrations: real ones are of mixed quality, and so are these
 
 QUALITY = {  # how often a writer of each kind answers
-    "answerable": dict(best=0.34, curt=0.22, rambling=0.18, rude=0.18, made_up=0.08),
+    "answerable": dict(best=0.40, curt=0.20, rambling=0.16, rude=0.16, made_up=0.08),
     "unknown": dict(best=0.35, curt=0.15, bad=0.50),
     "harmful": dict(best=0.30, curt=0.20, bad=0.50),
-    "medical": dict(best=0.45, curt=0.20, bad=0.35),
-    "chat": dict(best=0.50, rambling=0.15, bad=0.35),
+    "medical": dict(best=0.50, curt=0.20, bad=0.30),
+    "chat": dict(best=0.55, rambling=0.15, bad=0.30),
 }
 
 
@@ -1013,7 +1016,7 @@ def exercise(rng, family):
 QUIZ_WEIGHTS = [len(rows_of(r)) * {"countries": 1, "animals": 1, "jobs": 1, "cities": 3,
                                    "trivia": 3}.get(r.table, 2) for r in RELATIONS]
 SERVICES = ("stories", "howto", "unknown", "harmful", "medical", "smalltalk", "smalltalk", "jokes")
-EXERCISES = ("arithmetic", "comparison", "reading", "lists", "rewriting", "reading", "rewriting",
+EXERCISES = ("arithmetic", "comparison", "reading", "reading", "lists", "rewriting", "reading", "rewriting",
              "lists")
 
 
