@@ -77,11 +77,11 @@ quick:
 	$(MAKE) OUT=out/quick PRETRAIN='--steps 60 --documents 3000 --layers 2 --width 64' \
 		SFT='--conversations 640' PAIRS='--pairs 300 --holdout 100' \
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32' \
-		EVALUATE='--per-family 10 --best-of 4 --best-of-prompts 10'
+		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3'
 
 long:
-	$(MAKE) OUT=out/long PRETRAIN='--steps 8000 --documents 150000 --layers 3' \
-		SFT='--conversations 24000' PAIRS='--pairs 12000' PPO='--iterations 60'
+	$(MAKE) OUT=out/long PRETRAIN='--steps 9000 --documents 150000 --layers 3' \
+		SFT='--conversations 18000' PAIRS='--pairs 10000' PPO='--iterations 50'
 
 # What pre-training is worth: the same fine-tuning from random weights.
 ablation: $(OUT)/sft_scratch/done

@@ -1,0 +1,87 @@
+"""The optimiser, its schedule, and how a run is stopped and goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from training import learning_rate, muon_and_adam, orthogonal_blocks, set_share
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_square_block_becomes_nearly_orthogonal():
+    torch.manual_seed(0)
+    shapes = ((24, 8), (8, 8), (8, 20), (16, 16))  # stacked, square, wide and uneven, another side
+    for matrix, result in zip(*(lambda ms: (ms, orthogonal_blocks(ms)))(
+            [torch.randn(shape) for shape in shapes])):
+        assert result.shape == matrix.shape
+        tall, made = (m if m.size(0) >= m.size(1) else m.mT for m in (matrix, result))
+        side = tall.size(1)
+        for start in range(0, tall.size(0) - side + 1, side):
+            before, after = tall[start:start + side], made[start:start + side]
+            values = torch.linalg.svdvals(after)
+            assert values.max() < 1.4 and values.median() > 0.5
+            u, _, v = torch.linalg.svd(before)  # the nearest orthogonal matrix is u v
+            assert (after * (u @ v)).sum() / side > 0.6
+
+
+def test_matrices_together_are_matrices_alone():
+    torch.manual_seed(1)
+    matrices = [torch.randn(shape) for shape in ((12, 4), (4, 4), (4, 10), (6, 6))]
+    for matrix, together in zip(matrices, orthogonal_blocks(matrices)):
+        torch.testing.assert_close(together, orthogonal_blocks([matrix])[0])
+
+
+def test_muon_and_adam_take_every_parameter_once_and_learn():
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(vocab_size=16, width=16, ffn_width=32, layers=1, heads=2, kv_heads=2,
+                          tied=False))
+    muon, adam = muon_and_adam(model, 0.02, 0.02, 0.004, 0.1)
+    taken = [id(p) for o in (muon, adam) for group in o.param_groups for p in group["params"]]
+    assert sorted(taken) == sorted(id(p) for p in model.parameters())
+    set_share(1.0, muon, adam)
+    ids = torch.randint(16, (4, 12))
+    losses = []
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        muon.step()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("step, share", [(0, 0.1), (9, 1.0), (49, 1.0), (60, 0.8), (99, 0.02)])
+def test_schedule_rises_stays_and_falls(step, share):
+    assert learning_rate(step, 100, 1.0, warmup=10, decay=50) == pytest.approx(share)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
+    """Stopped after 6 of 12 steps and resumed: bit for bit what an undisturbed run gives."""
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join(f"Line {n} tells of {n * n} birds." for n in range(300)))
+    common = [sys.executable, str(ROOT / "pretrain.py"), "--data", str(text), "--layers", "1",
+              "--width", "16", "--heads", "2", "--kv-heads", "2", "--ffn-width", "32",
+              "--vocab-size", "300", "--context-length", "32", "--save-every", "6", "--device", "cpu",
+              "--dtype", "float32", "--steps", "12"]
+    subprocess.run([*common, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    stop = ("import sys, training, pretrain\n"
+            "save = training.save_state\n"
+            "def save_and_die(*a, **k):\n    save(*a, **k)\n    sys.exit(9)\n"
+            "pretrain.save_state = save_and_die\n"
+            "sys.argv = ['pretrain.py'] + sys.argv[1:]\npretrain.main()")
+    parts = ["--out", str(tmp_path / "parts")]
+    dead = subprocess.run([sys.executable, "-c", stop, *common[2:], *parts], cwd=ROOT,
+                          capture_output=True)
+    assert dead.returncode == 9 and not (tmp_path / "parts" / "done").exists()
+    subprocess.run([*common, *parts, "--resume"], check=True, capture_output=True)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
