@@ -38,10 +38,10 @@ class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
     out: str = flag("out/base", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "documents held out at the end: a fraction, or a count from 1 up")
-    documents: int = flag(52000, "documents to generate (with --data world)")
+    documents: int = flag(62000, "documents to generate (with --data world)")
     # the model
     vocab_size: int = flag(2048, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
-    context_length: int = flag(256, "tokens the model sees at once")
+    context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
     heads: int = flag(4, "attention heads")
@@ -50,8 +50,8 @@ class Config:
     qk_norm: bool = flag(True, "normalise queries and keys (saves as Qwen3; without: as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
-    steps: int = flag(3200, "optimiser steps")
-    batch_size: int = flag(4, "windows per step")
+    steps: int = flag(4200, "optimiser steps")
+    batch_size: int = flag(5, "windows per step")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.02, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the "
