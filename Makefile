@@ -80,7 +80,7 @@ quick:
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3'
 
 long:
-	$(MAKE) OUT=out/long PRETRAIN='--steps 11000 --documents 160000 --layers 3' \
+	$(MAKE) OUT=out/long PRETRAIN='--steps 9000 --documents 135000 --layers 3' \
 		SFT='--conversations 18000' PAIRS='--pairs 10000' PPO='--iterations 50'
 
 # What pre-training is worth: the same fine-tuning from random weights.
