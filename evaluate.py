@@ -2,7 +2,7 @@
 
     python evaluate.py out/base out/sft out/dpo out/ppo --reward out/reward --data out/pairs.jsonl
 
-writes report.json, report.md and report.html to out/report, in about a minute and a half for models
+writes report.json, report.md and report.html to out/report, in about a minute for models
 of a million parameters; --per-family 80 halves that. Every checkpoint answers every prompt twice:
 greedily, and with one sample at temperature 1 from the model itself, no top-k or top-p. The sample
 is what the KL divergence, the gold score, the win rate and the rates of behaviour are measured on;
@@ -15,10 +15,11 @@ one in a folder called `sft`), drawn for part of the prompts. Those n samples al
 questions the reference can answer: only there does "I do not know" count as needless.
 
 Means are taken over equally many prompts of each family, so that rows on more or on fewer prompts
-can be compared; a rate about one kind of prompt takes all there are of the kind, and is left out
-where they are few. Rates have Wilson's interval, means a bootstrap over prompts; whatever compares
-with the reference is paired prompt by prompt. Left out: several seeds of the training itself, which would widen every
-interval here; they are about these checkpoints, not about the method.
+can be compared; KL over the prompts of best-of-n; a rate about one kind of prompt takes all there
+are of the kind, and is left out where they are few. Rates have Wilson's interval, means a bootstrap
+over prompts; whatever compares with the reference is paired prompt by prompt. Left out: several
+seeds of the training itself, which would widen every interval here; they are about these
+checkpoints, not about the method.
 """
 
 import functools
@@ -423,8 +424,8 @@ def main(argv=None):
             found["kl_from_sft"] = [0.0] * 3
         elif (reference and not speaker.raw and not reference.raw
               and same_tokens(speaker.tokenizer, reference.tokenizer)):
-            found["kl_from_sft"] = bootstrap(sequence_kl(
-                speaker.model, reference.model, *fair_samples(row)[1:3]))
+            found["kl_from_sft"] = bootstrap(sequence_kl(speaker.model, reference.model, *(
+                [part[i] for i in places] for part in (row.sampled.prompts, row.sampled.ids))))
         checkpoints[name] = found
         say(f"{name} is measured")
     judged = {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
