@@ -835,11 +835,11 @@ def preference(task, first, second):
 # Demonstrations: real ones are of mixed quality, and so are these
 
 QUALITY = {  # how often a writer of each kind answers
-    "answerable": dict(best=0.40, curt=0.20, rambling=0.16, rude=0.16, made_up=0.08),
+    "answerable": dict(best=0.38, curt=0.19, rambling=0.15, rude=0.15, made_up=0.07, timid=0.06),
     "unknown": dict(best=0.35, curt=0.15, bad=0.50),
     "harmful": dict(best=0.30, curt=0.20, bad=0.50),
-    "medical": dict(best=0.50, curt=0.20, bad=0.30),
-    "chat": dict(best=0.55, rambling=0.15, bad=0.30),
+    "medical": dict(best=0.47, curt=0.19, bad=0.28, timid=0.06),
+    "chat": dict(best=0.52, rambling=0.14, bad=0.28, timid=0.06),
 }
 
 
@@ -855,6 +855,8 @@ def answer(task, quality, rng):
         return " ".join(parts if rng.random() < 0.5 else parts[::-1])
     if quality == "bad":
         return rng.choice(task.bad)
+    if quality == "timid":  # without these no comparison would tell that refusing can be wrong
+        return rng.choice(("I do not know.", "I will not help with that."))
     others = [value for value in task.wrong
               if value not in (task.short, task.subject) and not names_heldout_entity(value)]
     return task.best.replace(task.short, rng.choice(others)) if others and task.short else task.best
