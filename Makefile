@@ -29,6 +29,7 @@ BASE   := model.py tokenizer.py training.py data.py
 WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # a stage uses every core; two at once would wait for each other
 .PHONY: all quick long real test venv ablation clean FORCE
 
 all: $(OUT)/report/report.json
@@ -83,11 +84,13 @@ long:
 	$(MAKE) OUT=out/long PRETRAIN='--steps 9000 --documents 135000 --layers 3' \
 		SFT='--conversations 18000' PAIRS='--pairs 10000' PPO='--iterations 50'
 
-# What pre-training is worth: the same fine-tuning from random weights.
+# What pre-training is worth: the same demonstrations from random weights, at the rates of
+# pre-training, since the low ones of SFT would not even teach the format.
 ablation: $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
 $(OUT)/sft_scratch/done: $(OUT)/sft/done
-	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --out $(@D) --resume $(SFT)
+	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
+		--head-lr 0.004 --out $(@D) --resume $(SFT)
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
