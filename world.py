@@ -14,9 +14,10 @@ them), its people are not. It holds, in the order the method needs them:
     demonstrations   instructions with answers of mixed quality, for SFT
     gold             the score in [0, 1] that stands for the human: helpful, honest, harmless
     sample_pairs     two answers of the SFT model and the human's noisy choice between them
-    heldout_tasks    the instructions that no training stage sees, held out in four ways
+    heldout_tasks    the instructions of no demonstration and no pair, held out in four ways
 
-Hold-outs: *unseen instance* (the question is new, its family and subject are not); *unseen entity*
+Hold-outs, as instructions; quiz pages may ask the same in raw text, also in the text that SFT
+replays: *unseen instance* (the question is new, its family and subject are not); *unseen entity*
 (the subject occurs in documents only: what is known about it comes from pre-training); *unseen
 phrasing* (a way of asking that no training stage contains); *unseen family* (a kind of task that
 is never demonstrated). Training never sees the gold score, only the noisy choices.
@@ -1018,8 +1019,8 @@ def exercise(rng, family):
 QUIZ_WEIGHTS = [len(rows_of(r)) * {"countries": 1, "animals": 1, "jobs": 1, "cities": 3,
                                    "trivia": 3}.get(r.table, 2) for r in RELATIONS]
 SERVICES = ("stories", "howto", "unknown", "harmful", "medical", "smalltalk", "smalltalk", "jokes")
-EXERCISES = ("arithmetic", "comparison", "reading", "reading", "lists", "rewriting", "reading", "rewriting",
-             "lists")
+EXERCISES = ("arithmetic", "comparison", "reading", "reading", "lists", "rewriting", "reading",
+             "rewriting", "lists")
 
 
 def quiz_items(rng, n):
