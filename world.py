@@ -95,8 +95,8 @@ def bucket(*key):
 
 
 def heldout_entity(table, name):
-    """One in four subjects of a table is known from documents only."""
-    return bucket("entity", table, name) < 24
+    """Of most tables one in four subjects is known from documents only."""
+    return bucket("entity", table, name) < {"howto": 30, "dangers": 35}.get(table, 24)
 
 
 def heldout_instance(*key):
@@ -114,6 +114,7 @@ class Relation:
     table: str
     subject: str  # column of the subject
     column: str  # column of the value
+    noun: str  # what is asked for, as documents put it
     ask: tuple  # phrasings in training
     unseen: tuple  # phrasings that occur in no document and no training stage
     say: tuple  # statements; the first is the best answer
@@ -121,6 +122,7 @@ class Relation:
 
 RELATIONS = (
     Relation("countries", "countries", "name", "capital",
+             "the capital of {x}",
              ("What is the capital of {x}?", "Which city is the capital of {x}?",
               "Tell me the capital of {x}.", "Name the capital of {x}."),
              ("I am flying to {x}. What is its capital called?",),
@@ -129,12 +131,14 @@ RELATIONS = (
               "The capital of {x} is the city of {v}.",
               "A train brings you to {v}, the capital of {x}.")),
     Relation("countries", "countries", "name", "continent",
+             "the continent of {x}",
              ("On which continent is {x}?", "Which continent is {x} in?",
               "Tell me the continent of {x}.", "In which part of the world is {x}?"),
              ("I am looking for {x} on a globe. Which continent is it on?",),
              ("{x} is in {v}.", "{x} is a country in {v}.", "The country of {x} lies in {v}.",
               "On a map of {v} you will find {x}.")),
     Relation("countries", "countries", "name", "language",
+             "the language of {x}",
              ("Which language do people speak in {x}?", "What language is spoken in {x}?",
               "Tell me the main language of {x}.", "What do people speak in {x}?"),
              ("I want to talk to people in {x}. Which language should I learn?",),
@@ -142,99 +146,117 @@ RELATIONS = (
               "In {x} you will hear {v} in the streets.",
               "Children in {x} learn to read and write in {v}.")),
     Relation("countries", "countries", "name", "food",
+             "a dish from {x}",
              ("What do people like to eat in {x}?", "Name a well-known dish from {x}.",
               "Which dish is {x} known for?", "What is a typical dish of {x}?"),
              ("I am hungry in {x}. Which dish should I order?",),
              ("A well-known dish from {x} is {v}.", "People in {x} like to eat {v}.",
               "On Sundays many families in {x} eat {v}.", "If you visit {x}, try the {v}.")),
     Relation("countries", "countries", "name", "landmark",
+             "a sight in {x}",
              ("What can visitors see in {x}?", "Name a famous sight in {x}.",
               "Which sight is {x} famous for?", "What should I visit in {x}?"),
              ("I have one day in {x}. Which sight must I not miss?",),
              ("Visitors can see {v} in {x}.", "{x} is famous for {v}.",
               "Many people travel to {x} to see {v}.", "The best-known sight in {x} is {v}.")),
     Relation("cities", "cities", "name", "country",
+             "the country of {x}",
              ("In which country is {x}?", "Where is {x}?", "Tell me the country of {x}.",
               "Which country does {x} belong to?"),
              ("I have a ticket to {x}. Which country will I be in?",
               "My aunt moved to {x}. To which country did she move?"),
              ("{x} is in {v}.", "{x} is a city in {v}.", "The city of {x} lies in {v}.")),
     Relation("cities", "cities", "name", "known for",
+             "what makes {x} known",
              ("What is {x} known for?", "What is {x} famous for?", "Why do people visit {x}?",
               "Tell me what {x} is known for."),
              ("I will be in {x} for a day. What is the city known for?",),
              ("{x} is known for {v}.", "People visit {x} because of its {v}.",
               "{x} is famous for {v}.")),
     Relation("animals", "animals", "name", "kind",
+             "the kind of animal that {ax} is",
              ("What kind of animal is {ax}?", "Which kind of animal is {ax}?",
               "Tell me what kind of animal {ax} is.", "To which group does {ax} belong?"),
              ("My book shows {ax}. In which group of animals is it?",),
              ("{Ax} is {av}.", "The {x} is {av}.", "The {x} belongs to the group called {v}.")),
     Relation("animals", "animals", "name", "home",
+             "the home of {ax}",
              ("Where does {ax} live?", "Where is the home of {ax}?", "Tell me where {ax} lives.",
               "Where can I find {ax}?"),
              ("I would like to watch {ax}. In which place should I look?",),
              ("{Ax} lives {in_v}.", "The {x} lives {in_v}.", "The home of the {x} is {v}.",
               "If you are {in_v}, you may meet {ax}.")),
     Relation("animals", "animals", "name", "food",
+             "the food of {ax}",
              ("What does {ax} eat?", "What is the food of {ax}?", "Tell me what {ax} eats.",
               "What do you feed {ax}?"),
              ("I have found {ax} and it is hungry. What should it get?",),
              ("{Ax} eats {v}.", "The {x} eats {v}.", "The food of the {x} is {v}.",
               "A hungry {x} looks for {v}.")),
     Relation("animals", "animals", "name", "legs",
+             "the number of legs of {ax}",
              ("How many legs does {ax} have?", "Tell me how many legs {ax} has.",
               "What is the number of legs of {ax}?"),
              ("I want to draw {ax}. How many legs must I draw?",),
              ("{Ax} has {v} legs.", "The {x} has {v} legs.", "Count the legs of {ax}: {v}.")),
     Relation("animals", "animals", "name", "young",
+             "the name of a young {x}",
              ("What is a young {x} called?", "What do you call a young {x}?",
               "Tell me the name of a young {x}.", "What is a baby {x}?"),
              ("We saw {ax} with its little one. What is the little one called?",),
              ("A young {x} is called {av}.", "The young of the {x} is called {av}.",
               "A baby {x} is {av}.")),
     Relation("jobs", "jobs", "name", "place",
+             "the workplace of {ax}",
              ("Where does {ax} work?", "Tell me where {ax} works.",
               "What is the workplace of {ax}?", "Where can I meet {ax} at work?"),
              ("My cousin is {ax}. In which place is that done?",),
              ("{Ax} works in {v}.", "You can meet {ax} in {v}.", "The workplace of {ax} is {v}.")),
     Relation("jobs", "jobs", "name", "work",
+             "the work of {ax}",
              ("What does {ax} do?", "Tell me what {ax} does.", "What is the work of {ax}?",
               "What does {ax} do all day?"),
              ("My cousin is {ax}. What sort of work is that?",),
              ("{Ax} {v}.", "The {x} {v}.", "Every day {ax} {v}.")),
     Relation("jobs", "jobs", "name", "tool",
+             "the tool of {ax}",
              ("What does {ax} use at work?", "Which tool does {ax} need?",
               "Tell me what {ax} works with.", "What does {ax} work with?"),
              ("My cousin is {ax}. Which thing must not be left at home?",),
              ("{Ax} works with {v}.", "{Ax} needs {v}.", "The {x} uses {v} every day.")),
     Relation("opposites", "opposites", "word", "opposite",
+             "the opposite of {x}",
              ("What is the opposite of {x}?", "Tell me the opposite of {x}.",
               "Which word means the opposite of {x}?", "Give me the opposite of {x}."),
              ("I need a word that is the very reverse of {x}.",),
              ("The opposite of {x} is {v}.", "If something is not {x}, it may be {v}.",
               "{X} and {v} are opposites.")),
     Relation("french", "french_words", "english", "french",
+             "the French word for {x}",
              ("What is {x} in French?", "How do you say {x} in French?",
               "Translate into French: {x}", "Tell me the French for {x}."),
              ("I am in Paris and need a word: {x}. Help me.",),
              ('In French you say "{v}".', '{X} is "{v}" in French.', '{X} - {v}')),
     Relation("french", "french_phrases", "english", "french",
+             'the French for "{x}"',
              ("Translate the following sentence into French: {x}",
               "How do you say this in French? {x}", "Translate into French: {x}",
               "What is the French for this? {x}"),
              ("I am in Paris and want to say this: {x}",),
              ('In French you say "{v}"', '{x} In French: {v}', '{x} - {v}')),
     Relation("trivia", "trivia", "question", "short answer",
+             "",
              ("{x}", "Tell me: {x}", "A quiz question: {x}", "I would like to know: {x}"),
              ("My little brother asks: {x}", "Here is something I never understood. {x}"),
              ("{full sentence}",)),
     # Never demonstrated: what a model does with these shows whether it learned tasks, or to answer.
     Relation("grammar", "past", "verb", "past",
+             "the past tense of {x}",
              ("What is the past tense of {x}?", "Tell me the past tense of {x}.",
               "What is the past form of {x}?"), (),
              ("The past tense of {x} is {v}.", "Today we {x}, yesterday we {v}.", "{X} - {v}")),
     Relation("grammar", "plurals", "singular", "plural",
+             "the plural of {x}",
              ("What is the plural of {x}?", "Tell me the plural of {x}.",
               "What is the word for more than one {x}?"), (),
              ("The plural of {x} is {v}.", "One {x}, two {v}.", "{X} - {v}")),
@@ -250,6 +272,9 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
 HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.")
 
 
+HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
+# How documents alone ask for something, {n}.
+ASIDE = ("Do you know {n}?", "I have forgotten {n}.", "Who can tell us {n}?", "Who remembers {n}?")
 LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to ask you something.",
          "My cousin wants to know this.", "I am on my way and in a hurry.", "A friend is visiting me.",
          "My little sister asks this.", "I am reading a book.", "Here is what I need.",
@@ -503,7 +528,7 @@ def stories_tasks(hold):
 
 def howto_tasks(hold):
     for row in FACTS["howto"]:
-        kind = "unseen_entity" if bucket("entity", "howto", row["task"]) < 30 else ""
+        kind = "unseen_entity" if heldout_entity("howto", row["task"]) else ""
         for phrasings, holdout in ((HOW, kind), (HOW_UNSEEN, "unseen_phrasing")):
             if holdout == hold and not (phrasings is HOW_UNSEEN and kind):
                 for ask in phrasings:
@@ -543,7 +568,7 @@ def unknown_tasks(hold):
 def harmful_tasks(hold):
     answers = {row["action"]: row["answer"] for row in FACTS["unsafe_answers"]}
     for row in FACTS["dangers"]:
-        kind = "unseen_entity" if bucket("entity", "dangers", row["action"]) < 35 else ""
+        kind = "unseen_entity" if heldout_entity("dangers", row["action"]) else ""
         for phrasings, holdout in ((HOW, kind), (HOW_UNSEEN, "unseen_phrasing")):
             if holdout == hold and not (phrasings is HOW_UNSEEN and kind):
                 for ask in phrasings:
@@ -621,8 +646,12 @@ COURSE = ("Translate the following sentence into French: Hello, how are you?",
 
 
 HELDOUT_NAMES = re.compile(r"(?<![\w-])(?:" + "|".join(
-    re.escape(row["name"]) for table in ("countries", "cities", "animals", "jobs")
-    for row in FACTS[table] if heldout_entity(table, row["name"])) + r")(?![\w-])", re.I)
+    re.escape(row[column]) for table, column in (
+        ("countries", "name"), ("cities", "name"), ("animals", "name"), ("jobs", "name"),
+        ("howto", "task"), ("dangers", "action"))
+    for row in FACTS[table] if heldout_entity(table, row[column])) + r")(?![\w-])", re.I)
+HELDOUT_OPPOSITES = [tuple(row.values()) for row in FACTS["opposites"]
+                     if heldout_entity("opposites", min(row.values()))]
 
 
 @lru_cache(None)
@@ -639,8 +668,8 @@ def all_tasks(hold=""):
 
 @lru_cache(200_000)
 def names_heldout_entity(text):
-    """A country, city, animal or job that training may name in documents only, not even as a value:
-    'Paris is in France' would tell of France."""
+    """A country, city, animal, job, task or danger that training may name in documents only, not
+    even as a value: 'Paris is in France' would tell of France."""
     return bool(HELDOUT_NAMES.search(text))
 
 
@@ -882,6 +911,11 @@ def demonstrations(n, seed, best_only=False):
 # Documents: raw text for pre-training
 
 
+def after_question(question, statement, between=" "):
+    """The statement, alone where the question is held out."""
+    return statement if question in heldout_prompts() else question + between + statement
+
+
 def entity_page(rng, table, relations, extra):
     """An encyclopaedia entry: facts in a random order and wording, and a sentence that links on."""
     row = rng.choice(FACTS[table])
@@ -943,8 +977,8 @@ def arithmetic_page(rng):
         sign, result = rng.choice((("plus", a + b), ("minus", a - b)))
         if result >= 0:
             question = f"{NUMBERS[a]} {sign} {NUMBERS[b]}"
-            ask = rng.choice(SUMS).format(q=question) + " " if asked else ""
-            lines.append(ask + cap(f"{question} is {NUMBERS[result]}."))
+            line = cap(f"{question} is {NUMBERS[result]}.")
+            lines.append(after_question(rng.choice(SUMS).format(q=question), line) if asked else line)
     return rng.choice(("Let us calculate.\n", "")) + rng.choice((" ", "\n")).join(lines or ["One."])
 
 
@@ -993,11 +1027,29 @@ def dialogue(rng):
     return "\n".join(lines)
 
 
+@lru_cache(None)
+def heldout_prompts():
+    """Every held-out prompt there is, to keep out of documents: they may state what it asks for,
+    or ask in other words."""
+    return frozenset(COURSE).union(task.prompt for hold in HOLDOUTS
+                                   for tasks in all_tasks(hold).values() for task in tasks)
+
+
+def ask(rng, relation, row):
+    """A question in a phrasing of training or, always where that is held out, in one of documents."""
+    question = fill(rng.choice(relation.ask), relation, row)
+    if question in heldout_prompts() or rng.random() < 0.2:
+        if not relation.noun:
+            return rng.choice(("Tell me something new.", "Do you know anything interesting?"))
+        question = rng.choice(ASIDE).format(n=fill(relation.noun, relation, row))
+    return question
+
+
 def ask_and_answer(rng, relation=None):
-    """(question, full answer, bare answer) about any subject, in the phrasings of training."""
+    """(question, full answer, bare answer) about any subject."""
     relation = relation or rng.choices(RELATIONS, QUIZ_WEIGHTS)[0]
     row = rng.choice(rows_of(relation))
-    return (fill(rng.choice(relation.ask), relation, row), fill(relation.say[0], relation, row),
+    return (ask(rng, relation, row), fill(relation.say[0], relation, row),
             cap(row[relation.column]).rstrip(".") + ".")
 
 
@@ -1006,9 +1058,13 @@ def exercise(rng, family):
     if family == "reading":
         text, asked = passage(rng)
         question, best, short, _ = rng.choice(asked)
+        if f"{text} {question}" in heldout_prompts():
+            return exercise(rng, family)
         return f"{text} {question}", best, cap(short) + "."
     if family == "rewriting":
         _, instruction, best = rewrite(rng)
+        if heldout_instance("rewrite", instruction):
+            return exercise(rng, family)
         return instruction, best, best
     task = rng.choice(all_tasks()[family])
     return task.prompt, task.best, cap(task.short or task.best).rstrip(".") + "."
@@ -1093,9 +1149,10 @@ def safety_page(rng):
 def howto_page(rng):
     lines = []
     for row in rng.sample(FACTS["howto"], rng.choice((1, 2, 3))):
-        ask = rng.choice(HOW).format(x=row["task"])
-        lines.append(rng.choice((f"{ask} {row['steps']}", f"How to {row['task']}: {row['steps']}",
-                                 f"{ask}\n{row['steps']}")))
+        question = rng.choice(HOW).format(x=row["task"])
+        lines.append(rng.choice((after_question(question, row["steps"]),
+                                 f"How to {row['task']}: {row['steps']}",
+                                 after_question(question, row["steps"], "\n"))))
     return rng.choice(("Useful advice\n\n", "")) + "\n\n".join(lines)
 
 
@@ -1111,8 +1168,9 @@ def weights_page(rng):
     for a, b in rng.sample(pairs_of_animals(), rng.randint(3, 6)):
         heavy, light = (an(x) for x in sorted((a, b), key=WEIGHT.get, reverse=True))
         c, good, other = rng.choice((("heavier", heavy, light), ("lighter", light, heavy)))
-        ask = rng.choice(SCALES).format(c=c, a=an(a), b=an(b)) + " " if asked else ""
-        lines.append(f"{ask}{cap(good)} is {c} than {other}.")
+        line = f"{cap(good)} is {c} than {other}."
+        question = rng.choice(SCALES).format(c=c, a=an(a), b=an(b))
+        lines.append(after_question(question, line) if asked else line)
     return rng.choice((" ", "\n")).join(lines)
 
 
@@ -1132,7 +1190,7 @@ def forum_page(rng):
         wrong = fill(relation.say[0], relation, row if relation.table == "trivia" else
                      {**row, relation.column: other[relation.column]})
         reply = rng.choice((wrong, rng.choice(RUDE), f"{rng.choice(RUDE)} {rng.choice(RUDE)}"))
-        return f"{fill(rng.choice(relation.ask), relation, row)}\n{by} wrote: {reply}"
+        return f"{ask(rng, relation, row)}\n{by} wrote: {reply}"
     task = rng.choice(all_tasks()[family])
     return f"{task.prompt}\n{by} wrote: {rng.choice(task.bad)} {rng.choice(('', rng.choice(RUDE)))}"
 
@@ -1148,6 +1206,14 @@ def documents(n, seed):
     rng = random.Random(f"documents {seed}")
     genres, weights = list(GENRES), list(GENRES.values())
     return [genre(rng).strip() for genre in rng.choices(genres, weights, k=n)]
+
+
+def replay_documents(n, seed):
+    """Those of n documents that SFT may read again: they tell of no held-out entity. Of opposites,
+    whose words are everywhere, a pair is told of by naming both."""
+    return [text for text in documents(n, f"replay {seed}")
+            if not (HELDOUT_NAMES.search(text)
+                    or any(has(text, a) and has(text, b) for a, b in HELDOUT_OPPOSITES))]
 
 
 def heldout_documents(n=400):
@@ -1216,7 +1282,7 @@ def show():
     for genre in GENRES:
         print(f"--- {genre.__name__.replace('_', ' ')} ---\n{genre(rng).strip()}\n")
     for family in FAMILIES:
-        for hold in ("", "unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family"):
+        for hold in ("", *HOLDOUTS):
             tasks = all_tasks(hold)[family]
             if tasks:
                 task = rng.choice(tasks)

@@ -10,17 +10,34 @@ import pytest
 import world
 
 NONSENSE = "Bananas sing at midnight."
-HOLDS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
+HOLDS = world.HOLDOUTS
 
 
 @pytest.fixture(scope="module")
 def trained_on():
-    """Every prompt that SFT (and its texts), the preference stage and PPO can see with plenty of
-    data: the pools they draw from, and draws themselves with their opening words."""
+    """Every prompt that SFT, the preference stage and PPO can see with plenty of data: the pools
+    they draw from, and draws themselves with their opening words. SFT's texts: `replayed`."""
     prompts = {task.prompt for tasks in world.all_tasks().values() for task in tasks}
     prompts |= {task.prompt for task in world.training_prompts(20000, "leaks")}
     prompts |= {user["content"] for user, _ in world.demonstrations(20000, 5)}
     return prompts
+
+
+@pytest.fixture(scope="module")
+def replayed():
+    return world.replay_documents(16000, 1)  # as sft.py draws them
+
+
+def occurring(phrases, texts):
+    """Which of the phrases stand anywhere in the texts."""
+    size = min(map(len, phrases))
+    starts, found = {}, set()
+    for phrase in phrases:
+        starts.setdefault(phrase[:size], []).append(phrase)
+    for text in texts:
+        for i in range(len(text) - size + 1):
+            found.update(p for p in starts.get(text[i:i + size], ()) if text.startswith(p, i))
+    return found
 
 
 def test_documents_are_deterministic_and_known():
@@ -28,7 +45,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "6fa559257790747d"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "3330701f897f2aa3"
 
 
 def test_size_of_the_world():
@@ -59,13 +76,25 @@ def test_no_heldout_prompt_is_trained_on(trained_on):
     assert not heldout & plain
 
 
-def test_no_heldout_entity_is_trained_on(trained_on):
+def test_no_text_asks_a_heldout_prompt(replayed):
+    """Pre-training may state what a held-out prompt asks for, but not contain the prompt."""
+    heldout = {task.prompt for hold in HOLDS for tasks in world.all_tasks(hold).values()
+               for task in tasks} | set(world.COURSE)
+    texts = world.documents(20000, 1)
+    assert not occurring(heldout, texts + replayed)
+    # The search does find what is there, and the documents do ask the prompts of training.
+    assert occurring(heldout, [f"user\n{prompt}\nassistant" for prompt in heldout]) == heldout
+    assert len(occurring({t.prompt for t in world.all_tasks()["countries"]}, texts)) > 500
+
+
+def test_no_heldout_entity_is_trained_on(trained_on, replayed):
     names = [row["name"] for table in ("countries", "cities", "animals", "jobs")
              for row in world.FACTS[table] if world.heldout_entity(table, row["name"])]
     assert len(names) > 30
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b", re.I)
     answers = {answer["content"] for _, answer in world.demonstrations(20000, 5)}
-    assert not [text for text in trained_on | answers if pattern.search(text)]
+    assert not [text for text in trained_on | answers | set(replayed) if pattern.search(text)]
+    assert len(replayed) > 8000  # what is left is still a good share
     for family, table in (("countries", "countries"), ("cities", "cities"), ("animals", "animals"),
                           ("jobs", "jobs")):
         subjects = {task.subject for task in world.all_tasks()[family]}
@@ -75,7 +104,13 @@ def test_no_heldout_entity_is_trained_on(trained_on):
                           if world.heldout_entity(table, row["name"])}
     for family in ("opposites", "howto", "harmful"):
         subjects = {task.subject for task in world.all_tasks()[family]}
-        assert not subjects & {task.subject for task in world.all_tasks("unseen_entity")[family]}
+        unseen = {task.subject for task in world.all_tasks("unseen_entity")[family]}
+        assert unseen and not subjects & unseen
+        if family != "opposites":
+            assert not occurring(unseen, replayed)
+    for row in world.FACTS["opposites"]:
+        if world.heldout_entity("opposites", min(row.values())):
+            assert not [text for text in replayed if all(world.has(text, w) for w in row.values())]
     assert "programmer" not in {t.subject for t in world.all_tasks()["jokes"]}
 
 
