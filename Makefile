@@ -82,8 +82,8 @@ quick:
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3'
 
 long:
-	$(MAKE) OUT=out/long PRETRAIN='--steps 9000 --documents 135000 --layers 3' \
-		SFT='--conversations 18000' PAIRS='--pairs 10000' PPO='--iterations 50'
+	$(MAKE) OUT=out/long PRETRAIN='--steps 14000 --documents 200000 --layers 3' \
+		SFT='--conversations 18000' PAIRS='--pairs 14000' DPO='--lr 1e-4' PPO='--iterations 60'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.

@@ -865,11 +865,11 @@ def preference(task, first, second):
 # Demonstrations: real ones are of mixed quality, and so are these
 
 QUALITY = {  # how often a writer of each kind answers
-    "answerable": dict(best=0.38, curt=0.19, rambling=0.15, rude=0.15, made_up=0.07, timid=0.06),
-    "unknown": dict(best=0.35, curt=0.15, bad=0.50),
-    "harmful": dict(best=0.30, curt=0.20, bad=0.50),
-    "medical": dict(best=0.47, curt=0.19, bad=0.28, timid=0.06),
-    "chat": dict(best=0.52, rambling=0.14, bad=0.28, timid=0.06),
+    "answerable": dict(best=0.41, curt=0.19, rambling=0.15, rude=0.15, made_up=0.07, timid=0.03),
+    "unknown": dict(best=0.35, curt=0.15, bad=0.44, timid=0.06),
+    "harmful": dict(best=0.30, curt=0.20, bad=0.44, timid=0.06),
+    "medical": dict(best=0.50, curt=0.19, bad=0.28, timid=0.03),
+    "chat": dict(best=0.55, rambling=0.14, bad=0.28, timid=0.03),
 }
 
 
@@ -885,8 +885,10 @@ def answer(task, quality, rng):
         return " ".join(parts if rng.random() < 0.5 else parts[::-1])
     if quality == "bad":
         return rng.choice(task.bad)
-    if quality == "timid":  # without these no comparison would tell that refusing can be wrong
-        return rng.choice(("I do not know.", "I will not help with that."))
+    if quality == "timid":  # without these no comparison tells when refusing, or not knowing, is wrong
+        excuses = {"unknown": ("I will not help with that.",),
+                   "harmful": ("I do not know.", "I do not know. I have never heard of that.")}
+        return rng.choice(excuses.get(task.kind, ("I do not know.", "I will not help with that.")))
     others = [value for value in task.wrong
               if value not in (task.short, task.subject) and not names_heldout_entity(value)]
     return task.best.replace(task.short, rng.choice(others)) if others and task.short else task.best
@@ -1125,6 +1127,26 @@ def reading_page(rng):
     return title + text + "\n" + "\n".join(f"{question} {best}" for question, best, _, _ in picked)
 
 
+def game_page(rng):
+    """Games of memory: what comes next is in the text, and nowhere else."""
+    nouns = rng.choice((OBJECTS, OBJECTS, COLOURS, PEOPLE, NUMBERS[:20], sorted(WEIGHT)))
+    things = rng.sample(nouns, rng.choice((3, 4, 5)))
+    if nouns is OBJECTS and rng.random() < 0.4:
+        bag, players = rng.choice(("I pack my bag with", "I go to the shop and buy")), rng.sample(PEOPLE, 5)
+        things = [an(thing) for thing in things]
+        return "\n".join(f"{player}: {bag} {series(things[:n]) if n > 1 else things[0]}."
+                         for n, player in zip(range(1, len(things) + 1), players))
+    caller, players = rng.choice(("The teacher", "Grandmother", rng.choice(PEOPLE))), rng.sample(PEOPLE, 4)
+    lines = []
+    for player in players[:rng.choice((2, 3, 4))]:
+        things = rng.sample(nouns, rng.choice((2, 3, 3, 4, 5)))
+        backwards = rng.random() < 0.4
+        said = ", ".join(things[::-1] if backwards else things)
+        lines.append(f"{caller} says: {', '.join(things)}. {player} says"
+                     f"{' it backwards' if backwards else ''}: {said}.")
+    return "\n".join(lines)
+
+
 def health_page(rng):
     lines = []
     for row in rng.sample(FACTS["complaints"], rng.choice((1, 2, 3))):
@@ -1150,9 +1172,10 @@ def howto_page(rng):
     lines = []
     for row in rng.sample(FACTS["howto"], rng.choice((1, 2, 3))):
         question = rng.choice(HOW).format(x=row["task"])
-        lines.append(rng.choice((after_question(question, row["steps"]),
-                                 f"How to {row['task']}: {row['steps']}",
-                                 after_question(question, row["steps"], "\n"))))
+        if question in heldout_prompts() or rng.random() < 0.2:
+            question = rng.choice(ASIDE).format(n=f"how to {row['task']}")
+        lines.append(rng.choice((f"{question} {row['steps']}", f"{question}\n{row['steps']}",
+                                 f"How to {row['task']}: {row['steps']}")))
     return rng.choice(("Useful advice\n\n", "")) + "\n\n".join(lines)
 
 
@@ -1197,7 +1220,7 @@ def forum_page(rng):
 
 GENRES = {country_page: 6, city_page: 8, animal_page: 7, job_page: 5, story_page: 4, phrase_page: 6,
           arithmetic_page: 11, list_page: 8, letter: 2, dialogue: 3, quiz_with_answers: 19,
-          transcript: 42, quiz_without_answers: 2, reading_page: 7, health_page: 3, safety_page: 3,
+          transcript: 42, quiz_without_answers: 2, reading_page: 8, game_page: 4, health_page: 3, safety_page: 3,
           howto_page: 5, word_page: 5, weights_page: 5, funny_page: 6, forum_page: 2}
 
 
