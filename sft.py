@@ -17,7 +17,11 @@ short one.
 In a world of facts a few hundred steps on a few thousand answers would overwrite some of what
 pre-training taught, so every step also holds a little of its text (--replay). The optimisers are
 those of pre-training at a tenth to a sixth of their rates: SFT should teach how to answer, and a
-higher rate unlearns what to answer. Left out: packing several conversations into one row.
+higher rate unlearns what to answer. And the ε of Adam is large. Adam divides a gradient by its
+typical size, so a word that no answer holds would be pushed down, by a tiny gradient of constant
+sign, as fast as the others learn: the head would forget every name that SFT does not mention (with
+ε = 1e-8, right answers about unseen entities fell from 77 % in the base to 49 %; now 69 %). Left
+out: packing several conversations into one row.
 """
 
 import time
@@ -49,6 +53,8 @@ class Config:
     head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
     warmup: int = flag(20, "steps of linear warm-up")
+    adam_eps: float = flag(1e-3, "ε of AdamW: gradients far below it, of words that do not occur, "
+                           "move nothing")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     replay: int = flag(2, "windows of pre-training text mixed into every step, so that less of it is "
@@ -112,7 +118,7 @@ def main():
     if config.replay and config.data == ["world"]:
         replayed, _ = data.pack_documents(world.replay_documents(16000, config.seed), tokenizer)
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
-                               config.weight_decay)
+                               config.weight_decay, config.adam_eps)
     precision = autocast(device, config.dtype)
 
     def batches(epoch):  # its own seed, so that a resumed run finds the same order again

@@ -236,9 +236,10 @@ def orthogonal_blocks(matrices, iterations=3):
     return found
 
 
-def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay):
+def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     """Muon for the matrices in the blocks, AdamW for embeddings, head and gains, each with the peak
-    learning rate that suits it: an embedding sees its token rarely, so it may move fast."""
+    learning rate that suits it: an embedding sees its token rarely, so it may move fast. Gradients
+    well below `eps` move nothing."""
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
     kept = {id(p) for p in inside + head}
@@ -246,7 +247,7 @@ def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay):
     muon = Muon([{"params": inside, "peak": lr}], lr, weight_decay=weight_decay)
     adam = torch.optim.AdamW(
         [{"params": ps, "peak": peak} for ps, peak in ((rest, embed_lr), (head, head_lr)) if ps],
-        betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        betas=(0.9, 0.95), weight_decay=0.0, eps=eps, fused=True)
     return muon, adam
 
 
