@@ -47,7 +47,7 @@ class Config:
     conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
-    batch_size: int = flag(32, "conversations per step")
+    batch_size: int = flag(16, "conversations per step")
     lr: float = flag(0.003, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.002, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
@@ -57,7 +57,7 @@ class Config:
                            "move nothing")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    replay: int = flag(2, "windows of pre-training text mixed into every step, so that less of it is "
+    replay: int = flag(1, "windows of pre-training text mixed into every step, so that less of it is "
                        "forgotten (with --data world)")
     from_scratch: bool = flag(False, "throw the weights of --init away, keeping shape and tokeniser")
     dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",

@@ -57,6 +57,22 @@ def test_muon_and_adam_take_every_parameter_once_and_learn():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("eps, moves", [(1e-8, True), (1e-3, False)])
+def test_a_large_epsilon_spares_words_that_do_not_occur(eps, moves):
+    """Such a word's row of the head gets a tiny gradient of constant sign."""
+    model = GPT(GPTConfig(vocab_size=16, width=16, ffn_width=32, layers=1, heads=2, kv_heads=2,
+                          tied=False))
+    _, adam = muon_and_adam(model, 0.02, 0.02, 0.001, 0.0, eps)
+    set_share(1.0, adam)
+    row = model.lm_head.weight[7].clone()
+    for _ in range(10):
+        model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, 1e-5)
+        model.lm_head.weight.grad[3] = 1e-2  # a word that does occur
+        adam.step()
+    moved = (model.lm_head.weight[7] - row).abs().mean().item() / 0.001  # in steps at the full rate
+    assert moved == pytest.approx(10, rel=0.01) if moves else moved < 0.2
+
+
 @pytest.mark.parametrize("step, share", [(0, 0.1), (9, 1.0), (49, 1.0), (60, 0.8), (99, 0.02)])
 def test_schedule_rises_stays_and_falls(step, share):
     assert learning_rate(step, 100, 1.0, warmup=10, decay=50) == pytest.approx(share)
