@@ -14,13 +14,14 @@ them), its people are not. It holds, in the order the method needs them:
     demonstrations   instructions with answers of mixed quality, for SFT
     gold             the score in [0, 1] that stands for the human: helpful, honest, harmless
     sample_pairs     two answers of the SFT model and the human's noisy choice between them
-    heldout_tasks    the instructions of no demonstration and no pair, held out in four ways
+    heldout_tasks    prompts that occur in no document, no demonstration and no pair
 
-Hold-outs, as instructions; quiz pages may ask the same in raw text, also in the text that SFT
-replays: *unseen instance* (the question is new, its family and subject are not); *unseen entity*
-(the subject occurs in documents only: what is known about it comes from pre-training); *unseen
-phrasing* (a way of asking that no training stage contains); *unseen family* (a kind of task that
-is never demonstrated). Training never sees the gold score, only the noisy choices.
+They are held out in four ways: *unseen instance* (the question is new, its family and subject are
+not); *unseen entity* (the subject occurs in documents only: what is known about it comes from
+pre-training); *unseen phrasing* (a way of asking that no training stage contains); *unseen family*
+(a kind of task that is never demonstrated). Documents may state what a held-out prompt asks for,
+or ask it in words that only documents use: "I have forgotten the capital of Kenya." Training never
+sees the gold score, only the noisy choices.
 """
 
 import hashlib
@@ -1164,18 +1165,16 @@ def game_page(rng):
     nouns = rng.choice((OBJECTS, OBJECTS, COLOURS, PEOPLE, NUMBERS[:20], sorted(WEIGHT)))
     things = rng.sample(nouns, rng.choice((3, 4, 5)))
     if nouns is OBJECTS and rng.random() < 0.4:
-        bag, players = rng.choice(("I pack my bag with", "I go to the shop and buy")), rng.sample(PEOPLE, 5)
-        things = [an(thing) for thing in things]
-        return "\n".join(f"{player}: {bag} {series(things[:n]) if n > 1 else things[0]}."
-                         for n, player in zip(range(1, len(things) + 1), players))
-    caller, players = rng.choice(("The teacher", "Grandmother", rng.choice(PEOPLE))), rng.sample(PEOPLE, 4)
-    lines = []
+        begin = rng.choice(("I pack my bag with", "I go to the shop and buy"))
+        named = [an(thing) for thing in things]
+        return "\n".join(f"{player}: {begin} {series(named[:n]) if n > 1 else named[0]}."
+                         for n, player in zip(range(1, len(named) + 1), rng.sample(PEOPLE, 5)))
+    caller = rng.choice(("The teacher", "Grandmother", rng.choice(PEOPLE)))
+    players, lines = rng.sample(PEOPLE, 4), []
     for player in players[:rng.choice((2, 3, 4))]:
         things = rng.sample(nouns, rng.choice((2, 3, 3, 4, 5)))
-        backwards = rng.random() < 0.4
-        said = ", ".join(things[::-1] if backwards else things)
-        lines.append(f"{caller} says: {', '.join(things)}. {player} says"
-                     f"{' it backwards' if backwards else ''}: {said}.")
+        says, said = ("says it backwards", things[::-1]) if rng.random() < 0.4 else ("says", things)
+        lines.append(f"{caller} says: {', '.join(things)}. {player} {says}: {', '.join(said)}.")
     return "\n".join(lines)
 
 
