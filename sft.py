@@ -143,7 +143,7 @@ def main():
             set_share(share, muon, adam)
             inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
             with precision:
-                loss = answer_loss(model, inputs.to(device), targets.to(device))
+                answers = loss = answer_loss(model, inputs.to(device), targets.to(device))
                 if replayed is not None:
                     text = data.random_windows(replayed, config.replay,
                                                model.config.context_length, generator)
@@ -159,8 +159,8 @@ def main():
             bar.update()
             if step % 10 == 0 or step == steps:
                 rate = step * config.batch_size / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
-                log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm)
+                bar.set_postfix_str(f"loss {answers.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
+                log(config.out, step, loss=answers, lr=share * config.lr, gradient_norm=norm)
             if stop or step % config.save_every == 0:
                 save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
             if stop:
