@@ -91,19 +91,20 @@ ablation: $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
 $(OUT)/sft_scratch/done: $(OUT)/sft/done
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
-		--head-lr 0.004 --out $(@D) --resume $(SFT)
+		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SFT)
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
 # are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
-# the stories, so SFT takes higher rates than in the world.
+# the stories, so SFT takes higher rates than in the world, and the usual epsilon.
 REAL := out/real
 real: .venv/installed
 	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
 	$(PY) pretrain.py --data $(DATA)/tinystories-train-2mb.txt --holdout 0.05 --out $(REAL)/base \
 		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
 	$(PY) sft.py --init $(REAL)/base --data $(DATA)/instructions-1100.json --holdout 110 \
-		--epochs 3 --batch-size 16 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 --out $(REAL)/sft --resume
+		--epochs 3 --batch-size 16 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 \
+		--adam-eps 1e-8 --out $(REAL)/sft --resume
 	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
 		--out $(REAL)/reward --resume
 	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/hh-harmless-test.jsonl.gz --holdout 312 \

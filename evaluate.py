@@ -45,7 +45,6 @@ from training import (InputError, check_range, flag, load_reward, parse_args, pi
                       seed_everything, write_atomic)
 
 ENOUGH = 160  # prompts behind a rate of its own, however few are asked for of each family
-HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
 
 
 @dataclass
@@ -219,7 +218,7 @@ def accuracy(tasks, right):
     answerable = np.array([task.kind == "answerable" for task in tasks])
     holdout, family = (np.array([getattr(task, name) for task in tasks])
                        for name in ("holdout", "family"))
-    groups = {"all": answerable} | {name: answerable & (holdout == name) for name in HOLDOUTS}
+    groups = {"all": answerable} | {name: answerable & (holdout == name) for name in world.HOLDOUTS}
     families = {str(name): family == name for name in dict.fromkeys(family.tolist())}
     return tuple({name: f(right[group]) for name, group in groups.items()}
                  | {"families": {name: f(right[group]) for name, group in families.items()}}

@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+import world
 from chat import visible
 from training import InputError, run, write_atomic
 
@@ -37,7 +38,6 @@ COLUMNS = (
     ("tokens", ("mean_tokens",), NUMBER, "mean length of an answer"),
     ("bits/byte", ("bits_per_byte",), NUMBER, "held-out documents, lower is better"),
 )
-HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
 PARTS = ("total", "helpful", "honest", "harmless")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 INK = "#123456"  # a stand-in that becomes the page's own text colour, light or dark
@@ -77,10 +77,10 @@ def part_rows(report):
     """The parts of the gold score, and accuracy by what is new about the prompts."""
     counts = next(iter(report["checkpoints"].values()))["prompts"]["accuracy"]
     headings = ["", *(f"gold: {part}" for part in PARTS),
-                *(f"{name.replace('_', ' ')} (n = {counts[name]})" for name in HOLDOUTS)]
+                *(f"{name.replace('_', ' ')} (n = {counts[name]})" for name in world.HOLDOUTS)]
     return headings, [
         [name, *(cell(measures["gold"][part], NUMBER) for part in PARTS),
-         *(cell(measures["accuracy"][holdout], PERCENT) for holdout in HOLDOUTS)]
+         *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS)]
         for name, measures in report["checkpoints"].items()]
 
 

@@ -121,7 +121,8 @@ def score_pairs(model, pairs, pad_id):
 
 def load_pairs(config, policy, tokenizer):
     """(train, heldout) lists of data.EncodedPair: from files, or sampled from `policy` and labelled
-    by the embedded world. No held-out prompt occurs in training."""
+    by the embedded world. No held-out prompt occurs in training, and no row with a `p`, whose
+    prompt is held out of every stage."""
     if config.data == ["world"]:
         heldout = config.holdout * (config.pairs if config.holdout < 1 else 1)
         rows = world.sample_pairs(policy, tokenizer, config.pairs, round(heldout), config.seed)
@@ -130,6 +131,8 @@ def load_pairs(config, policy, tokenizer):
     else:
         pairs = data.load_preferences(config.data)
     train, heldout = data.split_holdout(pairs, config.holdout)
+    heldout = [pair for pair in train if pair.p is not None] + heldout
+    train = [pair for pair in train if pair.p is None]
     heldout = data.drop_seen(heldout, train, key=lambda pair: pair.prompt)
     return [data.encode_pairs(part, tokenizer, policy.config.context_length)
             for part in (train, heldout)]

@@ -239,7 +239,7 @@ def orthogonal_blocks(matrices, iterations=3):
 def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     """Muon for the matrices in the blocks, AdamW for embeddings, head and gains, each with the peak
     learning rate that suits it: an embedding sees its token rarely, so it may move fast. Gradients
-    well below `eps` move nothing."""
+    well below `eps` hardly move anything."""
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
     kept = {id(p) for p in inside + head}

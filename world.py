@@ -14,7 +14,7 @@ them), its people are not. It holds, in the order the method needs them:
     demonstrations   instructions with answers of mixed quality, for SFT
     gold             the score in [0, 1] that stands for the human: helpful, honest, harmless
     sample_pairs     two answers of the SFT model and the human's noisy choice between them
-    heldout_tasks    prompts that occur in no document, no demonstration and no pair
+    heldout_tasks    prompts in no document, no demonstration and no pair that is trained on
 
 They are held out in four ways: *unseen instance* (the question is new, its family and subject are
 not); *unseen entity* (the subject occurs in documents only: what is known about it comes from
@@ -96,12 +96,17 @@ def bucket(*key):
 
 
 def heldout_entity(table, name):
-    """Of most tables one in four subjects is known from documents only."""
+    """One in four subjects (of the short tables of tasks and dangers a third) is known from
+    documents only."""
     return bucket("entity", table, name) < {"howto": 30, "dangers": 35}.get(table, 24)
 
 
 def heldout_instance(*key):
     return bucket("instance", *key) < 18
+
+
+HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
+COURSE_JOB = "programmer"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ class Relation:
     subject: str  # column of the subject
     column: str  # column of the value
     noun: str  # what is asked for, as documents put it
-    ask: tuple  # phrasings in training
+    ask: tuple  # phrasings of instructions; documents use them where they are not held out
     unseen: tuple  # phrasings that occur in no document and no training stage
     say: tuple  # statements; the first is the best answer
 
@@ -305,7 +310,6 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
 HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.")
 
 
-HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_family")
 # How documents alone ask for something, {n}.
 ASIDE = ("Do you know {n}?", "I have forgotten {n}.", "Who can tell us {n}?", "Who remembers {n}?")
 LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to ask you something.",
@@ -660,8 +664,8 @@ def jokes_tasks(hold):
         job = row["job"]
         for name in PEOPLE[::3]:
             kind = "unseen_instance" if heldout_instance("joke", job, name) else ""
-            # The course's own example is never shown to SFT or to the preference stage.
-            if heldout_entity("jobs", job) or job == "programmer":
+            # The course's own joke is never shown to SFT or to the preference stage.
+            if heldout_entity("jobs", job) or job == COURSE_JOB:
                 kind = "unseen_entity"
             for ask in asks[hold] if kind == ("" if hold == "unseen_phrasing" else hold) else ():
                 if kind != "unseen_instance" or "{n}" in ask:
@@ -675,7 +679,7 @@ BUILDERS = (*(lambda hold, r=r: fact_tasks(r, hold) for r in RELATIONS), compari
             howto_tasks, unknown_tasks, harmful_tasks, medical_tasks, smalltalk_tasks, jokes_tasks)
 COURSE = ("Translate the following sentence into French: Hello, how are you?",
           "My five-year-old has a fever of 103°F. What should I do?",
-          "Write a funny story about a programmer.")
+          f"Write a funny story about a {COURSE_JOB}.")
 
 
 HELDOUT_NAMES = re.compile(r"(?<![\w-])(?:" + "|".join(
@@ -701,8 +705,8 @@ def all_tasks(hold=""):
 
 @lru_cache(200_000)
 def names_heldout_entity(text):
-    """A country, city, animal, job, task or danger that training may name in documents only, not
-    even as a value: 'Paris is in France' would tell of France."""
+    """Does the text name a country, city, animal, job, task or danger that only documents may name?
+    Not even as a value: 'Paris is in France' would tell of France."""
     return bool(HELDOUT_NAMES.search(text))
 
 
@@ -946,9 +950,9 @@ def demonstrations(n, seed, best_only=False):
 # Documents: raw text for pre-training
 
 
-def after_question(question, statement, between=" "):
+def after_question(question, statement):
     """The statement, alone where the question is held out."""
-    return statement if question in heldout_prompts() else question + between + statement
+    return statement if question in heldout_prompts() else f"{question} {statement}"
 
 
 def entity_page(rng, table, relations, extra):
@@ -1070,7 +1074,7 @@ def heldout_prompts():
                                    for tasks in all_tasks(hold).values() for task in tasks)
 
 
-def ask(rng, relation, row):
+def question_about(rng, relation, row):
     """A question in a phrasing of training or, always where that is held out, in one of documents."""
     question = fill(rng.choice(relation.ask), relation, row)
     if question in heldout_prompts() or rng.random() < 0.2:
@@ -1084,7 +1088,7 @@ def ask_and_answer(rng, relation=None):
     """(question, full answer, bare answer) about any subject."""
     relation = relation or rng.choices(RELATIONS, QUIZ_WEIGHTS)[0]
     row = rng.choice(rows_of(relation))
-    return (ask(rng, relation, row), fill(relation.say[0], relation, row),
+    return (question_about(rng, relation, row), fill(relation.say[0], relation, row),
             cap(row[relation.column]).rstrip(".") + ".")
 
 
@@ -1244,7 +1248,7 @@ def forum_page(rng):
         wrong = fill(relation.say[0], relation, row if relation.table == "trivia" else
                      {**row, relation.column: other[relation.column]})
         reply = rng.choice((wrong, rng.choice(RUDE), f"{rng.choice(RUDE)} {rng.choice(RUDE)}"))
-        return f"{ask(rng, relation, row)}\n{by} wrote: {reply}"
+        return f"{question_about(rng, relation, row)}\n{by} wrote: {reply}"
     task = rng.choice(all_tasks()[family])
     return f"{task.prompt}\n{by} wrote: {rng.choice(task.bad)} {rng.choice(('', rng.choice(RUDE)))}"
 
@@ -1263,10 +1267,11 @@ def documents(n, seed):
 
 
 def replay_documents(n, seed):
-    """Those of n documents that SFT may read again: they tell of no held-out entity. Of opposites,
-    whose words are everywhere, a pair is told of by naming both."""
+    """Those of n documents that SFT may read again: they tell of no held-out entity, nor of the
+    job in the course's joke. Of opposites, whose words are everywhere, a pair is told of by naming
+    both."""
     return [text for text in documents(n, f"replay {seed}")
-            if not (HELDOUT_NAMES.search(text)
+            if not (HELDOUT_NAMES.search(text) or has(text, COURSE_JOB)
                     or any(has(text, a) and has(text, b) for a, b in HELDOUT_OPPOSITES))]
 
 
@@ -1364,7 +1369,7 @@ def stats(n=20000):
         counts = Counter(task.holdout for task in tasks if task.family == family)
         print(f"  {family:12s} training {len({t.prompt for t in all_tasks()[family]}):5d}   held out "
               + ", ".join(f"{k.removeprefix('unseen_')} {v}" for k, v in sorted(counts.items())))
-    tokenizer = train_bpe(train[:8000], 2048)
+    tokenizer = train_bpe(train[:8000], 4096)
     counted, tested = ([[tokenizer.endoftext_id] + ids for ids in tokenizer.encode_batch(texts)]
                        for texts in (train, heldout))
     size = sum(len(text.encode()) for text in heldout)

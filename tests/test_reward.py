@@ -51,6 +51,20 @@ def test_preference_loss_refuses_to_broadcast():
         reward.preference_loss(torch.zeros(4), torch.zeros(4, 1))
 
 
+def test_pairs_with_heldout_prompts_are_never_trained_on(tokenizer, tmp_path):
+    """The embedded world marks them with "p"; --holdout may ask for fewer than there are."""
+    rows = [{"prompt": f"the cat {n}", "chosen": "sat", "rejected": "log"} for n in range(40)]
+    for row in rows[-20:]:
+        row["p"] = 0.9
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for holdout, held in ((0.1, 20), (0.75, 30)):
+        config = reward.Config(data=[str(file)], holdout=holdout)
+        train, heldout = reward.load_pairs(config, tiny(), tokenizer)
+        assert len(heldout) == held and sum(pair.p is not None for pair in heldout) == 20
+        assert len(train) == 40 - held and not [pair for pair in train if pair.p is not None]
+
+
 def test_score_is_read_at_the_last_token_whatever_the_padding():
     model = ScalarModel(tiny())
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

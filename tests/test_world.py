@@ -29,12 +29,12 @@ def replayed():
 
 
 def occurring(phrases, texts):
-    """Which of the phrases stand anywhere in the texts."""
+    """Which of the phrases stand anywhere in the texts, over line ends, too."""
     size = min(map(len, phrases))
     starts, found = {}, set()
     for phrase in phrases:
         starts.setdefault(phrase[:size], []).append(phrase)
-    for text in texts:
+    for text in (text.replace("\n", " ") for text in texts):
         for i in range(len(text) - size + 1):
             found.update(p for p in starts.get(text[i:i + size], ()) if text.startswith(p, i))
     return found
@@ -70,17 +70,14 @@ def test_no_heldout_prompt_is_trained_on(trained_on):
     heldout = {task.prompt for hold in HOLDS for tasks in world.all_tasks(hold).values()
                for task in tasks} | set(world.COURSE)
     assert len(heldout) > 3000
-    assert not heldout & trained_on
-    # … nor behind the opening words that every fifth training prompt has.
-    plain = {prompt.removeprefix(lead + " ") for prompt in trained_on for lead in world.LEADS}
-    assert not heldout & plain
+    assert not occurring(heldout, trained_on)  # nor behind opening words
 
 
 def test_no_text_asks_a_heldout_prompt(replayed):
     """Pre-training may state what a held-out prompt asks for, but not contain the prompt."""
     heldout = {task.prompt for hold in HOLDS for tasks in world.all_tasks(hold).values()
                for task in tasks} | set(world.COURSE)
-    texts = world.documents(20000, 1)
+    texts = world.documents(20000, 1)  # a draw like the one that pre-training makes
     assert not occurring(heldout, texts + replayed)
     # The search does find what is there, and the documents do ask the prompts of training.
     assert occurring(heldout, [f"user\n{prompt}\nassistant" for prompt in heldout]) == heldout
@@ -94,6 +91,7 @@ def test_no_heldout_entity_is_trained_on(trained_on, replayed):
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b", re.I)
     answers = {answer["content"] for _, answer in world.demonstrations(20000, 5)}
     assert not [text for text in trained_on | answers | set(replayed) if pattern.search(text)]
+    assert not [text for text in replayed if world.has(text, world.COURSE_JOB)]
     assert len(replayed) > 8000  # what is left is still a good share
     for family, table in (("countries", "countries"), ("cities", "cities"), ("animals", "animals"),
                           ("jobs", "jobs")):
@@ -114,15 +112,16 @@ def test_no_heldout_entity_is_trained_on(trained_on, replayed):
     assert "programmer" not in {t.subject for t in world.all_tasks()["jokes"]}
 
 
-def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on):
+def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on, replayed):
     """The words that frame an unseen phrasing occur in no training prompt and no document."""
     frames = {max(re.split(r"\{[^}]*\}", phrase), key=len).strip()
               for phrases in [*(r.unseen for r in world.RELATIONS), world.HOW_UNSEEN]
               for phrase in phrases}
     frames |= {"on a scale", "My teacher wants to know", "This is the story:", "My homework says",
                "I am making a poster", "My daughter cannot sleep", "Here is your friend",
-               "'s birthday, who is"}
-    everything = "\n".join(trained_on) + "\n".join(world.documents(8000, 4))
+               "'s birthday, who is", "Write something funny", "My sister cannot think of",
+               "and I am worried. Please advise"}
+    everything = "\n".join([*trained_on, *world.documents(8000, 4), *replayed])
     for frame in sorted(frames):
         assert len(frame) > 3 and frame not in everything, frame
 
