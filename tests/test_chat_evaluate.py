@@ -367,7 +367,7 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
         assert {"bits_per_byte", "accuracy", "gold", "win_rate_vs_sft", "kl_from_sft",
                 "refusal_rate", "hallucination_rate", "hedging_rate", "eos_rate", "mean_tokens",
                 "proxy", "accuracy_vs_sft"} <= set(row)
-        assert set(row["accuracy"]) == {"all", "families", *evaluate.HOLDOUTS}
+        assert set(row["accuracy"]) == {"all", "families", *world.HOLDOUTS}
         assert set(row["accuracy"]["families"]) == families
         assert set(row["gold"]) == {"total", "helpful", "honest", "harmless"}
         assert set(row["refusal_rate"]) == {"harmful", "harmless"}
