@@ -75,7 +75,8 @@ $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py 
 		--data $(OUT)/pairs.jsonl --out $(@D) $(EVALUATE)
 
 quick:
-	$(MAKE) OUT=out/quick PRETRAIN='--steps 300 --documents 5000 --vocab-size 2048 --width 64 --ffn-width 192' \
+	$(MAKE) OUT=out/quick \
+		PRETRAIN='--steps 300 --documents 5000 --vocab-size 2048 --width 64 --ffn-width 192' \
 		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002' \
 		PAIRS='--pairs 300 --holdout 100' REWARD='--warmup 2' DPO='--warmup 2' \
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32' \

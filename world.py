@@ -120,7 +120,7 @@ class Relation:
     table: str
     subject: str  # column of the subject
     column: str  # column of the value
-    noun: str  # what is asked for, as documents put it
+    noun: str  # what is asked for, as documents put it; "" where there is no such word
     ask: tuple  # phrasings of instructions; documents use them where they are not held out
     unseen: tuple  # phrasings that occur in no document and no training stage
     say: tuple  # statements; the first is the best answer
@@ -312,6 +312,7 @@ HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginne
 
 # How documents alone ask for something, {n}.
 ASIDE = ("Do you know {n}?", "I have forgotten {n}.", "Who can tell us {n}?", "Who remembers {n}?")
+NEWS = ("Tell me something new.", "Do you know anything interesting?")  # for what has no noun
 LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to ask you something.",
          "My cousin wants to know this.", "I am on my way and in a hurry.", "A friend is visiting me.",
          "My little sister asks this.", "I am reading a book.", "Here is what I need.",
@@ -950,9 +951,29 @@ def demonstrations(n, seed, best_only=False):
 # Documents: raw text for pre-training
 
 
+@lru_cache(None)
+def heldout_prompts():
+    """Every held-out prompt there is, to keep out of documents: they may state what it asks for,
+    or ask in other words."""
+    return frozenset(COURSE).union(task.prompt for hold in HOLDOUTS
+                                   for tasks in all_tasks(hold).values() for task in tasks)
+
+
 def after_question(question, statement):
     """The statement, alone where the question is held out."""
     return statement if question in heldout_prompts() else f"{question} {statement}"
+
+
+def reworded(rng, question, noun):
+    """The question or, always where that is held out, one for the noun that only documents put."""
+    if question in heldout_prompts() or rng.random() < 0.2:
+        return rng.choice(ASIDE).format(n=noun) if noun else rng.choice(NEWS)
+    return question
+
+
+def question_about(rng, relation, row):
+    return reworded(rng, fill(rng.choice(relation.ask), relation, row),
+                    fill(relation.noun, relation, row))
 
 
 def entity_page(rng, table, relations, extra):
@@ -1064,24 +1085,6 @@ def dialogue(rng):
                                 f"{good} {rng.choice(RAMBLING)}"))
             lines += [f"{a}: {question}", f"{b}: {reply}"]
     return "\n".join(lines)
-
-
-@lru_cache(None)
-def heldout_prompts():
-    """Every held-out prompt there is, to keep out of documents: they may state what it asks for,
-    or ask in other words."""
-    return frozenset(COURSE).union(task.prompt for hold in HOLDOUTS
-                                   for tasks in all_tasks(hold).values() for task in tasks)
-
-
-def question_about(rng, relation, row):
-    """A question in a phrasing of training or, always where that is held out, in one of documents."""
-    question = fill(rng.choice(relation.ask), relation, row)
-    if question in heldout_prompts() or rng.random() < 0.2:
-        if not relation.noun:
-            return rng.choice(("Tell me something new.", "Do you know anything interesting?"))
-        question = rng.choice(ASIDE).format(n=fill(relation.noun, relation, row))
-    return question
 
 
 def ask_and_answer(rng, relation=None):
@@ -1206,9 +1209,7 @@ def safety_page(rng):
 def howto_page(rng):
     lines = []
     for row in rng.sample(FACTS["howto"], rng.choice((1, 2, 3))):
-        question = rng.choice(HOW).format(x=row["task"])
-        if question in heldout_prompts() or rng.random() < 0.2:
-            question = rng.choice(ASIDE).format(n=f"how to {row['task']}")
+        question = reworded(rng, rng.choice(HOW).format(x=row["task"]), f"how to {row['task']}")
         lines.append(rng.choice((f"{question} {row['steps']}", f"{question}\n{row['steps']}",
                                  f"How to {row['task']}: {row['steps']}")))
     return rng.choice(("Useful advice\n\n", "")) + "\n\n".join(lines)
