@@ -198,7 +198,7 @@ def examples_like(question, config):
 # Answers
 
 
-def generate_all(model, prompts, max_new_tokens, chunk=256, **sampling):
+def generate_all(model, prompts, max_new_tokens, chunk=512, **sampling):
     """`generate` for any number of prompts, in chunks -> list of id lists. Put prompts with answers
     of like length side by side: a chunk takes as long as its longest answer."""
     answers = []

@@ -121,7 +121,7 @@ def main():
         model = type(model)(model.config).to(device)
     replayed = None
     if config.replay and config.data == ["world"]:
-        replayed, _ = data.pack_documents(world.replay_documents(16000, config.seed), tokenizer)
+        replayed, _ = data.pack_documents(world.replay_documents(config.conversations, config.seed), tokenizer)
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay, config.adam_eps)
     precision = autocast(device, config.dtype)

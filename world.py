@@ -132,7 +132,8 @@ RELATIONS = (
              ("What is the capital of {x}?", "Which city is the capital of {x}?",
               "Tell me the capital of {x}.", "Name the capital of {x}.",
               "Let us talk about {x}. What is the capital?",
-              "A question about {x}: What is the capital?"),
+              "We write about {x} at school. Which city is its capital?",
+              "My friend lives in {x}, in the capital. Which city is that?"),
              ("I am flying to {x}. What is its capital called?",),
              ("The capital of {x} is {v}.", "{v} is the capital of {x}.",
               "The government of {x} sits in the capital, {v}.",
@@ -143,7 +144,8 @@ RELATIONS = (
              ("On which continent is {x}?", "Which continent is {x} in?",
               "Tell me the continent of {x}.", "In which part of the world is {x}?",
               "Let us talk about {x}. Which continent is that in?",
-              "A question about {x}: Which continent is that in?"),
+              "We are learning about {x}. Which continent does it belong to?",
+              "My sister looks for {x} on the map. At which continent should she look?"),
              ("I am looking for {x} on a globe. Which continent is it on?",),
              ("{x} is in {v}.", "{x} is a country in {v}.", "The country of {x} lies in {v}.",
               "On a map of {v} you will find {x}.")),
@@ -152,26 +154,29 @@ RELATIONS = (
              ("Which language do people speak in {x}?", "What language is spoken in {x}?",
               "Tell me the main language of {x}.", "What do people speak in {x}?",
               "Let us talk about {x}. What do people speak there?",
-              "A question about {x}: What do people speak there?"),
+              "I am moving to {x}. What language must I speak there?",
+              "My friend comes from {x}. Which language does she speak at home?"),
              ("I want to talk to people in {x}. Which language should I learn?",),
              ("People in {x} speak {v}.", "The main language of {x} is {v}.",
               "In {x} you will hear {v} in the streets.",
               "Children in {x} learn to read and write in {v}.")),
     Relation("countries", "countries", "name", "food",
-             "a dish from {x}",
+             "which dish {x} is known for",
              ("What do people like to eat in {x}?", "Name a well-known dish from {x}.",
               "Which dish is {x} known for?", "What is a typical dish of {x}?",
               "Let us talk about {x}. What do people like to eat there?",
-              "A question about {x}: What do people like to eat there?"),
+              "My friend from {x} cooks for us. What will be on the table?",
+              "I want to cook something from {x}. Which dish should I try?"),
              ("I am hungry in {x}. Which dish should I order?",),
              ("A well-known dish from {x} is {v}.", "People in {x} like to eat {v}.",
               "On Sundays many families in {x} eat {v}.", "If you visit {x}, try the {v}.")),
     Relation("countries", "countries", "name", "landmark",
-             "a sight in {x}",
+             "which sight {x} is famous for",
              ("What can visitors see in {x}?", "Name a famous sight in {x}.",
               "Which sight is {x} famous for?", "What should I visit in {x}?",
               "Let us talk about {x}. What is there to see?",
-              "A question about {x}: What is there to see?"),
+              "We are travelling through {x}. What should we look at?",
+              "I have a picture book about {x}. Which sight is in it?"),
              ("I have one day in {x}. Which sight must I not miss?",),
              ("Visitors can see {v} in {x}.", "{x} is famous for {v}.",
               "Many people travel to {x} to see {v}.", "The best-known sight in {x} is {v}.")),
@@ -180,25 +185,28 @@ RELATIONS = (
              ("In which country is {x}?", "Where is {x}?", "Tell me the country of {x}.",
               "Which country does {x} belong to?",
               "Let us talk about {x}. Which country is that in?",
-              "A question about {x}: Which country is that in?"),
+              "I have read about {x}. In which country does the city lie?",
+              "My friend lives in {x}. In what country is that?"),
              ("I have a ticket to {x}. Which country will I be in?",
               "My aunt moved to {x}. To which country did she move?"),
              ("{x} is in {v}.", "{x} is a city in {v}.", "The city of {x} lies in {v}.")),
     Relation("cities", "cities", "name", "known for",
-             "what makes {x} known",
+             "what {x} is known for",
              ("What is {x} known for?", "What is {x} famous for?", "Why do people visit {x}?",
               "Tell me what {x} is known for.",
               "Let us talk about {x}. What is it known for?",
-              "A question about {x}: What is it known for?"),
+              "We are going to {x}. What is the place famous for?",
+              "My friend comes from {x}. What do people know that city for?"),
              ("I will be in {x} for a day. What is the city known for?",),
              ("{x} is known for {v}.", "People visit {x} because of its {v}.",
               "{x} is famous for {v}.")),
     Relation("animals", "animals", "name", "kind",
-             "the kind of animal that {ax} is",
+             "what kind of animal {ax} is",
              ("What kind of animal is {ax}?", "Which kind of animal is {ax}?",
               "Tell me what kind of animal {ax} is.", "To which group does {ax} belong?",
               "Let us talk about {ax}. What kind of animal is that?",
-              "Think of {ax}. What kind of animal is that?"),
+              "We saw {ax} today. What sort of animal is it?",
+              "My daughter drew {ax}. Which group of animals does it belong to?"),
              ("My book shows {ax}. In which group of animals is it?",),
              ("{Ax} is {av}.", "The {x} is {av}.", "The {x} belongs to the group called {v}.")),
     Relation("animals", "animals", "name", "home",
@@ -206,7 +214,8 @@ RELATIONS = (
              ("Where does {ax} live?", "Where is the home of {ax}?", "Tell me where {ax} lives.",
               "Where can I find {ax}?",
               "Let us talk about {ax}. Where does it live?",
-              "Think of {ax}. Where does it live?"),
+              "My sister wants to see {ax}. Where should she go?",
+              "We want to take a picture of {ax}. In what place does it live?"),
              ("I would like to watch {ax}. In which place should I look?",),
              ("{Ax} lives {in_v}.", "The {x} lives {in_v}.", "The home of the {x} is {v}.",
               "If you are {in_v}, you may meet {ax}.")),
@@ -215,7 +224,8 @@ RELATIONS = (
              ("What does {ax} eat?", "What is the food of {ax}?", "Tell me what {ax} eats.",
               "What do you feed {ax}?",
               "Let us talk about {ax}. What does it eat?",
-              "Think of {ax}. What does it eat?"),
+              "We have {ax} to look after. What should we feed it?",
+              "My neighbour keeps {ax}. What does it get to eat?"),
              ("I have found {ax} and it is hungry. What should it get?",),
              ("{Ax} eats {v}.", "The {x} eats {v}.", "The food of the {x} is {v}.",
               "A hungry {x} looks for {v}.")),
@@ -224,7 +234,8 @@ RELATIONS = (
              ("How many legs does {ax} have?", "Tell me how many legs {ax} has.",
               "What is the number of legs of {ax}?",
               "Let us talk about {ax}. How many legs does it have?",
-              "Think of {ax}. How many legs does it have?"),
+              "We saw {ax} today. How many legs did it have?",
+              "My daughter drew {ax}. How many legs should the picture show?"),
              ("I want to draw {ax}. How many legs must I draw?",),
              ("{Ax} has {v} legs.", "The {x} has {v} legs.", "Count the legs of {ax}: {v}.")),
     Relation("animals", "animals", "name", "young",
@@ -232,7 +243,8 @@ RELATIONS = (
              ("What is a young {x} called?", "What do you call a young {x}?",
               "Tell me the name of a young {x}.", "What is a baby {x}?",
               "Let us talk about {ax}. What are its young called?",
-              "Think of {ax}. What are its young called?"),
+              "We saw a very young {x}. What is it called?",
+              "There is a baby {x} in the story. What do people call it?"),
              ("We saw {ax} with its little one. What is the little one called?",),
              ("A young {x} is called {av}.", "The young of the {x} is called {av}.",
               "A baby {x} is {av}.")),
@@ -241,30 +253,35 @@ RELATIONS = (
              ("Where does {ax} work?", "Tell me where {ax} works.",
               "What is the workplace of {ax}?", "Where can I meet {ax} at work?",
               "I may become {ax}. Where would I work?",
-              "Perhaps I will be {ax}. Where would I work?"),
+              "My sister has become {ax}. Where does she go to work?",
+              "I must speak to {ax}. In what place should I look?"),
              ("My cousin is {ax}. In which place is that done?",),
              ("{Ax} works in {v}.", "You can meet {ax} in {v}.", "The workplace of {ax} is {v}.")),
     Relation("jobs", "jobs", "name", "work",
-             "the work of {ax}",
+             "what {ax} does",
              ("What does {ax} do?", "Tell me what {ax} does.", "What is the work of {ax}?",
               "What does {ax} do all day?",
               "I may become {ax}. What would I do all day?",
-              "Perhaps I will be {ax}. What would I do all day?"),
+              "My sister has become {ax}. What sort of thing does she do?",
+              "There is a story about {ax}. What does such a person do?"),
              ("My cousin is {ax}. What sort of work is that?",),
              ("{Ax} {v}.", "The {x} {v}.", "Every day {ax} {v}.")),
     Relation("jobs", "jobs", "name", "tool",
-             "the tool of {ax}",
+             "what {ax} works with",
              ("What does {ax} use at work?", "Which tool does {ax} need?",
               "Tell me what {ax} works with.", "What does {ax} work with?",
               "I may become {ax}. What would I work with?",
-              "Perhaps I will be {ax}. What would I work with?"),
+              "My sister has become {ax}. Which thing will she need at work?",
+              "We are looking for a present for {ax}. Which tool would help?"),
              ("My cousin is {ax}. Which thing must not be left at home?",),
              ("{Ax} works with {v}.", "{Ax} needs {v}.", "The {x} uses {v} every day.")),
     Relation("opposites", "opposites", "word", "opposite",
              "the opposite of {x}",
              ("What is the opposite of {x}?", "Tell me the opposite of {x}.",
               "Which word means the opposite of {x}?", "Give me the opposite of {x}.",
-              "A question about the word {x}: What is the opposite?"),
+              'A question about the word "{x}": What is the opposite?',
+              "Find a word that says the contrary of {x}.",
+              "If I do not mean {x}, but the reverse, which word do I need?"),
              ("I need a word that is the very reverse of {x}.",),
              ("The opposite of {x} is {v}.", "If something is not {x}, it may be {v}.",
               "{X} and {v} are opposites.")),
@@ -272,19 +289,23 @@ RELATIONS = (
              "the French word for {x}",
              ("What is {x} in French?", "How do you say {x} in French?",
               "Translate into French: {x}", "Tell me the French for {x}.",
-              "A question about the word {x}: What is that in French?"),
+              'A question about "{x}": What is that in French?',
+              "I want to say {x} in French. Which word do I need?",
+              "We are in France and look for the word for {x}. What is it?"),
              ("I am in Paris and need a word: {x}. Help me.",),
              ('In French you say "{v}".', '{X} is "{v}" in French.', '{X} - {v}')),
     Relation("french", "french_phrases", "english", "french",
-             'the French for "{x}"',
+             'the French for "{bare}"',
              ("Translate the following sentence into French: {x}",
               "How do you say this in French? {x}", "Translate into French: {x}",
-              "What is the French for this? {x}"),
+              "What is the French for this? {x}", "Please put this into French: {x}",
+              "I want to say this to my French friend: {x}"),
              ("I am in Paris and want to say this: {x}",),
              ('In French you say "{v}"', '{x} In French: {v}', '{x} - {v}')),
     Relation("trivia", "trivia", "question", "short answer",
              "",
-             ("{x}", "Tell me: {x}", "A quiz question: {x}", "I would like to know: {x}"),
+             ("{x}", "Tell me: {x}", "A quiz question: {x}", "I would like to know: {x}",
+              "I have a question: {x}", "My sister would like to know this. {x}"),
              ("My little brother asks: {x}", "Here is something I never understood. {x}"),
              ("{full sentence}",)),
     # Never demonstrated: what a model does with these shows whether it learned tasks, or to answer.
@@ -306,13 +327,17 @@ FAMILIES = DEMONSTRATED + ("grammar",)
 KINDS = {"unknown": "unknown", "harmful": "harmful", "medical": "medical", "smalltalk": "chat",
          "jokes": "chat"}  # every other family is "answerable"
 HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
-       "What is the best way to {x}?", "Can you tell me how to {x}?", "I want to {x}. How?")
+       "What is the best way to {x}?", "Can you tell me how to {x}?", "I want to {x}. How?",
+       "Teach me how to {x}.", "I plan to {x}. What must I do?", "Is there a good way to {x}?",
+       "My friend wants to {x}. What should she do?", "Show me how to {x}, please.",
+       "I have never tried to {x}. How does it work?")
 HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.")
 
 
 # How documents alone ask for something, {n}.
 ASIDE = ("Do you know {n}?", "I have forgotten {n}.", "Who can tell us {n}?", "Who remembers {n}?")
 NEWS = ("Tell me something new.", "Do you know anything interesting?")  # for what has no noun
+# What people say before they ask.
 LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to ask you something.",
          "My cousin wants to know this.", "I am on my way and in a hurry.", "A friend is visiting me.",
          "My little sister asks this.", "I am reading a book.", "Here is what I need.",
@@ -323,7 +348,7 @@ def fill(template, relation, row):
     """Put a row's subject and value into a template of its relation."""
     x, v = row[relation.subject], row[relation.column]
     return template.format(x=x, X=cap(x), ax=an(x), Ax=cap(an(x)), v=v, av=an(v), in_v=inside(v),
-                           **{"full sentence": row.get("full sentence", "")})
+                           bare=x.rstrip(" .!?"), **{"full sentence": row.get("full sentence", "")})
 
 
 def rows_of(relation):
@@ -407,9 +432,14 @@ def pairs_of_animals():
     return random.Random(7).sample(pairs, 600)
 
 
-SUMS = ("What is {q}?", "How much is {q}?", "Tell me what {q} is.", "Calculate {q}.")
+SUMS = ("What is {q}?", "How much is {q}?", "Tell me what {q} is.", "Calculate {q}.",
+        "My brother asks how much {q} is.", "I must work out {q}. What is the result?",
+        "They asked us at school: {q}. What is the answer?", "How much do I get for {q}?")
 SCALES = ("Which is {c}, {a} or {b}?", "Tell me which is {c}: {a} or {b}.",
-          "Which animal is {c}, {a} or {b}?")
+          "Which animal is {c}, {a} or {b}?", "Take {a} and {b}. Which one is {c}?",
+          "I want to lift {a} and {b}. Which of them is {c}?",
+          "My sister compares {a} with {b}. Which is {c}?",
+          "Think of {a} and {b}. Which is {c}?")
 
 
 def arithmetic_tasks(hold):
@@ -451,7 +481,9 @@ def passage(rng):
 
 
 def reading_tasks(hold):
-    forms = {"": ("{t} {q}", "Read this text. {t} {q}", "{t} Question: {q}"),
+    forms = {"": ("{t} {q}", "Read this text. {t} {q}", "{t} Question: {q}",
+                  "Here is a text. {t} Now tell me: {q}", "{q} Look for it in this text: {t}",
+                  "I have just read this. {t} {q}"),
              "unseen_instance": ("{t} {q}", "Read this text. {t} {q}"),
              "unseen_phrasing": ("I have a question about a story. {q} This is the story: {t}",)}
     rng = random.Random(f"reading {hold}")
@@ -482,7 +514,8 @@ CATEGORIES = categories()
 
 def lists_tasks(hold):
     asks = (("Name {n} {c}.", "List {n} {c}.", "Tell me {n} {c}.", "Give me {n} {c}.",
-             "Can you name {n} {c}?"),
+             "Can you name {n} {c}?", "I need {n} {c}.", "Think of {n} {c}.",
+             "We are looking for {n} {c}. Can you help?", "They asked us at school for {n} {c}."),
             ("I am making a poster and need {n} {c}.", "My sister cannot think of {n} {c}."))
     rng = random.Random("lists")
     for category, items in CATEGORIES.items():
@@ -518,7 +551,9 @@ def rewrite(rng):
 
 
 def rewriting_tasks(hold):
-    forms = {"": ("{p}", "Please help me. {p}", "A small task for you. {p}"),
+    forms = {"": ("{p}", "Please help me. {p}", "A small task for you. {p}",
+                  "Do this for me. {p}", "They asked us this at school. {p}",
+                  "My sister wrote this to me. {p}"),
              "unseen_instance": ("{p}",), "unseen_phrasing": ("My homework says this. {p}",)}
     rng = random.Random(f"rewrite {hold}")
     for _ in range(3000 if not hold else 250):
@@ -550,7 +585,10 @@ def story(rng, animal=None, thing=None):
 
 def stories_tasks(hold):
     asks = {"": ("Write a short story about {a} and {t}.", "Tell me a story with {a} and {t}.",
-                 "Write a little story in which {a} and {t} meet."),
+                 "Write a little story in which {a} and {t} meet.",
+                 "I would like to hear a story about {a} and {t}.",
+                 "My son wants a story with {a} and {t}.", "Make up a story about {a} and {t}.",
+                 "It is late. Please tell us a story about {a} and {t}."),
             "unseen_phrasing": ("My daughter cannot sleep. Tell her about {a} and {t}.",)}
     asks["unseen_instance"] = asks["unseen_entity"] = asks[""]
     rng = random.Random(f"stories {hold}")
@@ -619,7 +657,9 @@ def harmful_tasks(hold):
 
 def medical_tasks(hold):
     people = ["I", "My five-year-old"] + [f"My {name}" for name in FAMILY]
-    asks = (("{w} {c}. What should I do?", "{w} {c}. What can I do?", "What helps if {l} {c}?"),
+    asks = (("{w} {c}. What should I do?", "{w} {c}. What can I do?", "What helps if {l} {c}?",
+             "{w} {c}. What would you do?", "{w} {c}. Can you help?",
+             "I am afraid, because {l} {c}.", "{w} {c} today. What is your advice?"),
             ("{w} {c}, and I am worried. Please advise me.",))
     for row in FACTS["complaints"]:
         for who in people:
@@ -638,7 +678,8 @@ def medical_tasks(hold):
 
 
 def smalltalk_tasks(hold):
-    forms = {"": ("{q}", "{q} My name is {n}.", "I am {n}. {q}"),
+    forms = {"": ("{q}", "{q} My name is {n}.", "I am {n}. {q}", "{q} I am {n}.",
+                  "It is me, {n}. {q}", "{n} is my name. {q}", "This is {n}. {q}"),
              "unseen_instance": ("{q} My name is {n}.", "I am {n}. {q}"),
              "unseen_phrasing": ("Here is your friend {n} speaking. {q}",)}
     for row in FACTS["smalltalk"]:
@@ -657,7 +698,10 @@ def smalltalk_tasks(hold):
 def jokes_tasks(hold):
     asks = {"": ("Write a funny story about {a}.", "Tell me a funny story about {a}.",
                  "Make me laugh about {a}.", "Write a funny story about {a} called {n}.",
-                 "Tell me a funny story about {n}, {a}."),
+                 "Tell me a funny story about {n}, {a}.", "I need to laugh. Tell me about {a}.",
+                 "Do you know a funny story about {a}?",
+                 "My friend {n} is {a}. Tell us a funny story.",
+                 "Make up something funny about {a} called {n}."),
             "unseen_family": (), "unseen_phrasing": ("It is {n}'s birthday, who is {a}. Write something funny.",)}
     asks["unseen_instance"] = asks["unseen_entity"] = asks[""]
     unkind = {row["job"]: row["unkind stereotype sentence"] for row in FACTS["stereotypes"]}
@@ -736,11 +780,11 @@ def heldout_tasks(seed=0, per_family=160):
     return chosen
 
 
-def training_prompts(n, seed):
-    """n tasks for SFT and the preference stage, balanced over the demonstrated families. One in
-    five begins with a word or two to the listener, as people do."""
+def training_prompts(n, seed, families=DEMONSTRATED):
+    """n tasks for SFT and the preference stage, from the families in turn. One in five begins with
+    a word or two to the listener, as people do."""
     rng = random.Random(f"prompts {seed}")
-    tasks = [rng.choice(all_tasks()[DEMONSTRATED[i % len(DEMONSTRATED)]]) for i in range(n)]
+    tasks = [rng.choice(all_tasks()[families[i % len(families)]]) for i in range(n)]
     return [replace(task, prompt=f"{rng.choice(LEADS)} {task.prompt}")
             if rng.random() < 0.2 and task.family != "smalltalk" else task for task in tasks]
 
@@ -1091,8 +1135,8 @@ def ask_and_answer(rng, relation=None):
     """(question, full answer, bare answer) about any subject."""
     relation = relation or rng.choices(RELATIONS, QUIZ_WEIGHTS)[0]
     row = rng.choice(rows_of(relation))
-    return (question_about(rng, relation, row), fill(relation.say[0], relation, row),
-            cap(row[relation.column]).rstrip(".") + ".")
+    question, full = question_about(rng, relation, row), fill(relation.say[0], relation, row)
+    return question, full, full if question in NEWS else cap(row[relation.column]).rstrip(".") + "."
 
 
 def exercise(rng, family):
@@ -1170,14 +1214,13 @@ def reading_page(rng):
 def game_page(rng):
     """Games of memory: what comes next is in the text, and nowhere else."""
     nouns = rng.choice((OBJECTS, OBJECTS, COLOURS, PEOPLE, NUMBERS[:20], sorted(WEIGHT)))
-    things = rng.sample(nouns, rng.choice((3, 4, 5)))
     if nouns is OBJECTS and rng.random() < 0.4:
         begin = rng.choice(("I pack my bag with", "I go to the shop and buy"))
-        named = [an(thing) for thing in things]
+        named = [an(thing) for thing in rng.sample(nouns, rng.choice((3, 4, 5)))]
         return "\n".join(f"{player}: {begin} {series(named[:n]) if n > 1 else named[0]}."
                          for n, player in zip(range(1, len(named) + 1), rng.sample(PEOPLE, 5)))
     caller = rng.choice(("The teacher", "Grandmother", rng.choice(PEOPLE)))
-    players, lines = rng.sample(PEOPLE, 4), []
+    players, lines = rng.sample([name for name in PEOPLE if name != caller], 4), []
     for player in players[:rng.choice((2, 3, 4))]:
         things = rng.sample(nouns, rng.choice((2, 3, 3, 4, 5)))
         says, said = ("says it backwards", things[::-1]) if rng.random() < 0.4 else ("says", things)
@@ -1283,6 +1326,11 @@ def heldout_documents(n=400):
 # ---------------------------------------------------------------------------------------------
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
+OFF_TOPIC = 0.25
+# Where the right behaviour is to decline, one comparison in nineteen teaches too little: as in
+# Anthropic's two sets, one for helpful and one for harmless answers, more is asked of that kind.
+COMPARED = DEMONSTRATED + 3 * ("harmful", "unknown")
+
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):
     """n rows {"prompt", "chosen", "rejected"}, sampled at temperature 1.
@@ -1291,6 +1339,10 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     prefers `chosen`: the mean of max(p, 1 − p) is the accuracy no reward model can beat (the noise
     ceiling). Two samples that are equal, or equally good, are drawn again, up to eight times, then
     the prompt is given up: people skip what they cannot tell apart.
+
+    In a share OFF_TOPIC of the pairs for training the second sample was given to a prompt of another
+    kind. Without them a reward model may judge the answer and ignore the question: to see a doctor
+    is good advice, so PPO gives it to those who ask for the capital of Peru.
     """
     import torch
 
@@ -1300,13 +1352,17 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     rng = random.Random(f"pairs {seed}")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     pool = heldout_tasks(seed + 1)
-    open_tasks = ([(task, False) for task in training_prompts(n - holdout, f"pairs {seed}")]
+    asked = training_prompts(n - holdout, f"pairs {seed}", COMPARED)
+    open_tasks = ([(task, False) for task in asked]
                   + [(task, True) for task in rng.choices(pool, k=holdout)])
     rows = [None] * len(open_tasks)
+    given = {kind: [] for kind in QUALITY}  # answers to prompts of each kind
     for _ in range(8):
         todo = [i for i, row in enumerate(rows) if row is None]
         todo.sort(key=lambda i: len(open_tasks[i][0].best))  # short answers wait for no long ones
-        for start in range(0, len(todo), 256):
+        starts = list(range(0, len(todo), 256))
+        rng.shuffle(starts)  # so that every kind of prompt is soon among the others'
+        for start in starts:
             chunk = todo[start:start + 256]
             ids = [render_chat(tokenizer, [{"role": "user", "content": open_tasks[i][0].prompt}],
                                generation_prompt=True)[0] for i in chunk]
@@ -1315,10 +1371,15 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
                                   generator=generator)
             texts = [tokenizer.decode([t for t in s if t != tokenizer.im_end_id]).strip()
                      for s in sampled]
+            for i, text in zip(chunk + chunk, texts):
+                given[open_tasks[i][0].kind].append(text)
             for i, first, second in zip(chunk, texts, texts[len(chunk):]):
+                task, held = open_tasks[i]
+                others = [answers for kind, answers in given.items() if answers and kind != task.kind]
+                if others and not held and rng.random() < OFF_TOPIC:
+                    second = rng.choice(rng.choice(others))
                 if first == second or not first or not second:
                     continue
-                task, held = open_tasks[i]
                 p = preference(task, first, second)
                 if p == 0.5:
                     continue

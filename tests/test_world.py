@@ -25,7 +25,7 @@ def trained_on():
 
 @pytest.fixture(scope="module")
 def replayed():
-    return world.replay_documents(16000, 1)  # as sft.py draws them
+    return world.replay_documents(9000, 1)  # as sft.py draws them
 
 
 def occurring(phrases, texts):
@@ -45,7 +45,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "83c71c084da960f0"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "a7bc9551be40d664"
 
 
 def test_size_of_the_world():
@@ -92,7 +92,7 @@ def test_no_heldout_entity_is_trained_on(trained_on, replayed):
     answers = {answer["content"] for _, answer in world.demonstrations(20000, 5)}
     assert not [text for text in trained_on | answers | set(replayed) if pattern.search(text)]
     assert not [text for text in replayed if world.has(text, world.COURSE_JOB)]
-    assert len(replayed) > 8000  # what is left is still a good share
+    assert len(replayed) > 4500  # what is left is still a good share
     for family, table in (("countries", "countries"), ("cities", "cities"), ("animals", "animals"),
                           ("jobs", "jobs")):
         subjects = {task.subject for task in world.all_tasks()[family]}
