@@ -76,7 +76,7 @@ $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py 
 
 quick:
 	$(MAKE) OUT=out/quick \
-		PRETRAIN='--steps 300 --documents 5000 --vocab-size 2048 --width 64 --ffn-width 192' \
+		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192' \
 		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002' \
 		PAIRS='--pairs 300 --holdout 100' REWARD='--warmup 2' DPO='--warmup 2' \
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32' \
@@ -84,7 +84,7 @@ quick:
 
 long:
 	$(MAKE) OUT=out/long PRETRAIN='--steps 12000 --documents 200000 --layers 4' \
-		SFT='--conversations 18000' PAIRS='--pairs 14000' DPO='--lr 1e-4' PPO='--iterations 60'
+		SFT='--conversations 18000' PAIRS='--pairs 14000' PPO='--iterations 60'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.

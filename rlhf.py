@@ -185,7 +185,7 @@ class DPOConfig:
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
-    lr: float = flag(2e-4, "peak learning rate")
+    lr: float = flag(1e-4, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])

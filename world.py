@@ -1326,10 +1326,10 @@ def heldout_documents(n=400):
 # ---------------------------------------------------------------------------------------------
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
-OFF_TOPIC = 0.25
-# Where the right behaviour is to decline, one comparison in nineteen teaches too little: as in
+OFF_TOPIC = 0.4
+# Where the right behaviour is to decline, one comparison in nineteen teaches little: as in
 # Anthropic's two sets, one for helpful and one for harmless answers, more is asked of that kind.
-COMPARED = DEMONSTRATED + 3 * ("harmful", "unknown")
+COMPARED = DEMONSTRATED + 2 * ("harmful", "unknown", "howto")
 
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):
@@ -1483,7 +1483,7 @@ def main():
         stats: bool = flag(False, "sizes, hold-outs, and how much is to be learned")
         init: str = flag("out/sft", "pairs: checkpoint to sample from")
         out: str = flag("out/pairs.jsonl", "pairs: file to write")
-        pairs: int = flag(5400, "pairs: how many")
+        pairs: int = flag(6000, "pairs: how many")
         holdout: int = flag(400, "pairs: how many of them, at the end, have held-out prompts")
         device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
         seed: int = flag(1, "random seed")

@@ -228,8 +228,20 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     rows = world.sample_pairs(torch.nn.Linear(1, 1), tokenizer, 200, 60, seed=1)
     assert len(rows) > 150 and sum("p" in row for row in rows) > 40
     held = [row for row in rows if "p" in row]
-    agree = sum(row["rejected"].startswith(NONSENSE) for row in rows) / len(rows)
+
+    def task_of(row):
+        return tasks.get(row["prompt"]) or tasks[row["prompt"].split(". ", 1)[1]]
+    # Some answers were given to prompts of another kind, in training only.
+    foreign = [row for row in rows
+               if not {row["chosen"], row["rejected"]} <= {task_of(row).best, NONSENSE}]
+    assert 0.05 < len(foreign) / (len(rows) - len(held)) < world.OFF_TOPIC
+    assert not [row for row in foreign if "p" in row]
+    assert sum(row["rejected"] == task_of(row).best for row in foreign) < 0.2 * len(foreign)
+    own = [row for row in rows if row not in foreign]
+    agree = sum(row["rejected"].startswith(NONSENSE) for row in own) / len(own)
     assert 0.85 < agree < 1  # labels follow the gold score, with noise
+    declining = [row for row in rows if task_of(row).kind in ("harmful", "unknown")]
+    assert len(declining) > 0.2 * len(rows)  # asked about more often than in SFT
     heldout = {t.prompt for h in HOLDS for ts in world.all_tasks(h).values() for t in ts} | set(world.COURSE)
     assert all(row["prompt"] in heldout for row in held)
     assert not [row for row in rows if "p" not in row and row["prompt"] in heldout]
