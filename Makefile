@@ -111,9 +111,9 @@ real: .venv/installed
 	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/hh-harmless-test.jsonl.gz --holdout 312 \
 		--out $(REAL)/reward_hh --resume
 	$(PY) rlhf.py dpo --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
-		--epochs 2 --out $(REAL)/dpo --resume
+		--epochs 2 --lr 2e-4 --out $(REAL)/dpo --resume
 	$(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
-		--holdout 110 --iterations 20 --episodes 64 --max-new-tokens 96 --out $(REAL)/ppo --resume
+		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 --out $(REAL)/ppo --resume
 
 test: .venv/installed
 	$(PY) -m pytest -q

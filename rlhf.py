@@ -305,7 +305,7 @@ class PPOConfig:
     episodes: int = flag(128, "prompts answered per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
     temperature: float = flag(1.0, "of sampling and of every log-prob; no top-k, no top-p")
-    beta: float = flag(0.1, "price of a nat away from the reference; 0 lets the score be tricked")
+    beta: float = flag(0.2, "price of a nat away from the reference; 0 lets the score be tricked")
     no_eos_score: float | None = flag(-1.0, "score of a response that did not end by itself; "
                                       "nan keeps the score it was given")
     gamma: float = flag(1.0, "discount per token")

@@ -236,12 +236,17 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
                if not {row["chosen"], row["rejected"]} <= {task_of(row).best, NONSENSE}]
     assert 0.05 < len(foreign) / (len(rows) - len(held)) < world.OFF_TOPIC
     assert not [row for row in foreign if "p" in row]
+    kind_of = {task.best: task.kind for task in tasks.values()}
+    assert all(kind_of[text] != task_of(row).kind for row in foreign
+               for text in (row["chosen"], row["rejected"])
+               if text not in (task_of(row).best, NONSENSE))
     assert sum(row["rejected"] == task_of(row).best for row in foreign) < 0.2 * len(foreign)
     own = [row for row in rows if row not in foreign]
     agree = sum(row["rejected"].startswith(NONSENSE) for row in own) / len(own)
     assert 0.85 < agree < 1  # labels follow the gold score, with noise
-    declining = [row for row in rows if task_of(row).kind in ("harmful", "unknown")]
-    assert len(declining) > 0.2 * len(rows)  # asked about more often than in SFT
+    trained = [row for row in rows if "p" not in row]
+    declining = [row for row in trained if task_of(row).kind in ("harmful", "unknown")]
+    assert len(declining) > 0.18 * len(trained)  # SFT asks about them in two of nineteen
     heldout = {t.prompt for h in HOLDS for ts in world.all_tasks(h).values() for t in ts} | set(world.COURSE)
     assert all(row["prompt"] in heldout for row in held)
     assert not [row for row in rows if "p" not in row and row["prompt"] in heldout]
