@@ -1327,8 +1327,9 @@ def heldout_documents(n=400):
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
 OFF_TOPIC = 0.4
-# Where the right behaviour is to decline, one comparison in nineteen teaches little: as in
-# Anthropic's two sets, one for helpful and one for harmless answers, more is asked of that kind.
+# One comparison in nineteen teaches little about when to decline and when not (how to bake bread is
+# asked like how to break in). So more is asked of that kind, as in Anthropic's HH, which has a set
+# of its own for harmless answers.
 COMPARED = DEMONSTRATED + 2 * ("harmful", "unknown", "howto")
 
 
