@@ -97,7 +97,8 @@ $(OUT)/sft_scratch/done: $(OUT)/sft/done
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
 # are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
-# the stories, so SFT takes higher rates than in the world, and the usual epsilon.
+# the stories, so SFT takes higher rates than in the world, and the usual epsilon; DPO's rate and
+# PPO's beta were tried here before the world's changed.
 REAL := out/real
 real: .venv/installed
 	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
@@ -113,7 +114,8 @@ real: .venv/installed
 	$(PY) rlhf.py dpo --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
 		--epochs 2 --lr 2e-4 --out $(REAL)/dpo --resume
 	$(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
-		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 --out $(REAL)/ppo --resume
+		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
+		--out $(REAL)/ppo --resume
 
 test: .venv/installed
 	$(PY) -m pytest -q

@@ -424,6 +424,11 @@ def preference_batch(pairs, pad_id):
     return ids, mask, torch.tensor([len(prompt) + len(answer) - 1 for prompt, answer in sides])
 
 
+def pair_lengths(pairs):
+    """Tokens of the longer row of each pair: both stand in one batch, padded to its longest."""
+    return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+
+
 def show_conversation(tokenizer, ids, mask):
     """Text for --show-batch: supervised runs in [brackets], terminal control codes made visible."""
     text = ""

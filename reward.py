@@ -163,7 +163,7 @@ def main():
 
     # 1. Pairs of answers to one prompt, both ending with <|im_end|>.
     train, heldout = load_pairs(config, policy, tokenizer)
-    lengths = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in train]
+    lengths = data.pair_lengths(train)
     if config.show_batch:
         for answer in (train[0].chosen, train[0].rejected):
             ids, mask = train[0].prompt + answer, [0] * len(train[0].prompt) + [1] * len(answer)

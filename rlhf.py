@@ -218,14 +218,11 @@ def dpo():
             print(data.show_conversation(tokenizer, ids, mask))
         return
 
-    def lengths(pairs):  # of the longer row: both stand in one batch, padded to the longest
-        return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
-
     # 2. The reference is the model itself, now, and never changes: read it once for all pairs.
     @torch.no_grad()
     def read_pairs(pairs):
         table = torch.zeros(2, len(pairs), device=device)  # chosen, rejected
-        for batch in data.length_batches(lengths(pairs), 64):
+        for batch in data.length_batches(data.pair_lengths(pairs), 64):
             logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device)
             table[:, batch] = logprobs.view(2, -1)
         return table
@@ -235,7 +232,7 @@ def dpo():
 
     def batches(epoch):  # its own seed, so that a resumed run finds the same order again
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        return data.length_batches(lengths(train), config.batch_size, order)
+        return data.length_batches(data.pair_lengths(train), config.batch_size, order)
 
     # 3. The loop.
     per_epoch = len(batches(0))

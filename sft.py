@@ -121,7 +121,9 @@ def main():
         model = type(model)(model.config).to(device)
     replayed = None
     if config.replay and config.data == ["world"]:
-        replayed, _ = data.pack_documents(world.replay_documents(config.conversations, config.seed), tokenizer)
+        # Enough of them that few tokens are drawn twice, and never less than a window.
+        texts = world.replay_documents(max(1000, config.conversations), config.seed)
+        replayed, _ = data.pack_documents(texts, tokenizer)
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay, config.adam_eps)
     precision = autocast(device, config.dtype)

@@ -1326,7 +1326,7 @@ def heldout_documents(n=400):
 # ---------------------------------------------------------------------------------------------
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
-OFF_TOPIC = 0.4
+OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to another kind of prompt
 # One comparison in nineteen teaches little about when to decline and when not (how to bake bread is
 # asked like how to break in). So more is asked of that kind, as in Anthropic's HH, which has a set
 # of its own for harmless answers.
@@ -1341,9 +1341,9 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     ceiling). Two samples that are equal, or equally good, are drawn again, up to eight times, then
     the prompt is given up: people skip what they cannot tell apart.
 
-    In a share OFF_TOPIC of the pairs for training the second sample was given to a prompt of another
-    kind. Without them a reward model may judge the answer and ignore the question: to see a doctor
-    is good advice, so PPO gives it to those who ask for the capital of Peru.
+    In training, with probability OFF_TOPIC the second sample is one that was given to a prompt of
+    another kind. Without these a reward model may judge the answer and ignore the question: to see a
+    doctor is good advice, so PPO gives it to those who ask for the capital of Peru.
     """
     import torch
 

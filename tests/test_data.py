@@ -338,6 +338,10 @@ def test_preference_batch_id_by_id():
     assert mask.tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]
     assert last.tolist() == [3, 1, 4, 2]
     assert ids.gather(1, last[:, None]).flatten().tolist() == [4, 9, 7, 11]
+    swapped = EncodedPair([1], [2, 3, 4], [5])  # the longer answer may be either
+    assert data.pair_lengths([*pairs, swapped]) == [5, 3, 4]
+    assert all(data.preference_batch([pair], 0)[0].size(1) == length
+               for pair, length in zip(pairs, data.pair_lengths(pairs)))
 
 
 def test_pad_right():
