@@ -728,10 +728,10 @@ COURSE = ("Translate the following sentence into French: Hello, how are you?",
 
 
 HELDOUT_NAMES = re.compile(r"(?<![\w-])(?:" + "|".join(
-    re.escape(row[column]) for table, column in (
+    re.escape(row[column].lower()) for table, column in (
         ("countries", "name"), ("cities", "name"), ("animals", "name"), ("jobs", "name"),
         ("howto", "task"), ("dangers", "action"))
-    for row in FACTS[table] if heldout_entity(table, row[column])) + r")(?![\w-])", re.I)
+    for row in FACTS[table] if heldout_entity(table, row[column])) + r")(?![\w-])")  # lower case: re.I is four times slower
 HELDOUT_OPPOSITES = [tuple(row.values()) for row in FACTS["opposites"]
                      if heldout_entity("opposites", min(row.values()))]
 
@@ -752,7 +752,7 @@ def all_tasks(hold=""):
 def names_heldout_entity(text):
     """Does the text name a country, city, animal, job, task or danger that only documents may name?
     Not even as a value: 'Paris is in France' would tell of France."""
-    return bool(HELDOUT_NAMES.search(text))
+    return bool(HELDOUT_NAMES.search(text.lower()))
 
 
 def _course_tasks():
@@ -1315,7 +1315,7 @@ def replay_documents(n, seed):
     job in the course's joke. Of opposites, whose words are everywhere, a pair is told of by naming
     both."""
     return [text for text in documents(n, f"replay {seed}")
-            if not (HELDOUT_NAMES.search(text) or has(text, COURSE_JOB)
+            if not (names_heldout_entity(text) or has(text, COURSE_JOB)
                     or any(has(text, a) and has(text, b) for a, b in HELDOUT_OPPOSITES))]
 
 
