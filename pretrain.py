@@ -38,7 +38,7 @@ class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
     out: str = flag("out/base", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "documents held out at the end: a fraction, or a count from 1 up")
-    documents: int = flag(55000, "documents to generate (with --data world)")
+    documents: int = flag(41000, "documents to generate (with --data world)")
     # the model
     vocab_size: int = flag(4096, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
     context_length: int = flag(192, "tokens the model sees at once")
@@ -50,7 +50,7 @@ class Config:
     qk_norm: bool = flag(True, "normalise queries and keys (saves as Qwen3; without: as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
-    steps: int = flag(3200, "optimiser steps")
+    steps: int = flag(2400, "optimiser steps")
     batch_size: int = flag(5, "windows per step")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.02, "peak learning rate of the embeddings and gains (AdamW)")
