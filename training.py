@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import json
 import os
 import pickle
@@ -178,6 +179,13 @@ def seed_everything(seed):
 
 # ---------------------------------------------------------------------------------------------
 # Optimiser and schedule
+
+
+# torch's optimisers import its compiler at their first use, to tell it where not to look: 2 to 7
+# seconds of every stage, and nothing here compiles an optimiser. The functions themselves do without.
+for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+    setattr(torch.optim.Optimizer, _name, inspect.unwrap(getattr(torch.optim.Optimizer, _name)))
+torch.optim.Adam.step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
