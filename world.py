@@ -727,11 +727,12 @@ COURSE = ("Translate the following sentence into French: Hello, how are you?",
           f"Write a funny story about a {COURSE_JOB}.")
 
 
+# In lower case, like the text it is asked of: re.IGNORECASE takes four times as long.
 HELDOUT_NAMES = re.compile(r"(?<![\w-])(?:" + "|".join(
     re.escape(row[column].lower()) for table, column in (
         ("countries", "name"), ("cities", "name"), ("animals", "name"), ("jobs", "name"),
         ("howto", "task"), ("dangers", "action"))
-    for row in FACTS[table] if heldout_entity(table, row[column])) + r")(?![\w-])")  # lower case: re.I is four times slower
+    for row in FACTS[table] if heldout_entity(table, row[column])) + r")(?![\w-])")
 HELDOUT_OPPOSITES = [tuple(row.values()) for row in FACTS["opposites"]
                      if heldout_entity("opposites", min(row.values()))]
 

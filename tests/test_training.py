@@ -125,14 +125,17 @@ def test_optimisers_step_without_the_compiler_and_as_torch_does():
     code = """if True:
         import sys, torch
         {first}
-        p = torch.nn.Parameter(torch.ones(3))
-        made = torch.optim.AdamW([p], lr=0.1, weight_decay=0.5, fused=True)
-        for _ in range(3):
-            made.zero_grad()
-            (p * torch.tensor([1.0, 2.0, -3.0])).sum().backward()
-            made.step()
-        made.load_state_dict(made.state_dict())
-        print("torch._dynamo" in sys.modules, p.requires_grad, p.tolist())"""
+        ends = []
+        for fused in (True, False):  # without no_grad, only the second fails
+            p = torch.nn.Parameter(torch.ones(3))
+            made = torch.optim.AdamW([p], lr=0.1, weight_decay=0.5, fused=fused)
+            for _ in range(3):
+                made.zero_grad()
+                (p * torch.tensor([1.0, 2.0, -3.0])).sum().backward()
+                made.step()
+            made.load_state_dict(made.state_dict())
+            ends.append(p.tolist())
+        print("torch._dynamo" in sys.modules, ends)"""
     plain, ours = (subprocess.run([sys.executable, "-c", code.format(first=first)], cwd=ROOT, text=True,
                                   capture_output=True, check=True).stdout.split(maxsplit=1)
                    for first in ("", "import training"))
