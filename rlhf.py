@@ -2,10 +2,12 @@
 
     python rlhf.py dpo --init out/sft --data out/pairs.jsonl --out out/dpo
     python rlhf.py ppo --init out/sft --reward out/reward --data world --out out/ppo
+    python rlhf.py grpo --init out/sft --reward out/reward --data world --out out/grpo
+    python rlhf.py grpo --reward world.py:right --families arithmetic rewriting --out out/grpo_right
     python rlhf.py ppo --init out/sft --reward my_score.py:polite --data prompts.jsonl --out out/ppo
     python rlhf.py dpo --help                                   # the flags of each
 
-Both look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward, but close to
+All look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward, but close to
 the reference π_ref, the model they start from. The reward model knows only answers like those it
 was trained on; β is what keeps the policy from wandering off to where it is wrong.
 
@@ -19,11 +21,20 @@ ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.
         sample answers, score them, make the better than expected ones likelier, again and again.
         Watch the KL and the answers, not the score alone: a score that rises for ever is being
         tricked. A reward can also be a Python function, `fn(prompt: str, response: str) -> float`.
+grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic.
+        Every prompt is answered several times, and an answer is as good as it is better than the
+        others of its group. It is made for rewards that can be checked, like a right sum
+        (`--reward world.py:right`). A group that is all right or all wrong teaches nothing.
+        Two things are open, and papers differ: --standardise divides by the group's standard
+        deviation (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because it makes prompts
+        that are nearly always or nearly never solved weigh most), and --aggregation takes the mean
+        over tokens within each response first (`sequence`, DeepSeekMath: a token of a long answer
+        counts less), or over all tokens alike (`token`, DAPO, arXiv 2503.14476).
 
 Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
 token ids[:, t], as the state before it foresaw it, and is 0 outside the response. Log-probs are in
-nats and in float32 throughout. Left out: an entropy bonus, an adaptive β, whitening of rewards, and
-critic and policy in one network.
+nats and in float32 throughout. Left out: an entropy bonus, an adaptive β, whitening of rewards,
+critic and policy in one network, and DAPO's unequal clips and drawing again of groups of one mind.
 """
 
 import copy
@@ -99,20 +110,34 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2,
-             value_clip=0.2, value_coef=0.1):
-    """PPO's clipped surrogate, eq. 7 of arXiv 1707.06347, and the critic's loss. Tables (B, T).
+def clipped_surrogate(log_ratio, advantages, clip):
+    """min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) at every token, eq. 7 of arXiv 1707.06347: (B, T), to be
+    made large. `log_ratio` is log π − log π_old.
 
     The minimum makes the clip one-sided: a step that went too far *with* the advantage has no
-    gradient left, one that went against it keeps its own. The critic is clipped alike, about its
-    old values. Means are over the tokens of the mask. Statistics are of the tokens as well;
-    `approx_kl` estimates KL(old ‖ new) per token, in nats (k3 of joschu.net/blog/kl-approx).
+    gradient left, one that went against it keeps its own.
+    """
+    ratio = log_ratio.exp()
+    return torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def step_statistics(log_ratio, mask, clip):
+    """How far the policy is from the one that sampled, means over the tokens of the mask.
+    `approx_kl` estimates KL(old ‖ new) per token, in nats (k3 of joschu.net/blog/kl-approx)."""
+    ratio = log_ratio.exp()
+    return {"ratio": masked_mean(ratio, mask),
+            "clip_fraction": masked_mean(((ratio - 1).abs() > clip).float(), mask),
+            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask)}
+
+
+def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2,
+             value_clip=0.2, value_coef=0.1):
+    """PPO's clipped surrogate and the critic's loss, clipped alike about its old values (eq. 9 of
+    arXiv 1707.06347, without the entropy bonus). Tables (B, T), means over the tokens of the mask.
     """
     mask = mask.to(logp.dtype)
     log_ratio = (logp - old_logp) * mask
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
-    policy_loss = -masked_mean(torch.min(ratio * advantages, clipped_ratio * advantages), mask)
+    policy_loss = -masked_mean(clipped_surrogate(log_ratio, advantages, clip), mask)
 
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
     value_loss = 0.5 * masked_mean(torch.max((values - returns)**2, (clipped_values - returns)**2),
@@ -123,10 +148,46 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
         spread = masked_mean((returns - masked_mean(returns, mask))**2, mask)
         left = masked_mean((surprise - masked_mean(surprise, mask))**2, mask)
         stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(),
-                 "ratio": masked_mean(ratio, mask),
-                 "clip_fraction": masked_mean(((ratio - 1).abs() > clip).float(), mask),
-                 "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+                 **step_statistics(log_ratio, mask, clip),
                  "explained_variance": 1 - left / (spread + 1e-8)}
+    return loss, stats
+
+
+def grpo_advantages(rewards, standardise=True):
+    """Rewards (prompts, group) -> advantages (prompts, group): less the group's mean and, where
+    `standardise`, over its standard deviation (outcome supervision, section 4.1.2 of arXiv
+    2402.03300). The 1e-4 keeps rewards that differ by rounding from being blown up to 1; a group of
+    equal rewards gives exactly 0. ValueError for groups of one."""
+    if rewards.ndim != 2 or rewards.size(1) < 2:
+        raise ValueError(f"rewards {tuple(rewards.shape)}, expected (prompts, group of 2 or more)")
+    rewards = rewards - rewards[:, :1]  # equal ones become 0, of which the mean is exactly 0
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    return advantages / (rewards.std(1, keepdim=True) + 1e-4) if standardise else advantages
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
+              aggregation="sequence"):
+    """GRPO, eq. 3 of arXiv 2402.03300. Tables (B, T); advantages (B,), one for a whole response.
+
+    The KL from the reference is part of the loss, not of the reward as in PPO, as the estimate
+    k3 = π_ref/π − log π_ref/π − 1, which is never negative. Its gradient is not quite that of the
+    KL: away from the reference it pulls by 1 − π_ref/π, and its expected gradient is that of
+    KL(π_ref ‖ π). `aggregation` is "sequence" (mean over each response's tokens, then over
+    responses) or "token" (mean over all tokens).
+    """
+    mask = mask.to(logp.dtype)
+    log_ratio, log_ref = (logp - old_logp) * mask, (ref_logp - logp) * mask
+    k3 = log_ref.exp() - log_ref - 1
+    objective = clipped_surrogate(log_ratio, advantages[:, None], clip) - beta * k3
+    if aggregation == "token":
+        loss = -masked_mean(objective, mask)
+    elif aggregation == "sequence":
+        loss = -((objective * mask).sum(1) / mask.sum(1)).mean()
+    else:
+        raise ValueError(f"aggregation {aggregation!r}, expected 'sequence' or 'token'")
+    with torch.no_grad():
+        stats = {"policy_loss": loss.detach(), "k3": masked_mean(k3, mask),
+                 **step_statistics(log_ratio, mask, clip)}
     return loss, stats
 
 
@@ -190,6 +251,7 @@ class DPOConfig:
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
+    keep_every: int | None = flag(None, "steps between checkpoints kept in OUT/step_N")
     save_every: int = flag(100, "steps between saves of the state that --resume goes on from")
     resume: bool = flag(False, "go on from the last save in --out, if there is one")
     show_batch: bool = flag(False, "print one pair, [supervised] tokens marked, then exit")
@@ -205,7 +267,7 @@ def pair_logprobs(model, pairs, pad_id, device):
 def dpo():
     config = parse_args(DPOConfig, description=__doc__)
     check_range(config, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1), beta=(0, 100),
-                label_smoothing=(0, 0.5), pairs=(2, 10**9))
+                label_smoothing=(0, 0.5), pairs=(2, 10**9), keep_every=(1, 10**9))
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
@@ -265,6 +327,8 @@ def dpo():
                 bar.set_postfix_str(f"loss {loss.item():.3f}, margin {stats['margin'].item():.2f}", refresh=False)
                 log(config.out, step, loss=loss, lr=lr, gradient_norm=norm, **stats,
                     logp_chosen=chosen.mean(), logp_rejected=rejected.mean())
+            if config.keep_every and step % config.keep_every == 0:
+                save_checkpoint(Path(config.out) / f"step_{step:04d}", model, tokenizer)
             if stop or step % config.save_every == 0:
                 save_state(config, "dpo", step, time.perf_counter() - started, generator, modules)
             if stop:
@@ -289,40 +353,58 @@ def dpo():
 
 
 @dataclass
-class PPOConfig:
+class RolloutConfig:
+    """What PPO and GRPO have in common."""
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
     reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION, called as "
                        "function(prompt, response) with texts, returning a number")
     data: list[str] = flag(["world"], "'world', or files to take the prompts from (.json .jsonl)")
+    families: list[str] | None = flag(None, "only prompts of these families (with --data world)")
     out: str = flag("out/ppo", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
     eval_prompts: int = flag(200, "held-out prompts answered before and after")
     iterations: int = flag(28, "rounds of sampling and updating")
-    episodes: int = flag(128, "prompts answered per iteration")
+    episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
     temperature: float = flag(1.0, "of sampling and of every log-prob; no top-k, no top-p")
-    beta: float = flag(0.2, "price of a nat away from the reference; 0 lets the score be tricked")
     no_eos_score: float | None = flag(-1.0, "score of a response that did not end by itself; "
                                       "nan keeps the score it was given")
-    gamma: float = flag(1.0, "discount per token")
-    lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     epochs: int = flag(2, "passes over the episodes per iteration")
     minibatches: int = flag(4, "updates per pass")
     ratio_clip: float = flag(0.2, "how far a token's probability ratio may move per iteration")
-    value_clip: float = flag(0.2, "how far the critic's value may move per iteration")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float | None = flag(None, "end the run when KL from the reference, in nats per "
                                 "response, exceeds this")
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
-    critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
     clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it")
     samples_every: int = flag(10, "iterations between tables of three samples")
+    keep_every: int | None = flag(None, "iterations between checkpoints kept in OUT/step_N")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
     save_every: int = flag(20, "iterations between saves of the state that --resume goes on from")
     resume: bool = flag(False, "go on from the last save in --out, if there is one")
     show_batch: bool = flag(False, "print one sampled episode, [response] tokens marked, then exit")
+
+
+@dataclass
+class PPOConfig(RolloutConfig):
+    beta: float = flag(0.2, "price of a nat away from the reference; 0 lets the score be tricked")
+    gamma: float = flag(1.0, "discount per token")
+    lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
+    value_clip: float = flag(0.2, "how far the critic's value may move per iteration")
+    critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
+    critic: bool = flag(True, "without one, λ is 1 and every state has the same value")
+    whiten: bool = flag(True, "give the advantages of an iteration mean 0 and variance 1")
+
+
+def check_rollout_flags(config):
+    check_range(config, iterations=(1, 10**9), episodes=(1, 10**6), epochs=(1, 10**6),
+                minibatches=(1, config.episodes), temperature=(0.01, 100), beta=(0, 1000),
+                max_new_tokens=(1, 10**6), lr=(0, 1), eval_prompts=(1, 10**6),
+                samples_every=(1, 10**9), keep_every=(1, 10**9), prompts=(1, 10**9))
+    if math.isnan(config.no_eos_score):
+        config.no_eos_score = None
 
 
 @dataclass
@@ -334,9 +416,14 @@ class Prompt:
 def load_prompts(config, tokenizer, context_length):
     """(train, heldout) lists of Prompt; those without room for a response are dropped."""
     if config.data == ["world"]:
+        families = config.families or world.DEMONSTRATED
+        unknown = set(families) - set(world.DEMONSTRATED)
+        if unknown:
+            raise InputError(f"--families {' '.join(sorted(unknown))}: "
+                             f"expected some of {', '.join(world.DEMONSTRATED)}")
         counts = {config.seed: config.prompts, f"{config.seed} heldout": 2 * config.eval_prompts}
         messages, heldout = ([[{"role": "user", "content": task.prompt}]
-                              for task in world.training_prompts(n, seed)]
+                              for task in world.training_prompts(n, seed, families)]
                              for seed, n in counts.items())
     else:
         messages, heldout = data.split_holdout(data.load_prompts(config.data), config.holdout)
@@ -470,25 +557,31 @@ def token_rewards(rollout, beta):
     return rewards
 
 
-def summarise(rollout, beta):
+def summarise(rollout):
     """Means over episodes. `kl` is the sampled Σ_t log π/π_ref, in nats per response; `entropy`, in
     nats per token, is the mean of −log π over the sampled tokens, its unbiased estimate."""
     kl = (rollout.logp - rollout.ref_logp).sum(1).mean().item()
-    mean_score = rollout.score.mean().item()
-    return {"score": mean_score, "kl": kl, "rlhf_reward": mean_score - beta * kl,
+    return {"score": rollout.score.mean().item(), "kl": kl,
             "entropy": -masked_mean(rollout.logp, rollout.mask).item(),
             "eos_rate": rollout.ended.float().mean().item(),
             "tokens": rollout.mask.sum(1).mean().item()}
 
 
+def show_samples(rollout, prompts, drawn, tokenizer, config, step, bar):
+    """Log and print the first three episodes: what a score means can only be read."""
+    samples = [{"prompt": prompts[drawn[n]].text, "score": rollout.score[n].item(),
+                "response": answer_text(tokenizer, rollout.responses[n])}
+               for n in range(min(3, len(drawn)))]
+    log(config.out, step, samples=samples)
+    for sample in samples:  # repr: a response may hold anything
+        bar.write(f"{sample['score']:+.2f}  {sample['prompt']!r} -> {sample['response']!r}",
+                  file=sys.stderr)
+
+
 def ppo():
     config = parse_args(PPOConfig, description=__doc__)
-    check_range(config, iterations=(1, 10**9), episodes=(1, 10**6), epochs=(1, 10**6),
-                minibatches=(1, config.episodes), temperature=(0.01, 100), beta=(0, 1000),
-                max_new_tokens=(1, 10**6), gamma=(0, 1), lam=(0, 1), lr=(0, 1), critic_lr=(0, 1),
-                eval_prompts=(1, 10**6), samples_every=(1, 10**9), prompts=(1, 10**9))
-    if math.isnan(config.no_eos_score):
-        config.no_eos_score = None
+    check_rollout_flags(config)
+    check_range(config, gamma=(0, 1), lam=(0, 1), critic_lr=(0, 1))
     device = pick_device(config.device)
     seed_everything(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)  # the sampler draws on the device
@@ -498,6 +591,9 @@ def ppo():
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
     score_responses, critic, shift = load_reward_source(config.reward, policy, tokenizer, device)
+    if not config.critic:  # an ablation: what the answer was worth is then credited to every token
+        torch.nn.init.zeros_(critic.score.weight)
+        shift, config.critic_lr, config.lam = 0.0, 0.0, 1.0
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
 
@@ -506,8 +602,7 @@ def ppo():
                               generator)
 
     def heldout_proxy():  # its own seed: the same luck before and after, and for every run
-        rollout = roll(heldout, torch.Generator(device).manual_seed(0))
-        return summarise(rollout, config.beta)
+        return summarise(roll(heldout, torch.Generator(device).manual_seed(0)))
 
     if config.show_batch:
         rollout = roll(prompts[:1], generator)
@@ -534,7 +629,8 @@ def ppo():
         # 1-4. Sample, truncate, score, punish a missing end; and check what was recorded.
         rollout = roll([prompts[i] for i in drawn.tolist()], generator)
         ids, mask, old_logp = rollout.ids, rollout.mask, rollout.logp
-        summary = summarise(rollout, config.beta)
+        summary = summarise(rollout)
+        summary["rlhf_reward"] = summary["score"] - config.beta * summary["kl"]
         if step == 0 and abs(summary["kl"]) > 1e-3:
             raise RuntimeError(f"KL from the reference is {summary['kl']:.2g} before any update")
         if config.max_kl is not None and summary["kl"] > config.max_kl:
@@ -548,7 +644,8 @@ def ppo():
         # 7. Advantages. The critic learns returns in the unit of the score, so these come from the
         #    raw advantages; the policy gets whitened ones, whose size the learning rate can trust.
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        advantages = whiten(advantages, mask)
+        if config.whiten:
+            advantages = whiten(advantages, mask)
 
         # 8. A few passes of shuffled minibatches, until the policy has moved far enough.
         lengths = last_token(mask) + 1
@@ -587,13 +684,9 @@ def ppo():
         log(config.out, step, **summary, **{name: v / updates for name, v in seen.items()},
             updates=updates, lr=left * config.lr)
         if step % config.samples_every == 0:
-            samples = [{"prompt": prompts[drawn[n]].text, "score": rollout.score[n].item(),
-                        "response": answer_text(tokenizer, rollout.responses[n])}
-                       for n in range(min(3, config.episodes))]
-            log(config.out, step, samples=samples)
-            for sample in samples:  # repr: a response may hold anything
-                bar.write(f"{sample['score']:+.2f}  {sample['prompt']!r} -> {sample['response']!r}",
-                          file=sys.stderr)
+            show_samples(rollout, prompts, drawn.tolist(), tokenizer, config, step, bar)
+        if config.keep_every and step % config.keep_every == 0:
+            save_checkpoint(Path(config.out) / f"step_{step:04d}", policy, tokenizer)
         if stop or step % config.save_every == 0:
             save_state(config, "ppo", step, time.perf_counter() - started, generator, modules,
                        before=before)
@@ -602,20 +695,150 @@ def ppo():
             leave(config)
     bar.close()
 
-    # 10. Held-out prompts again. This is the proxy: whether people agree is evaluate.py's question.
-    after = heldout_proxy()
-    seconds = time.perf_counter() - started
+    # 10. Held-out prompts again.
+    close(config, "ppo", step, policy, tokenizer, before, heldout_proxy(), len(heldout),
+          time.perf_counter() - started)
+
+
+def close(config, stage, step, policy, tokenizer, before, after, prompts, seconds):
+    """Save, and say what became of the held-out prompts. The score is the proxy: whether people
+    agree is evaluate.py's question."""
     log(config.out, step, **{f"heldout_{name}": value for name, value in after.items()})
     save_checkpoint(config.out, policy, tokenizer)
-    finish(config.out, "ppo", seconds, iterations=step, heldout_prompts=len(heldout),
+    finish(config.out, stage, seconds, iterations=step, heldout_prompts=prompts,
            heldout_score_before=before["score"],
            **{f"heldout_{name}": after[name] for name in ("score", "kl", "eos_rate", "tokens")})
-    print(f"ppo: held-out score {before['score']:.3f} -> {after['score']:.3f}, KL from the "
+    print(f"{stage}: held-out score {before['score']:.3f} -> {after['score']:.3f}, KL from the "
           f"reference {after['kl']:.1f} nats per response; {seconds:.0f} s; wrote {config.out}")
 
 
+# ---------------------------------------------------------------------------------------------
+# GRPO
+
+
+@dataclass
+class GRPOConfig(RolloutConfig):
+    out: str = flag("out/grpo", "folder of the checkpoint to write")
+    group: int = flag(8, "answers to each prompt; they are judged against each other")
+    beta: float = flag(0.04, "weight of the KL from the reference, k3 per token, in the loss")
+    standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath), or "
+                             "not (Dr. GRPO)")
+    aggregation: str = flag("sequence", "mean within each response first (DeepSeekMath), or over "
+                            "all tokens (DAPO)", choices=["sequence", "token"])
+
+
+def grpo():
+    config = parse_args(GRPOConfig, description=__doc__)
+    check_rollout_flags(config)
+    check_range(config, group=(2, config.episodes))
+    if config.episodes % config.group:
+        raise InputError(f"--episodes {config.episodes}: expected a multiple of "
+                         f"--group {config.group}")
+    device = pick_device(config.device)
+    seed_everything(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
+
+    # Three models: the policy, the frozen reference and the reward. No critic.
+    policy, tokenizer = load_policy(config.init, device)
+    prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    score_responses, _, _ = load_reward_source(config.reward, policy, tokenizer, device)
+    optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
+
+    def roll(prompts, generator):
+        return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
+                              generator)
+
+    def heldout_proxy():
+        return summarise(roll(heldout, torch.Generator(device).manual_seed(0)))
+
+    if config.show_batch:
+        rollout = roll(prompts[:1], generator)
+        print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
+        return
+
+    step, seconds = 0, 0.0
+    saved = start_run(config, "grpo")
+    modules = {"policy": policy, "optimiser": optimiser}
+    before = saved["before"] if saved else heldout_proxy()
+    if saved:
+        step, seconds = restore(saved, generator, modules)
+    stop, started = StopRequest(), time.perf_counter() - seconds
+    print(f"grpo: {len(prompts):,} prompts, {config.iterations:,} iterations of "
+          f"{config.episodes // config.group} groups of {config.group}; held-out score "
+          f"{before['score']:.3f}")
+    bar = progress(config.iterations, step, "grpo")
+    while step < config.iterations:
+        lr = learning_rate(step, config.iterations, config.lr)
+        set_learning_rate(optimiser, lr)
+        drawn = torch.randint(len(prompts), (config.episodes // config.group,), generator=generator,
+                              device=device).repeat_interleave(config.group).tolist()
+
+        # 1. Sample every prompt `group` times; truncate, score, punish a missing end, as in PPO.
+        rollout = roll([prompts[i] for i in drawn], generator)
+        ids, mask, old_logp = rollout.ids, rollout.mask, rollout.logp
+        summary = summarise(rollout)
+        if step == 0 and abs(summary["kl"]) > 1e-3:
+            raise RuntimeError(f"KL from the reference is {summary['kl']:.2g} before any update")
+        if config.max_kl is not None and summary["kl"] > config.max_kl:
+            bar.write(f"grpo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped",
+                      file=sys.stderr)
+            break
+        # 2. Advantages within the group. Every token of a response gets the same.
+        groups = rollout.score.view(-1, config.group)  # (prompts, group)
+        advantages = grpo_advantages(groups, config.standardise).flatten()  # (B,)
+        summary["silent_groups"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
+
+        # 3. A few passes of shuffled minibatches, until the policy has moved far enough.
+        lengths = last_token(mask) + 1
+        seen, updates, enough = {}, 0, False
+        for _ in range(config.epochs):
+            order = torch.randperm(config.episodes, generator=generator, device=device)
+            for rows in order.chunk(config.minibatches):
+                longest = int(lengths[rows].max())
+                i, m, old, ref = (table[rows, :longest]
+                                  for table in (ids, mask, old_logp, rollout.ref_logp))
+                logp = response_logprobs(policy, i, m, config.temperature)
+                loss, stats = grpo_loss(logp, old, ref, advantages[rows], m, config.ratio_clip,
+                                        config.beta, config.aggregation)
+                check_finite(loss, step, config)
+                enough = stats["approx_kl"].item() > config.stop_kl
+                if enough:
+                    break
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
+                optimiser.step()
+                updates += 1
+                seen = {name: seen.get(name, 0) + value.item() for name, value in stats.items()}
+            if enough:
+                break
+        step += 1
+
+        # 4. What happened.
+        bar.update()
+        bar.set_postfix_str(f"score {summary['score']:.2f}, KL {summary['kl']:.1f}", refresh=False)
+        log(config.out, step, **summary, **{name: v / updates for name, v in seen.items()},
+            updates=updates, lr=lr)
+        if step % config.samples_every == 0:
+            show_samples(rollout, prompts, drawn, tokenizer, config, step, bar)
+        if config.keep_every and step % config.keep_every == 0:
+            save_checkpoint(Path(config.out) / f"step_{step:04d}", policy, tokenizer)
+        if stop or step % config.save_every == 0:
+            save_state(config, "grpo", step, time.perf_counter() - started, generator, modules,
+                       before=before)
+        if stop:
+            bar.close()
+            leave(config)
+    bar.close()
+
+    # 5. Held-out prompts again.
+    close(config, "grpo", step, policy, tokenizer, before, heldout_proxy(), len(heldout),
+          time.perf_counter() - started)
+
+
 def main():
-    stages = {"dpo": dpo, "ppo": ppo}
+    stages = {"dpo": dpo, "ppo": ppo, "grpo": grpo}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         print(__doc__)

@@ -21,6 +21,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import time
@@ -396,7 +397,7 @@ STATE = "training_state.pt"
 
 def settings_of(config):
     """What must be equal for a resumed run to be the same run."""
-    free = ("out", "resume", "device", "show_batch", "save_every")
+    free = ("out", "resume", "device", "show_batch", "save_every", "keep_every")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
@@ -428,6 +429,8 @@ def start_run(config, stage):
         raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
     for name in ("done", "metrics.jsonl", STATE):
         (folder / name).unlink(missing_ok=True)
+    for kept in folder.glob("step_*"):
+        shutil.rmtree(kept)
     return None
 
 

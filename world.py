@@ -913,6 +913,22 @@ def check(task, response):
     return not (task.wrong and _any_of(task.wrong).search(subject.sub(" ", rest)))
 
 
+@lru_cache(None)
+def _training_tasks():
+    return {task.prompt: task for tasks in all_tasks().values() for task in tasks}
+
+
+def right(prompt, response):
+    """1.0 for a right response to a prompt of training, 0.0 for another: a reward that is checked
+    rather than judged (`python rlhf.py grpo --reward world.py:right`). ValueError for a prompt that
+    is not of training."""
+    asked = [prompt, *(prompt.removeprefix(f"{lead} ") for lead in LEADS)]
+    task = next(filter(None, map(_training_tasks().get, asked)), None)
+    if task is None:
+        raise ValueError("not a prompt of training")
+    return float(check(task, response))
+
+
 def gold(task, response):
     """The human's hidden judgement of a response to a task's prompt."""
     text = response.strip()

@@ -170,6 +170,53 @@ def test_ppo_loss_is_a_mean_over_tokens_and_sees_no_padding():
     assert not logp.grad[~real].any() and not values.grad[~real].any()
 
 
+# ---- GRPO ----------------------------------------------------------------------------------------
+
+def test_grpo_advantages_compare_within_the_group():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 7.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
+    centred = rlhf.grpo_advantages(rewards, standardise=False)
+    assert torch.allclose(centred[:2], torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0, 4.0, -2.0, -2.0]]))
+    standard = rlhf.grpo_advantages(rewards)
+    assert torch.allclose(standard[1], torch.tensor([0.0, 4.0, -2.0, -2.0]) / math.sqrt(24 / 3), rtol=1e-3)
+    assert not centred[2].any() and not standard[2].any()  # exactly: the mean of 0.1s is not 0.1
+    for wrong in (rewards.flatten(), rewards[:, :1]):
+        with pytest.raises(ValueError, match="group"):
+            rlhf.grpo_advantages(wrong)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_grpo_loss_is_eq_3_and_sees_no_padding(aggregation):
+    mask, logp, noise, ref_noise = ragged(6, 6, 2, 4)
+    old_logp, ref_logp = logp + 0.3 * noise, logp + ref_noise
+    advantages, beta, lengths = torch.tensor([1.5, -0.7, 0.2]), 0.3, (6, 2, 4)
+    rows = []
+    for b, length in enumerate(lengths):
+        rows.append([])
+        for t in range(length):
+            ratio = math.exp(logp[b, t] - old_logp[b, t])
+            against = math.exp(ref_logp[b, t] - logp[b, t])
+            gain = min(ratio * advantages[b], max(0.8, min(1.2, ratio)) * advantages[b])
+            rows[-1].append(float(gain) - beta * (against - math.log(against) - 1))
+    by_hand = {"sequence": sum(sum(row) / len(row) for row in rows) / 3,
+               "token": sum(map(sum, rows)) / 12}
+    assert abs(by_hand["sequence"] - by_hand["token"]) > 0.01
+    logp.requires_grad_()
+    loss, stats = rlhf.grpo_loss(logp, old_logp, ref_logp, advantages, mask, 0.2, beta, aggregation)
+    assert loss.item() == pytest.approx(-by_hand[aggregation], rel=1e-5)
+    loss.backward()
+    assert not logp.grad[mask == 0].any() and stats["k3"] > 0 and stats["clip_fraction"] > 0
+    with pytest.raises(ValueError, match="aggregation"):
+        rlhf.grpo_loss(logp, old_logp, ref_logp, advantages, mask, aggregation="mean")
+
+
+def test_grpo_pulls_towards_the_reference():
+    logp = torch.tensor([[-1.0, -3.0]], requires_grad=True)
+    ref = torch.tensor([[-2.0, -2.0]])
+    loss, _ = rlhf.grpo_loss(logp, logp.detach(), ref, torch.zeros(1), torch.ones(1, 2), beta=0.5)
+    loss.backward()  # d/dlogp of β k3 is β (1 − π_ref/π), over two tokens
+    assert logp.grad[0].tolist() == pytest.approx([0.25 * (1 - math.exp(-1)), 0.25 * (1 - math.e)])
+
+
 # ---- the rollout ---------------------------------------------------------------------------------
 
 def roll(tokenizer, policy, **settings):
@@ -209,11 +256,11 @@ def test_rollout_scores_and_rewards(tokenizer):
         assert torch.allclose(rewards[b], expected)
         assert not rewards[b, :first].any() and not rewards[b, last + 1:].any()
 
-    summary = rlhf.summarise(rollout, beta=0.3)
+    summary = rlhf.summarise(rollout)
     kl = (rollout.logp - rollout.ref_logp).sum() / 16
     assert kl.abs() > 0.5  # two different models: the statistic has something to show
     assert summary["kl"] == pytest.approx(kl.item(), rel=1e-5)
-    assert summary["rlhf_reward"] == pytest.approx(rollout.score.mean().item() - 0.3 * kl.item())
+    assert summary["score"] == rollout.score.mean().item()
     assert summary["tokens"] == sum(map(len, rollout.responses)) / 16
     assert summary["eos_rate"] == sum(ended) / 16
     assert summary["entropy"] == pytest.approx(
@@ -297,7 +344,7 @@ def metrics(out):
 
 def test_unknown_subcommand(monkeypatch, capsys):
     for args in ([], ["pop"]):
-        with pytest.raises(InputError, match="dpo, ppo"):
+        with pytest.raises(InputError, match="dpo, ppo, grpo"):
             run(monkeypatch, *args)
     run(monkeypatch, "--help")
     assert "rlhf.py dpo" in capsys.readouterr().out
@@ -319,7 +366,7 @@ def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
     load_policy(out)
 
 
-def toy_ppo(monkeypatch, tmp_path, tokenizer, out, *args):
+def toy(stage, monkeypatch, tmp_path, tokenizer, out, *args):
     """The reward is the share of small letters in the response, as a plain Python function."""
     if not (tmp_path / "sft").exists():
         policy = tiny(tokenizer)
@@ -331,7 +378,7 @@ def toy_ppo(monkeypatch, tmp_path, tokenizer, out, *args):
             "    return sum('a' <= c <= 'z' for c in response) / max(1, len(response))\n")
         rows = [{"instruction": f"the cat {n}", "output": "x"} for n in range(40)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run(monkeypatch, "ppo", "--init", tmp_path / "sft", "--reward", f"{tmp_path}/share.py:of_small_letters",
+    run(monkeypatch, stage, "--init", tmp_path / "sft", "--reward", f"{tmp_path}/share.py:of_small_letters",
         "--data", tmp_path / "prompts.jsonl", "--out", out, "--holdout", 10, "--episodes", 64,
         "--max-new-tokens", 8, "--no-eos-score", "nan", "--device", "cpu", "--lr", "3e-3", "--beta",
         "0.01", *args)
@@ -340,21 +387,48 @@ def toy_ppo(monkeypatch, tmp_path, tokenizer, out, *args):
 
 def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
     out = tmp_path / "ppo"
-    done, rows = toy_ppo(monkeypatch, tmp_path, tokenizer, out, "--iterations", 15)
+    done, rows = toy("ppo", monkeypatch, tmp_path, tokenizer, out, "--iterations", 15, "--keep-every", 10)
     rows = [row for row in rows if "score" in row]
     first, last = rows[0], rows[-1]
     assert first["kl"] == pytest.approx(0, abs=1e-3) and first["rlhf_reward"] == first["score"]
+    assert last["rlhf_reward"] == pytest.approx(last["score"] - 0.01 * last["kl"], abs=1e-5)
     assert last["score"] > first["score"] + 0.2
     assert done["heldout_score"] > done["heldout_score_before"] + 0.2
     assert done["heldout_kl"] > 0.1 and last["entropy"] < first["entropy"]
     assert last["lr"] < first["lr"]
-    load_policy(out)
+    ends = [load_policy(folder)[0].embed.weight for folder in (tmp_path / "sft", out / "step_0010", out)]
+    assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
 
-def test_ppo_resumes_where_it_stopped(monkeypatch, tmp_path, tokenizer):
+@pytest.mark.parametrize("settings", [[], ["--no-standardise", "--aggregation", "token"]])
+def test_grpo_learns(settings, monkeypatch, tmp_path, tokenizer):
+    done, rows = toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", "--iterations", 15, *settings)
+    rows = [row for row in rows if "score" in row]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-3)
+    assert rows[-1]["score"] > rows[0]["score"] + 0.2 and rows[-1]["kl"] > 0.1
+    assert done["heldout_score"] > done["heldout_score_before"] + 0.2
+    load_policy(tmp_path / "grpo")
+
+
+def test_ppo_without_a_critic_learns_too(monkeypatch, tmp_path, tokenizer):
+    done, rows = toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", "--iterations", 15, "--no-critic")
+    assert done["heldout_score"] > done["heldout_score_before"] + 0.2
+    # Every state has the value 0, so of what the returns vary by, nothing is explained.
+    assert all(abs(row["explained_variance"]) < 1e-4 for row in rows if "explained_variance" in row)
+
+
+def test_grpo_refuses_groups_that_do_not_fit(monkeypatch, tmp_path, tokenizer):
+    for args, message in ((["--group", 1], "--group 1"), (["--episodes", 60], "multiple of --group 8"),
+                          (["--families", "poems", "--data", "world"], "--families poems")):
+        with pytest.raises(InputError, match=message):
+            toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", *args)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_rollout_stages_resume_where_they_stopped(stage, monkeypatch, tmp_path, tokenizer):
     """Six iterations in one go, and six with a stop after the third, give the same numbers."""
     settings = ["--iterations", 6, "--save-every", 3, "--samples-every", 2]
-    whole, rows = toy_ppo(monkeypatch, tmp_path, tokenizer, tmp_path / "whole", *settings)
+    whole, rows = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / "whole", *settings)
     save = rlhf.save_state
 
     def save_and_die(config, stage, position, *args, **extra):
@@ -363,9 +437,9 @@ def test_ppo_resumes_where_it_stopped(monkeypatch, tmp_path, tokenizer):
 
     monkeypatch.setattr(rlhf, "save_state", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        toy_ppo(monkeypatch, tmp_path, tokenizer, tmp_path / "cut", *settings)
+        toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / "cut", *settings)
     monkeypatch.setattr(rlhf, "save_state", save)
-    resumed, again = toy_ppo(monkeypatch, tmp_path, tokenizer, tmp_path / "cut", *settings,
-                             "--resume")
+    resumed, again = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / "cut", *settings,
+                         "--resume")
     assert again == rows
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}

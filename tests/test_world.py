@@ -261,3 +261,14 @@ def test_ngram_bits_of_a_known_text():
     other = [[rng.randrange(16) for _ in range(1001)]]
     assert world.ngram_bits(constant, constant, 5, 16) < 10
     assert 3.9 < world.ngram_bits(noise, other, 2, 16) / 1000 < 4.6
+
+
+def test_right_is_the_checker_as_a_reward():
+    for task in world.training_prompts(300, 5):
+        assert world.right(task.prompt, task.best) == 1
+    for family in ("arithmetic", "rewriting", "harmful", "lists"):
+        task = world.all_tasks()[family][7]
+        assert world.right(task.prompt, task.best) == world.right(f"Please help me. {task.prompt}", task.best) == 1
+        assert world.right(task.prompt, "Perhaps.") == 0
+    with pytest.raises(ValueError, match="not a prompt of training"):
+        world.right(world.heldout_tasks()[0].prompt, "yes")
