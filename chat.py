@@ -35,7 +35,11 @@ from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat
 from training import (InputError, check_range, flag, load_checkpoint, load_reward, parse_args,
                       pick_device, run)
 
-HELP = """/help  this page      /reset  forget the conversation      /seed N  restart the sampling
+HELP = """/compare [QUESTION]  the question (or the last one) to every model beside this one
+/best N [QUESTION]   N answers to it with the reward model's scores, the best first
+/reset               forget the conversation
+/seed N              restart the sampling
+/help                this page
 Anything else is said to the model. Ctrl-D or Ctrl-C ends."""
 
 
@@ -264,13 +268,69 @@ def questions(prompt):
             yield line
 
 
-def converse(speakers, config, sampling, reward):
+def family_of(folder, device):
+    """The language models beside `folder`, itself included, in the order in which they were made."""
+    found = []
+    for path in sorted(Path(folder).resolve().parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
+        try:
+            found.append(open_speaker(path.parent, device))
+        except InputError:  # a reward model, or no model at all
+            pass
+    return found
+
+
+def compare(question, config, sampling, device):
+    """The question to every model of the family, each with the same seed."""
+    for speaker in family_of(config.checkpoints[0], device):
+        ids, _ = speaker.fit(question, examples_like(question, config), config)
+        sampling["generator"].manual_seed(config.seed)
+        print(f"{speaker.name}> ", end="", flush=True)
+        speak(speaker, ids, config.max_new_tokens, sampling)
+
+
+def candidates(question, n, speaker, config, sampling, device):
+    """n answers to the question and what the reward model gives them, equal ones once."""
+    folder = config.reward or Path(config.checkpoints[0]).resolve().parent / "reward"
+    model, tokenizer, shift, _ = load_reward(folder, device)
+    check_same(speaker, tokenizer, folder)
+    ids, _ = speaker.fit(question, examples_like(question, config), config)
+    _, (drawn,), (scores,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
+                                       config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
+    texts = [visible(speaker.text(answer)) for answer in drawn]
+    best = {}  # text -> its score: the same words can end in two ways
+    for text, value in zip(texts, scores.tolist()):
+        best[text] = max(value, best.get(text, value))
+    for text, value in sorted(best.items(), key=lambda item: -item[1]):
+        times = texts.count(text)
+        print(f"{value:+.2f}  {text}" + (f"  ({times} times)" if times > 1 else ""))
+
+
+def check_same(speaker, tokenizer, folder):
+    if speaker.raw or not same_tokens(speaker.tokenizer, tokenizer):
+        raise InputError(f"--reward {folder}: reads chats in its own vocabulary; "
+                         f"{speaker.name} does not write them")
+
+
+def converse(speakers, config, sampling, reward, device):
     """Read, answer, remember, until the input ends."""
     histories = [[] for _ in speakers]
+    asked = ""
     for line in questions("you> "):
         command, _, value = line.partition(" ")
+        number, _, question = value.strip().partition(" ")
         if command == "/help":
             print(HELP)
+        elif command == "/compare" and (value.strip() or asked):
+            asked = value.strip() or asked
+            compare(asked, config, sampling, device)
+        elif command == "/best" and number.isdecimal() and 0 < int(number) <= 4096 and (question or asked):
+            asked = question.strip() or asked
+            try:
+                candidates(asked, int(number), speakers[0], config, sampling, device)
+            except InputError as error:
+                print(f"({error})")
+        elif command in ("/compare", "/best"):
+            print("(ask something first, or write it after the command; /best needs a number, as in /best 16)")
         elif command == "/reset":
             histories = [[] for _ in speakers]
             print("(forgotten)")
@@ -280,6 +340,7 @@ def converse(speakers, config, sampling, reward):
         elif command.startswith("/"):
             print("(no such command; /help shows them, and /seed needs a number)")
         else:
+            asked = line
             for i, speaker in enumerate(speakers):
                 before = histories[i] or examples_like(line, config)
                 try:
@@ -351,9 +412,7 @@ def main(argv=None):
         model, tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
         for speaker in speakers:
-            if speaker.raw or not same_tokens(speaker.tokenizer, tokenizer):
-                raise InputError(f"--reward {config.reward}: reads chats in its own vocabulary; "
-                                 f"{speaker.name} does not write them")
+            check_same(speaker, tokenizer, config.reward)
     if config.label:
         label(speakers, config, sampling, reward)
     elif config.prompt is not None:
@@ -365,7 +424,7 @@ def main(argv=None):
             print(f"== {speaker.name} ==\n{text}\n" if len(speakers) > 1 else text)
     else:
         try:
-            converse(speakers, config, sampling, reward)
+            converse(speakers, config, sampling, reward, device)
         except KeyboardInterrupt:  # in the middle of an answer
             print()
 

@@ -23,7 +23,6 @@ checkpoints, not about the method.
 """
 
 import functools
-import itertools
 import json
 import math
 import os
@@ -175,19 +174,15 @@ def prompts_for(speaker, tasks, config, shots=0):
                         config)[0] for task in tasks]
 
 
-def fair_samples(row):
-    """(tasks, prompts, responses, texts) of the prompts that means are taken over."""
-    lists = row.tasks, row.sampled.prompts, row.sampled.ids, row.sampled.texts
-    return [list(itertools.compress(items, row.fair)) for items in lists]
-
-
-def proxy_scores(speaker, row, reward):
-    """The reward model's scores (N,). It reads chats, so plain answers go into the template."""
+def proxy_scores(speaker, tasks, answers, chosen, reward):
+    """The reward model's scores (N,) of the answers number `chosen`. It reads chats, so plain
+    answers go into the template."""
     (model, shift), tokenizer = reward, speaker.tokenizer
-    tasks, prompts, responses, texts = fair_samples(row)
     if speaker.raw:
-        prompts = [chat_prompt(tokenizer, task.prompt) for task in tasks]
-        responses = [[*tokenizer.encode(text), tokenizer.im_end_id] for text in texts]
+        prompts = [chat_prompt(tokenizer, tasks[i].prompt) for i in chosen]
+        responses = [[*tokenizer.encode(answers.texts[i]), tokenizer.im_end_id] for i in chosen]
+    else:
+        prompts, responses = ([part[i] for i in chosen] for part in (answers.prompts, answers.ids))
     return score(model, prompts, responses, tokenizer.pad_id).numpy() - shift
 
 
@@ -291,26 +286,29 @@ def judge_reward_model(model, tokenizer, config):
             "pairs": len(pairs)}
 
 
-def transcripts(rows, tasks, places, per_family=2):
-    """What every row answers to the course's prompts and to some of each family, with its gold.
+def transcripts(rows, tasks, places, judges, per_family=2):
+    """What every row answers to the course's prompts and to some of each family, with its gold, and
+    its reward where `judges` has a function (row, answers, places) for the row.
 
     Greedy answers, which chat.py --temperature 0 repeats; best-of-n has none, so its choice."""
     shown = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
     for family in dict.fromkeys(task.family for task in tasks):
         mine = [i for i in places.tolist() if tasks[i].family == family and i not in shown]
         shown += mine[:per_family]
-    found = []
-    for i in shown:
-        answers = {}
-        for name, row in rows.items():
-            place = np.flatnonzero(row.where == i)
-            if len(place):
-                text = (row.greedy or row.sampled).texts[place[0]]
-                answers[name] = {"text": text, "right": bool(world.check(tasks[i], text)),
-                                 "gold": gold_parts(tasks[i], text)}
-        found.append({"prompt": tasks[i].prompt, "family": tasks[i].family, "kind": tasks[i].kind,
-                      "holdout": tasks[i].holdout, "course": tasks[i] in world.COURSE_PROMPTS,
-                      "best": tasks[i].best, "answers": answers})
+    found = [{"prompt": tasks[i].prompt, "family": tasks[i].family, "kind": tasks[i].kind,
+              "holdout": tasks[i].holdout, "course": tasks[i] in world.COURSE_PROMPTS,
+              "best": tasks[i].best, "answers": {}} for i in shown]
+    for name, row in rows.items():
+        answers = row.greedy or row.sampled
+        there = [(n, int(np.flatnonzero(row.where == i)[0]))
+                 for n, i in enumerate(shown) if i in row.where]
+        chosen = [place for _, place in there]
+        proxies = judges[name](row, answers, chosen) if name in judges else [None] * len(chosen)
+        for (n, place), proxy in zip(there, proxies):
+            text = answers.texts[place]
+            found[n]["answers"][name] = {
+                "text": text, "right": bool(world.check(row.tasks[place], text)),
+                "gold": gold_parts(row.tasks[place], text), "proxy": proxy}
     return found
 
 
@@ -407,7 +405,7 @@ def main(argv=None):
         say(f"{config.best_of} samples of {config.reference} for {len(places)} prompts")
 
     # 4. Measures.
-    checkpoints = {}
+    checkpoints, judges = {}, {}
     for name, row in rows.items():
         speaker = voices[name]
         found = measure(row, rows.get(config.reference), can_answer, config)
@@ -416,7 +414,9 @@ def main(argv=None):
             found["bits_per_byte"] = heldout_loss(speaker.model, tokens.long(), size)[1]
         if reward and special(speaker.tokenizer, IM_END) and same_tokens(speaker.tokenizer,
                                                                         reward_tokenizer):
-            found["proxy"] = bootstrap(proxy_scores(speaker, row, reward))
+            judges[name] = lambda row, answers, chosen, speaker=speaker: proxy_scores(
+                speaker, row.tasks, answers, chosen, reward)
+            found["proxy"] = bootstrap(judges[name](row, row.sampled, np.flatnonzero(row.fair)))
         if name == best_name:  # exact for a continuous reward, otherwise a bound
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
         elif speaker is reference:
@@ -443,7 +443,7 @@ def main(argv=None):
         "best_of_prompts": len(places), "settings": settings,
         "runs": {Path(folder).resolve().name: os.path.relpath(folder, config.out)
                  for folder in stages},
-        "transcripts": transcripts(rows, tasks, places)})
+        "transcripts": transcripts(rows, tasks, places, judges)})
     pictures.write(config.out, result)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(Path(config.out) / "report.json", lambda path: path.write_text(text, "utf-8"))

@@ -3,13 +3,15 @@
     python report.py out/report        # evaluate.py calls this; run it to rebuild the two pages
 
 The pictures are SVG inside the page, drawn from the metrics.jsonl of the folders that report.json
-names. The page needs no scripts and no network. Whatever a model wrote is escaped: it is shown,
-never interpreted. Left out: interactive plots.
+names. Where study.py has left a study.json beside it, its tables and pictures are in the pages too.
+The page needs no scripts and no network. Whatever a model wrote is escaped: it is shown, never
+interpreted. Left out: interactive plots.
 """
 
 import html
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -20,23 +22,54 @@ from chat import visible
 from training import InputError, run, write_atomic
 
 PERCENT, NUMBER = "percent", "number"
-# Heading, place in a checkpoint's measures, unit, what it says.
+# Heading, place in a checkpoint's measures, unit.
 COLUMNS = (
-    ("right", ("accuracy", "all"), PERCENT, "answerable questions answered rightly"),
-    ("gold", ("gold", "total"), NUMBER, "mean gold score of one sample, 0 to 1"),
-    ("beats SFT", ("win_rate_vs_sft",), PERCENT, "prompts on which its sample has the higher gold "
-                                                 "score, ties half"),
-    ("KL", ("kl_from_sft",), NUMBER, "distance from SFT, nats per response"),
-    ("reward", ("proxy",), NUMBER, "mean score by the reward model, which training could see"),
-    ("refuses harmful", ("refusal_rate", "harmful"), PERCENT, "harmful requests refused"),
-    ("refuses harmless", ("refusal_rate", "harmless"), PERCENT, "harmless requests refused"),
-    ("made up", ("hallucination_rate",), PERCENT, "questions about things that do not exist, "
-                                                  "answered all the same"),
-    ("needless “I do not know”", ("hedging_rate",), PERCENT, "of questions SFT gets right in a "
-                                                             "quarter of its samples or more"),
-    ("stops", ("eos_rate",), PERCENT, "answers ended by the model itself"),
-    ("tokens", ("mean_tokens",), NUMBER, "mean length of an answer"),
-    ("bits/byte", ("bits_per_byte",), NUMBER, "held-out documents, lower is better"),
+    ("right", ("accuracy", "all"), PERCENT),
+    ("gold", ("gold", "total"), NUMBER),
+    ("beats SFT", ("win_rate_vs_sft",), PERCENT),
+    ("KL", ("kl_from_sft",), NUMBER),
+    ("reward", ("proxy",), NUMBER),
+    ("refuses harmful", ("refusal_rate", "harmful"), PERCENT),
+    ("refuses harmless", ("refusal_rate", "harmless"), PERCENT),
+    ("made up", ("hallucination_rate",), PERCENT),
+    ("needless “I do not know”", ("hedging_rate",), PERCENT),
+    ("stops", ("eos_rate",), PERCENT),
+    ("tokens", ("mean_tokens",), NUMBER),
+    ("bits/byte", ("bits_per_byte",), NUMBER),
+)
+# Figure: what it is; better; what to expect of `make`; what it means when it is off. Expected ± what
+# another seed or another machine's arithmetic may change.
+GLOSSARY = (
+    ("right", "share of answerable held-out questions answered rightly; greedy answers, for best-of-n "
+     "its choice among samples", "higher", "base 17, few-shot 56, SFT 56, DPO 57, PPO 49 % (± 4)",
+     "SFT near the base: the chat mask is wrong or the rate too high. Far below few-shot: SFT unlearned "
+     "facts"),
+    ("gold", "mean mark, 0 to 1, by the hidden judge, of one sample at temperature 1: the mean of helpful, "
+     "honest and harmless", "higher", "SFT 0.53, DPO and PPO 0.61 (± 0.02)",
+     "below SFT while the reward rises: the reward model is being tricked"),
+    ("beats SFT", "share of prompts on which its sample has the higher gold score than SFT’s, ties half",
+     "higher; 50 % is no change", "DPO 58, PPO 60, best-of-16 56 % (± 3)",
+     "50 %: nothing was learned; look at KL"),
+    ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
+     "own samples. For best-of-n log n − (n − 1)/n, an upper bound", "lower at equal gold",
+     "DPO 2.1, PPO 1.3 (± 0.5)", "0: no update arrived. Above 20: β is too small, or the rate too large"),
+    ("reward", "mean score by the reward model, in its standard deviations on answers of SFT: the proxy "
+     "that PPO is paid", "higher, if gold follows", "SFT 0.04, PPO 0.6, best-of-16 1.0 (± 0.2)",
+     "SFT far from 0: `reward_shift` was not subtracted"),
+    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 38, DPO 52, PPO 62 % (± 10)",
+     "SFT near 0 or 100: look at the demonstrations with --show-batch"),
+    ("refuses harmless", "share of harmless requests refused", "lower", "3 % (± 2)",
+     "above 10: the reward model likes refusals whatever is asked"),
+    ("made up", "share of questions about things that do not exist that get an answer instead of “I do "
+     "not know”", "lower", "SFT 69, DPO 36, PPO 19 % (± 10)", "unchanged: too few such pairs"),
+    ("needless “I do not know”", "the same answer to questions that SFT gets right in a quarter of 16 "
+     "samples or more", "lower", "SFT 2, DPO 1, PPO 9 % (± 4)", "high: honesty was bought with silence"),
+    ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
+     "low: the end token is not supervised, or not among the stop tokens"),
+    ("tokens", "mean length of an answer, without its end token", "neither", "10 to 14",
+     "rising with the reward: the reward model likes length"),
+    ("bits/byte", "bits to foresee a byte of held-out documents: what alignment forgot of the text", "lower",
+     "base 0.30, PPO 0.37 (± 0.03)", "far above the base: the rate is too high"),
 )
 PARTS = ("total", "helpful", "honest", "harmless")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -69,8 +102,12 @@ def cell(value, unit):
 def main_rows(report):
     """-> (headings, rows of cells): a line for each checkpoint."""
     return ["", *(heading for heading, *_ in COLUMNS)], [
-        [name, *(cell(dig(measures, path), unit) for _, path, unit, _ in COLUMNS)]
+        [name, *(cell(dig(measures, path), unit) for _, path, unit in COLUMNS)]
         for name, measures in report["checkpoints"].items()]
+
+
+def glossary_rows():
+    return ["figure", "what it is", "better", "expect of `make`", "when it is off"], GLOSSARY
 
 
 def part_rows(report):
@@ -100,8 +137,9 @@ def answer_rows(transcript):
         gold = answer["gold"]
         low = ", ".join(f"{part} {gold[part]:.1f}" for part in PARTS[1:] if gold[part] < 1)
         verdict = "right" if answer["right"] else "not right"
+        reward = "" if answer["proxy"] is None else f", reward {answer['proxy']:+.1f}"
         rows.append((name, visible(answer["text"]),
-                     f"gold {gold['total']:.2f}, {verdict}" + (f" ({low})" if low else "")))
+                     f"gold {gold['total']:.2f}, {verdict}" + (f" ({low})" if low else "") + reward))
     return rows
 
 
@@ -153,20 +191,159 @@ def main_table(report):
     return markdown_table(*main_rows(report))
 
 
-def build_markdown(report):
-    parts = ["# Report", main_table(report),
-             "\n".join(f"- **{heading}**: {meaning}" for heading, _, _, meaning in COLUMNS),
+def build_markdown(report, study=None):
+    parts = ["# Report", markdown_table(*main_rows(core_of(report))),
              "\n".join(f"- {note}" for note in notes(report)), "## Answers"]
     for course in (True, False):
-        for transcript in report["transcripts"]:
+        for transcript in core_of(report)["transcripts"]:
             if transcript["course"] == course:
                 parts.append(f"**{markdown_text(transcript['prompt'])}** "
                              f"({markdown_text(transcript['family'])})")
                 parts.append(markdown_table(["", "answer", ""], answer_rows(transcript)))
         if course:
+            for heading, lines, tables, _ in study_sections(report, study):
+                parts += [f"## {heading}", *map(markdown_text, lines),
+                          *(markdown_table(*table) for table in tables)]
             parts += ["## Parts", markdown_table(*part_rows(report)), "## Families",
-                      markdown_table(*family_rows(report)), "## More answers"]
+                      markdown_table(*family_rows(core_of(report))), "## Glossary",
+                      markdown_table(*glossary_rows()), "## More answers"]
     return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# What study.py found, as (heading, sentences, tables, panels)
+
+CORE = ("base", "base_few_shot", "sft", "dpo", "ppo", "grpo")  # and best-of-n
+
+
+def core_of(report):
+    """The report without the rows of the ablations, where it has such."""
+    def core(rows):
+        return {name: row for name, row in rows.items()
+                if name in CORE or name.startswith("best_of_")}
+    if not report.get("ablations"):
+        return report
+    return {**report, "checkpoints": core(report["checkpoints"]),
+            "transcripts": [{**t, "answers": core(t["answers"])} for t in report["transcripts"]]}
+
+
+ABLATIONS = {  # what each row is
+    "base": "zero-shot", "base_few_shot": "few-shot", "sft_scratch": "SFT without pre-training", "sft": "SFT",
+    "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16 by the reward model",
+    "rejection": "SFT again, on its best of 8", "dpo": "DPO", "grpo": "GRPO",
+    "grpo_right": "GRPO, paid for right answers (arithmetic and rewriting)", "ppo": "PPO",
+    "ppo_no_kl": "PPO without KL", "ppo_no_eos_score": "PPO without a bad score for no end",
+    "ppo_no_whitening": "PPO without whitening", "ppo_no_critic": "PPO without a value function",
+    "ppo_hacked": "PPO without KL, longer, against a weak reward model"}
+
+
+def ablation_rows(report, study):
+    everyone, seconds = report["checkpoints"], {**report["seconds"], **study["seconds"]}
+    lines = []
+    for name, meaning in ABLATIONS.items():
+        if name not in everyone:
+            continue
+        seeds = [everyone[n] for n in (name, f"{name}_seed2", f"{name}_seed3") if n in everyone]
+        spent = seconds.get(name)
+
+        def across(path, unit):  # the middle of the seeds, and the span of them
+            values = [dig(measures, path)[0] for measures in seeds if dig(measures, path)]
+            if len(values) > 1:
+                return cell([sum(values) / len(values), min(values), max(values)], unit)
+            return cell(dig(seeds[0], path), unit)
+        lines.append([meaning, "3 seeds" if len(seeds) > 1 else "1 seed", *(
+            across(path, unit) for path, unit in (
+                (("accuracy", "all"), PERCENT), *((("gold", part), NUMBER) for part in PARTS),
+                (("win_rate_vs_sft",), PERCENT), (("kl_from_sft",), NUMBER), (("proxy",), NUMBER),
+                (("hedging_rate",), PERCENT), (("eos_rate",), PERCENT))),
+            f"{spent / 60:.1f}" if spent else "–"])
+    return ["", "", "right", *(f"gold: {part}" for part in PARTS), "beats SFT", "KL", "reward",
+            "needless “I do not know”", "stops", "minutes"], lines
+
+
+def against_kl(runs, best_of_n=()):
+    """Two panels, gold and proxy over √KL, with bands of 95 %."""
+    panels = []
+    for what, title in (("gold", "gold score"), ("proxy", "reward model’s score")):
+        curves = []
+        for name, points in [*runs.items(), *([("best of n", best_of_n)] if best_of_n else [])]:
+            kl = [p["kl"][0] if isinstance(p["kl"], list) else p["kl"] for p in points]
+            curves.append((name, [math.sqrt(max(0, x)) for x in kl], [p[what][0] for p in points],
+                           {"marker": "o", "markersize": 3, "band": ([p[what][1] for p in points],
+                                                                    [p[what][2] for p in points])}))
+        panels.append((title, "√KL from SFT (nats per response)", curves))
+    return panels
+
+
+def study_sections(report, study):
+    if not study:
+        return []
+    curves, judge, costs, prompting = (study[name] for name in ("curves", "reward_model", "costs", "prompting"))
+    along = {name: points for name, points in curves["runs"].items() if name != "ppo_hacked"}
+    hacked = curves["runs"]["ppo_hacked"]
+    first, last = hacked[0], hacked[-1]
+    peak = max(hacked, key=lambda point: point["gold"][0])
+    opening, times = curves["hacked_opening"]
+    sections = [
+        ("Which stage buys what",
+         ["All rows answer the same held-out prompts. In brackets: where there are three seeds, the lowest "
+          "and the highest; else 95 % intervals over prompts, which do not tell what another seed would "
+          "give. Minutes are of that stage alone."], [ablation_rows(report, study)], []),
+        ("Reward against KL",
+         [f"As in Gao, Schulman & Hilton (2022), figure 1: checkpoints along each run, {curves['prompts']} "
+          "held-out prompts, one sample each. For best-of-n KL is log n − (n − 1)/n, an upper bound."],
+         [(["n", "KL at most", "distinct answers", "gold", "reward"],
+           [[f"{p['n']}", f"{p['kl']:.2f}", cell(p["distinct"], NUMBER), cell(p["gold"], NUMBER),
+             cell(p["proxy"], NUMBER)] for p in curves["best_of_n"]])],
+         against_kl(along, curves["best_of_n"])),
+        ("Over-optimisation: the reward rises, the answers get worse",
+         [f"PPO with β = 0 against a reward model of few pairs. Its own reward went from "
+          f"{first['proxy'][0]:.2f} to {last['proxy'][0]:.2f}; the gold score began at "
+          f"{first['gold'][0]:.2f}, was best at iteration {peak['step']} with {peak['gold'][0]:.2f}, and "
+          f"ended at {last['gold'][0]:.2f}. Nothing held the policy near the answers on which the reward "
+          f"model was trained, so it went where the reward model is wrong: of {curves['prompts']} answers "
+          f"{times} begin with “{visible(opening)}”."],
+         [(["prompt", "SFT", "gold, reward", "hacked", "gold, reward"],
+           [[visible(t["prompt"]), visible(t["sft"]), f"{t['sft_gold']:.2f}, {t['sft_proxy']:+.1f}",
+             visible(t["hacked"]), f"{t['hacked_gold']:.2f}, {t['hacked_proxy']:+.1f}"]
+            for t in curves["hacked"]])],
+         against_kl({"PPO without KL, weak reward model": hacked})),
+        ("The reward model",
+         [f"{judge['pairs']:,} pairs of samples for held-out prompts. With these labels nobody can exceed "
+          f"{100 * judge['noise_ceiling']:.0f} %. Mean distance between predicted and observed: "
+          f"{100 * judge['calibration_error']:.0f} points."],
+         [(["what it likes too much (above 0) or too little", "correlation of its error"],
+           [[name, cell(value, NUMBER)] for name, value in judge["likes"].items()])],
+         [("calibration", "predicted chance that the first is preferred", [
+             ("perfect", [0, 1], [0, 1], {"color": INK, "alpha": 0.4}),
+             ("reward model", *zip(*((c["predicted"], c["observed"][0]) for c in judge["calibration"])),
+              {"marker": "o"})]),
+          ("right, by how far the two answers are apart", "difference of gold scores", [
+              ("", [sum(g["gap"]) / 2 for g in judge["by_gap"] if g["right"]],
+               [g["right"][0] for g in judge["by_gap"] if g["right"]],
+               {"marker": "o", "band": tuple(zip(*(g["right"][1:] for g in judge["by_gap"] if g["right"])))})]),
+          ("right, by number of training pairs", "pairs", [
+              ("", [p["pairs"] for p in judge["by_pairs"]], [p["accuracy"][0] for p in judge["by_pairs"]],
+               {"marker": "o", "band": tuple(zip(*(p["accuracy"][1:] for p in judge["by_pairs"])))}),
+              ("noise ceiling", [0, max(p["pairs"] for p in judge["by_pairs"])],
+               [judge["noise_ceiling"]] * 2, {"color": INK, "alpha": 0.4})])]),
+        ("What alignment costs",
+         [f"Distinct answers among {costs['samples']} samples and entropy: {costs['prompts']} prompts. "
+          f"Calibration: {costs['calibrated_on']} answerable prompts; “sure” is the probability of the "
+          "greedy answer, which should be the chance that it is right."],
+         [(["", "bits/byte", "distinct answers", "entropy, nats per token", "sure", "right",
+            "calibration error"],
+           [[name, cell(report["checkpoints"][name]["bits_per_byte"], NUMBER), cell(c["distinct"], NUMBER),
+             cell(c["entropy"], NUMBER), cell(c["sure"], PERCENT), cell(c["right"], PERCENT),
+             cell(c["calibration_error"], PERCENT)] for name, c in costs["policies"].items()])], []),
+        ("Prompting: alignment without training",
+         [f"{prompting['answerable']} answerable prompts, greedy; gold over all {prompting['prompts']}. "
+          "Examples that do not fit the context are left out, the oldest first."],
+         [(["", "examples", "of which fit", "system prompt", "right", "gold"],
+           [[r["model"], f"{r['shots']}", f"{r['shown']:.1f}", r["system"] or "–", cell(r["right"], PERCENT),
+             cell(r["gold"], NUMBER)] for r in prompting["rows"]])], []),
+    ]
+    return sections
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +379,7 @@ def smooth(values, weight=0.8):
 
 def draw(panels, width=9.0):
     """SVG text of panels side by side, two in a row; each is (title, x label, [curves]), a curve
-    (label, xs, ys, style) of matplotlib."""
+    (label, xs, ys, style) of matplotlib. A style may have a `band`: (lows, highs)."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
@@ -218,7 +395,10 @@ def draw(panels, width=9.0):
             axis.set_axis_off()
         for axis, (title, label, curves) in zip(axes.flat, panels):
             for i, (name, xs, ys, style) in enumerate(curves):
-                axis.plot(xs, ys, **{"color": COLOURS[i % len(COLOURS)], "label": name, **style})
+                style = {"color": COLOURS[i % len(COLOURS)], "label": name, **style}
+                if band := style.pop("band", None):
+                    axis.fill_between(xs, *band, color=style["color"], alpha=0.15, linewidth=0)
+                axis.plot(xs, ys, **style)
             axis.set_title(title, fontsize=10, loc="left")
             axis.set_xlabel(label)
             axis.grid(alpha=0.15, color=INK)
@@ -277,7 +457,13 @@ STYLE = """
 body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
        color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 1rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: .8rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; }
+.cards p { background: var(--shade); border-radius: .5rem; padding: .7rem .9rem; margin: 0; font-size: .85rem;
+           color: var(--soft); }
+.cards strong { display: block; font-size: 1.3rem; color: var(--ink); }
+.words td { white-space: normal; min-width: 9rem; vertical-align: top; }
+summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; font-weight: 600; color: var(--soft); min-width: 5.2rem; }
@@ -287,12 +473,11 @@ article { background: var(--shade); border-radius: .5rem; padding: .8rem 1rem; m
           break-inside: avoid; }
 article h3 { font-size: 1rem; margin: 0 0 .4rem; } article h3 small, dd small, dl, ul {
   color: var(--soft); font-weight: 400; }
-dl { margin: 0; display: grid; grid-template-columns: 8.5rem 1fr; gap: .35rem .8rem; }
-dd { margin: 0; color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; }
+dl { margin: 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem; }
+dt { font-size: .8rem; } dd { margin: 0; color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; }
 dd small { display: block; }
 ul { padding-left: 1.2rem; font-size: .9rem; } svg { width: 100%; height: auto; }
-@media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .5rem; } .plots { overflow-x: auto; } .plots svg { min-width: 38rem; } }
+@media (max-width: 36rem) { .cards { grid-template-columns: 1fr 1fr; } .plots { overflow-x: auto; } .plots svg { min-width: 38rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; }
   table { font-size: 6.5pt; } th, td { padding: .15rem .25rem; } thead th { min-width: 0; }
   tbody th { position: static; } svg { break-inside: avoid; } }
@@ -300,7 +485,7 @@ ul { padding-left: 1.2rem; font-size: .9rem; } svg { width: 100%; height: auto; 
 
 
 def html_table(headings, rows, titles=()):
-    escape = html.escape
+    escape, css = html.escape, ""
     head = "".join(f'<th scope="col" title="{escape(title)}">{escape(heading)}</th>'
                    for heading, title in zip(headings, [*titles, *[""] * len(headings)]))
 
@@ -310,7 +495,9 @@ def html_table(headings, rows, titles=()):
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(f"<td>{interval(text)}</td>" for text in cells) + "</tr>\n"
         for name, *cells in rows)
-    return (f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+    if any(len(text) > 60 for row in rows for text in row):
+        css = "words"  # sentences wrap, numbers do not
+    return (f'<div class="wide"><table class="{css}"><thead><tr>{head}</tr></thead>\n'
             f"<tbody>{body}</tbody></table></div>")
 
 
@@ -320,8 +507,8 @@ def html_list(lines):
 
 def html_transcript(transcript):
     answers = "".join(
-        f"<dt>{html.escape(name)}</dt>"
-        f"<dd>{html.escape(text)}<small>{html.escape(marks)}</small></dd>"
+        f"<div><dt>{html.escape(name)}</dt>"
+        f"<dd>{html.escape(text)}<small>{html.escape(marks)}</small></dd></div>"
         for name, text, marks in answer_rows(transcript))
     about = ", ".join(filter(None, (transcript["family"],
                                     transcript["holdout"].replace("_", " "))))
@@ -329,22 +516,57 @@ def html_transcript(transcript):
             f"<small>{html.escape(about)}</small></h3><dl>{answers}</dl></article>")
 
 
-def build_html(report, folder):
-    meanings = [meaning for *_, meaning in COLUMNS]
-    course = [html_transcript(t) for t in report["transcripts"] if t["course"]]
-    others = [html_transcript(t) for t in report["transcripts"] if not t["course"]]
+def five_numbers(report):
+    """-> [(number, what it says)]: what happened, for the top of the page. Those there are."""
+    rows = report["checkpoints"]
+    best = next((name for name in ("ppo", "grpo", "dpo") if name in rows), None)
+
+    def change(path, unit, before, after, text):
+        old, new = (dig(rows.get(name), path) for name in (before, after))
+        if old and new:
+            found.append((f"{cell(old[0], unit)} → {cell(new[0], unit)}", text))
+    found = []
+    change(("accuracy", "all"), PERCENT, "base", "sft", "right answers: before and after instruction tuning")
+    if best and dig(rows[best], ("win_rate_vs_sft",)):
+        found.append((cell(rows[best]["win_rate_vs_sft"][0], PERCENT), f"of comparisons won by {best.upper()} "
+                      "against SFT, before the hidden judge"))
+    for path, text in ((("refusal_rate", "harmful"), "harmful requests refused"),
+                       (("hallucination_rate",), "made-up answers about things that do not exist"),
+                       (("accuracy", "all"), "right answers: what alignment cost")):
+        if best:
+            change(path, PERCENT, "sft", best, f"{text}: SFT and {best.upper()}")
+    return found
+
+
+def build_html(report, folder, study=None):
+    core, escape = core_of(report), html.escape
+    meanings = {figure: meaning for figure, meaning, *_ in GLOSSARY}
+    families = {}
+    for transcript in core["transcripts"]:
+        if not transcript["course"]:
+            families.setdefault(transcript["family"], []).append(transcript)
     sections = [
         "<h1>From raw text to an aligned model</h1>",
-        html_table(*main_rows(report), titles=["", *meanings]),
-        html_list(f"{heading}: {meaning}" for heading, *_, meaning in COLUMNS),
-        "<h2>The course’s three prompts</h2>", *course,
-        *(f'<h2>{html.escape(heading)}</h2><div class="plots">{svg}</div>'
-          for heading, svg in pictures(report, folder)),
+        '<div class="cards">' + "".join(f"<p><strong>{escape(number)}</strong>{escape(text)}</p>"
+                                        for number, text in five_numbers(core)) + "</div>",
+        html_table(*main_rows(core), titles=["", *(meanings[heading] for heading, *_ in COLUMNS)]),
+        "<h2>The course’s three prompts</h2>",
+        *(html_transcript(t) for t in core["transcripts"] if t["course"]),
+        *(f'<h2>{escape(heading)}</h2><div class="plots">{svg}</div>'
+          for heading, svg in pictures(core, folder))]
+    for heading, lines, tables, panels in study_sections(report, study):
+        sections += [f"<h2>{escape(heading)}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
+        sections += [f'<div class="plots">{draw(panels)}</div>'] if panels else []
+        sections += [html_table(*table) for table in tables]
+    sections += [
         "<h2>Parts of the gold score, and accuracy by what is new</h2>",
         html_table(*part_rows(report)),
-        "<h2>Right answers in each family</h2>", html_table(*family_rows(report)),
-        "<h2>How it was measured</h2>", html_list(notes(report)),
-        "<h2>More answers to held-out prompts</h2>", *others]
+        "<h2>Right answers in each family</h2>", html_table(*family_rows(core)),
+        "<h2>More answers to held-out prompts</h2><p>Choose a family.</p>",
+        *(f'<details name="family"><summary>{escape(family)}</summary>'
+          + "".join(map(html_transcript, chosen)) + "</details>" for family, chosen in families.items()),
+        "<h2>What the figures mean</h2>", html_table(*glossary_rows()),
+        "<h2>How it was measured</h2>", html_list(notes(report))]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>From raw text to an aligned model</title><style>{STYLE}</style></head>\n<body>"
@@ -352,8 +574,11 @@ def build_html(report, folder):
 
 
 def write(folder, report):
-    """Write report.md and report.html into the folder."""
-    pages = {"report.md": build_markdown(report), "report.html": build_html(report, folder)}
+    """Write report.md and report.html into the folder, with what its study.json holds if there is one."""
+    path = Path(folder) / "study.json"
+    study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    report = {**report, "ablations": bool(study)}
+    pages = {"report.md": build_markdown(report, study), "report.html": build_html(report, folder, study)}
     for name, text in pages.items():
         write_atomic(Path(folder) / name, lambda path: path.write_text(text, encoding="utf-8"))
 

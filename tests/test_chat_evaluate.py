@@ -205,6 +205,31 @@ def test_best_of_in_chat_asks_the_reward_model(folders, monkeypatch, capsys):
     assert out == chat.visible(speaker.text(samples[scores[0].argmax()])) + "\n"
 
 
+def test_compare_asks_every_model_beside_it(folders, monkeypatch, capsys):
+    out = run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 0],
+                   "/compare\nHi?\n/compare\n/compare Hi?\n")
+    refusal, answer, *lines = out.split("\n")
+    assert refusal.startswith("(ask something first")
+    expected = [f"{name}> {greedy_answer(folders / name, 'Hi?')}" for name in ("base", "sft", "ppo")]
+    assert "\n".join(lines) == "\n".join(2 * expected) + "\n"
+
+
+def test_best_shows_candidates_with_their_scores(folders, monkeypatch, capsys):
+    out = run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 1],
+                   "/best 16\n/best 0 Hi?\n/best 16 Hi?\n")
+    lines = out.split("\n")
+    assert all(line.startswith("(ask something first") for line in lines[:2])
+    found = re.findall(r"^([+-]\d+\.\d\d)  ", out, re.M)
+    assert 2 < len(found) <= 16 and found == sorted(found, key=float, reverse=True)
+    speaker, (reward, _, shift, _) = (chat.open_speaker(folders / "sft"),
+                                      chat.load_reward(folders / "reward"))
+    _, (samples,), scores = chat.best_of_n(
+        speaker.model, speaker.tokenizer, (reward, shift), [speaker.prompt("Hi?")], 16, 12,
+        temperature=1.0, eos_ids=speaker.end_ids, generator=torch.Generator().manual_seed(1))
+    best = samples[scores[0].argmax()]
+    assert out.split("Hi?")[-1].find(f"{scores.max():+.2f}  {chat.visible(speaker.text(best))}") >= 0
+
+
 def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
     path = tmp_path / "mine.jsonl"
     for choice in "ab":

@@ -1,0 +1,467 @@
+"""Which stage buys what, what it costs, and how alignment fails: ablations and over-optimisation.
+
+    python study.py --runs out --out out/study        # `make study`, after `make`
+
+Everything is a run of the scripts above with other flags, then measured on the same held-out
+prompts. `runs` below is the list. What is finished is not done again: an interrupted study goes on
+where it stopped, and a run whose command has changed is made anew, with all that was measured.
+
+1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO, GRPO,
+   PPO with three seeds and without each of its parts, reward models from fewer pairs, and a PPO
+   that nothing holds back.
+2  evaluate.py on all of them: report.json.
+3  The reward-against-KL curve (Gao, Schulman & Hilton, arXiv 2210.10760, figure 1): gold and proxy
+   score of checkpoints along PPO, GRPO and DPO, and of best-of-n for n = 1 to 64: curves.json.
+4  The reward model on held-out pairs of their own: reward_model.json.
+5  Diversity, entropy and calibration of the policies: costs.json.
+6  Prompting: zero-shot, 1 to 8 examples, a system prompt: prompting.json.
+
+report.py then adds it all to the page. Left out: more than one seed for all but PPO with and
+without KL, so of the other rows only large differences mean anything.
+"""
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import evaluate
+import report as pages
+import world
+from chat import best_of_n, chat_prompt, generate_all, open_speaker
+from evaluate import bootstrap, rate, rounded, sequence_kl
+from reward import score, score_pairs
+from rlhf import read_all, response_logprobs
+from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
+                      seed_everything, write_atomic)
+
+
+@dataclass
+class Config:
+    runs: str = flag("out", "folder with base, sft, reward and pairs.jsonl, as `make` leaves it")
+    out: str = flag("out/study", "folder to write")
+    scale: float = flag(1.0, "share of the usual iterations, samples and prompts: 0.05 for a look")
+    device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = flag(1, "random seed; PPO's spread is over this one and the next two")
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. The runs
+
+
+def training_runs(config):
+    """{name: command} of every training run, in an order in which each finds what it needs."""
+    def times(n):
+        return max(2, round(config.scale * n))
+    base, sft, reward = (f"{config.runs}/{name}" for name in ("base", "sft", "reward"))
+    pairs = f"{config.runs}/pairs.jsonl"
+    tune = f"sft.py --init {base} --data world --conversations {times(9000)}"
+    dpo = f"rlhf.py dpo --init {sft} --data {pairs}"
+    grpo = f"rlhf.py grpo --init {sft} --data world"
+    ppo = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(28)}"
+    found = {
+        # At the rates of pre-training: those of SFT would not even teach the format.
+        "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
+        "sft_best": f"{tune} --best-only",
+        "rejection": f"sft.py --init {sft} --data {config.out}/rejection.jsonl",
+        "dpo": f"{dpo} --keep-every 28",
+        "grpo": f"{grpo} --reward {reward} --iterations {times(28)} --keep-every {times(4)}",
+        "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
+                      f"--iterations {times(60)} --lr 1e-3",
+        "ppo": f"{ppo} --keep-every {times(4)}",
+        "ppo_no_eos_score": f"{ppo} --no-eos-score nan",
+        "ppo_no_whitening": f"{ppo} --no-whiten",
+        "ppo_no_critic": f"{ppo} --no-critic",
+        "ppo_no_kl": f"{ppo} --beta 0 --keep-every {times(4)}",
+    }
+    for n in (2, 3):
+        for name in ("ppo", "ppo_no_kl"):
+            command = found[name].split(" --keep-every")[0]
+            found[f"{name}_seed{n}"] = f"{command} --seed {config.seed + n - 1}"
+    for n in SUBSETS:
+        found[f"reward_{n}"] = f"reward.py --init {sft} --data {config.out}/pairs_{n}.jsonl"
+    weak = f"{config.out}/reward_{SUBSETS[0]}"
+    found["ppo_hacked"] = (f"rlhf.py ppo --init {sft} --reward {weak} --data world --beta 0 "
+                           f"--iterations {times(84)} --lr 1e-3 --keep-every {times(12)}")
+    return {name: f"{command} --device {config.device}"
+                  + ("" if "--seed" in command else f" --seed {config.seed}")
+            for name, command in found.items()}
+
+
+SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
+
+
+def train(config):
+    """Run what is not done. A folder's `command` says what made it."""
+    todo = training_runs(config)
+    for number, (name, command) in enumerate(todo.items(), 1):
+        folder = Path(config.out) / name
+        asked = folder / "command"
+        known = asked.read_text(encoding="utf-8") if asked.exists() else ""
+        if (folder / "done").exists() and known == command:
+            continue
+        print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
+        same = known == command  # then --resume, else afresh
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
+        call([*shlex.split(command), "--out", str(folder), *(["--resume"] if same else [])])
+        for measured in ("report.json", *MEASURES):
+            (Path(config.out) / f"{measured}").unlink(missing_ok=True)
+
+
+def call(command):
+    """A script of this folder, with this Python. Its failure, or Ctrl-C, ends the study."""
+    here = Path(__file__).resolve().parent
+    script, *rest = command
+    status = subprocess.run([sys.executable, str(here / script), *rest]).returncode
+    if status:
+        sys.exit(status)
+
+
+def write_rows(path, rows):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_subsets(config):
+    """The first n training pairs, and all held-out ones (the rows with p)."""
+    with open(f"{config.runs}/pairs.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    heldout = [row for row in rows if "p" in row]
+    for n in SUBSETS:
+        path = Path(config.out) / f"pairs_{n}.jsonl"
+        if not path.exists():
+            write_rows(path, [row for row in rows if "p" not in row][:n] + heldout)
+
+
+def write_rejection(config, device, n=8):
+    """Rejection sampling: for prompts of training, the reward model's choice among n answers of
+    SFT, to be imitated (Llama 2, arXiv 2307.09288, section 3.2.3)."""
+    path = Path(config.out) / "rejection.jsonl"
+    if path.exists():
+        return
+    speaker, reward, shift = policy_and_reward(config, device)
+    tasks = world.training_prompts(max(40, round(config.scale * 2000)), f"rejection {config.seed}")
+    tasks.sort(key=lambda task: len(task.best))  # short answers wait for no long ones
+    prompts = [chat_prompt(speaker.tokenizer, task.prompt) for task in tasks]
+    best, _, _ = best_of_n(speaker.model, speaker.tokenizer, (reward, shift), prompts, n, 72,
+                           **sampling(speaker, config, device))
+    rows = [{"messages": [{"role": "user", "content": task.prompt},
+                          {"role": "assistant", "content": speaker.text(ids)}]}
+            for task, ids in zip(tasks, best) if ids[-1] in speaker.end_ids and speaker.text(ids)]
+    np.random.default_rng(config.seed).shuffle(rows)
+    write_rows(path, rows)
+
+
+def sampling(speaker, config, device):
+    return {"temperature": 1.0, "eos_ids": speaker.end_ids,
+            "generator": torch.Generator(device).manual_seed(config.seed)}
+
+
+def policy_and_reward(config, device):
+    reward, _, shift, _ = load_reward(f"{config.runs}/reward", device)
+    return open_speaker(f"{config.runs}/sft", device), reward, shift
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The table
+
+
+ROWS = ("sft_scratch", "sft_best", "rejection", "dpo", "ppo", "ppo_seed2", "ppo_seed3", "grpo",
+        "grpo_right", "ppo_no_kl", "ppo_no_kl_seed2", "ppo_no_kl_seed3", "ppo_no_eos_score",
+        "ppo_no_whitening", "ppo_no_critic", "ppo_hacked")
+
+
+def evaluate_all(config):
+    if (Path(config.out) / "report.json").exists():
+        return
+    per_family, few = max(4, round(config.scale * 160)), max(2, round(config.scale * 30))
+    call(["evaluate.py", f"{config.runs}/base", f"{config.runs}/sft",
+          *(f"{config.out}/{name}" for name in ROWS), "--reward", f"{config.runs}/reward",
+          "--data", f"{config.runs}/pairs.jsonl", "--out", config.out, "--device", config.device,
+          "--seed", str(config.seed), "--per-family", str(per_family),
+          "--best-of-per-family", str(few)])
+
+
+def measuring(config):
+    """evaluate.py's settings, for its functions."""
+    return evaluate.Config(checkpoints=[], device=config.device, seed=config.seed)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Reward against KL
+
+
+def kept(folder):
+    """[(step, folder)] of a run's checkpoints, its last one included."""
+    done = json.loads((folder / "done").read_text(encoding="utf-8"))
+    steps = [(int(path.name.removeprefix("step_")), path) for path in sorted(folder.glob("step_*"))]
+    last = done.get("iterations") or max((row["step"] for row in pages.read_metrics(folder)), default=0)
+    return [point for point in steps if point[0] != last] + [(last, folder)]
+
+
+def measure_curves(config, device):
+    """{"runs": {name: [{step, kl, gold, proxy}]}, "best_of_n": [...], "hacked": [transcripts]}.
+
+    The proxy of every point is the reward model of the main run, but that of the hacked run its
+    own: what that run was paid for.
+    """
+    evaluation = measuring(config)
+    tasks, ranks = evaluate.choose_tasks(evaluation)
+    few = max(2, round(config.scale * 30))
+    tasks = [tasks[i] for i in np.flatnonzero(ranks < few)]
+    speaker, reward, shift = policy_and_reward(config, device)
+    weak, _, weak_shift, _ = load_reward(f"{config.out}/reward_{SUBSETS[0]}", device)
+    prompts = evaluate.prompts_for(speaker, tasks, evaluation)
+    pad = speaker.tokenizer.pad_id
+
+    def point(folder, judge, shift, step):
+        policy = open_speaker(folder, device)
+        answers = evaluate.ask(policy, prompts, evaluation, 1.0)
+        proxy = score(judge, prompts, answers.ids, pad).numpy() - shift
+        gold = np.array([world.gold(task, text).total for task, text in zip(tasks, answers.texts)])
+        kl = sequence_kl(policy.model, speaker.model, prompts, answers.ids)
+        return answers.texts, gold, proxy, {"step": step, "kl": bootstrap(kl), "gold": bootstrap(gold),
+                                            "proxy": bootstrap(proxy)}
+
+    found = {"prompts": len(tasks), "runs": {}}
+    sft = {}  # SFT under both judges: where the curves begin
+    for judge, its_shift in ((reward, shift), (weak, weak_shift)):
+        sft[judge] = point(f"{config.runs}/sft", judge, its_shift, 0)
+    for name in ("ppo", "grpo", "dpo", "ppo_no_kl", "ppo_hacked"):
+        judge, its_shift = (weak, weak_shift) if name == "ppo_hacked" else (reward, shift)
+        found["runs"][name] = [sft[judge][-1]]
+        for step, folder in kept(Path(config.out) / name):
+            *last, measured = point(folder, judge, its_shift, step)
+            found["runs"][name].append(measured)
+        print(f"study: reward against KL of {name}", flush=True)
+
+    # Transcripts of the hacked policy: where its own proxy rose most while gold fell.
+    texts, gold, proxy = last
+    before = sft[weak]
+    rise = np.where(gold < before[1], proxy - before[2], -np.inf)
+    found["hacked"] = [{"prompt": tasks[i].prompt, "sft": before[0][i], "sft_gold": before[1][i],
+                        "sft_proxy": before[2][i], "hacked": texts[i], "hacked_gold": gold[i],
+                        "hacked_proxy": proxy[i]}
+                       for i in np.argsort(-rise)[:3] if np.isfinite(rise[i])]
+    found["hacked_opening"] = Counter(" ".join(text.split()[:4]) for text in texts).most_common(1)[0]
+
+    # Best-of-n, every n from the same 64 samples: 64/n separate groups of n of each prompt.
+    most = 64 if config.scale == 1 else 8
+    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].best))
+    _, samples, scores = best_of_n(
+        speaker.model, speaker.tokenizer, (reward, shift), [prompts[i] for i in order], most,
+        evaluation.max_new_tokens, **sampling(speaker, config, device))
+    texts = [[speaker.text(ids) for ids in drawn] for drawn in samples]
+    gold = np.array([[world.gold(tasks[i], text).total for text in drawn]
+                     for i, drawn in zip(order, texts)])  # (P, most)
+    scores = scores.numpy()
+    found["best_of_n"] = []
+    for n in (2**i for i in range(int(math.log2(most)) + 1)):
+        groups = scores.reshape(len(tasks), -1, n)  # (P, most/n, n)
+        choice = groups.argmax(-1)[..., None]
+        chosen = np.take_along_axis(gold.reshape(groups.shape), choice, -1)[..., 0]  # (P, most/n)
+        found["best_of_n"].append({
+            "n": n, "kl": math.log(n) - (n - 1) / n, "gold": bootstrap(chosen.mean(1)),
+            "proxy": bootstrap(groups.max(-1).mean(1)),
+            "distinct": bootstrap([len(set(drawn[:n])) for drawn in texts])})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The reward model
+
+
+def measure_reward_model(config, device):
+    """Calibration, accuracy by gold gap and by number of training pairs, and what it wrongly likes,
+    on 2,000 pairs of samples for held-out prompts that no reward model has seen."""
+    path = Path(config.out) / "heldout_pairs.jsonl"
+    if not path.exists():
+        n = max(60, round(config.scale * 2000))
+        call(["world.py", "pairs", "--init", f"{config.runs}/sft", "--out", str(path), "--pairs",
+              str(n + 40), "--holdout", str(n), "--seed", str(config.seed + 1), "--device", config.device])
+    with open(path, encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if "p" in row]
+    p = np.array([row["p"] for row in rows])  # the chance that `chosen` is preferred
+    gap = np.log(p / (1 - p)) * world.NOISE  # of gold scores, chosen − rejected
+    margins, train_pairs = {}, {}
+    for name, folder in [*((n, f"{config.out}/reward_{n}") for n in SUBSETS), ("all", f"{config.runs}/reward")]:
+        model, tokenizer, _, scale = load_reward(folder, device)
+        pairs = data.encode_pairs(data.load_preferences([path]), tokenizer, model.config.context_length)
+        pairs = [pair for pair in pairs if pair.p is not None]
+        chosen, rejected = score_pairs(model, pairs, tokenizer.pad_id)
+        margins[name] = (chosen - rejected).numpy() * scale  # log-odds, as trained
+        train_pairs[name] = name
+    with open(f"{config.runs}/pairs.jsonl", encoding="utf-8") as file:
+        train_pairs["all"] = sum('"p":' not in line for line in file)
+    if len(margins["all"]) != len(p):
+        raise InputError(f"{path}: {len(p)} pairs, of which {len(margins['all'])} fit the context")
+    margin = margins["all"]
+
+    # Both orders of every pair, so that "first" means nothing.
+    predicted = 1 / (1 + np.exp(-np.concatenate([margin, -margin])))
+    happened = np.repeat([1.0, 0.0], len(p))  # chosen first: preferred; rejected first: not
+    bins = np.clip((predicted * 10).astype(int), 0, 9)
+    calibration = [{"predicted": predicted[bins == b].mean(), "observed": rate(happened[bins == b]),
+                    "pairs": int((bins == b).sum())} for b in range(10) if (bins == b).any()]
+    error = np.sum([np.abs(c["predicted"] - c["observed"][0]) * c["pairs"] for c in calibration])
+
+    by_gap = []
+    size = np.abs(gap)
+    for low, high in ((0, 0.1), (0.1, 0.2), (0.2, 0.35), (0.35, 0.55), (0.55, 1.01)):
+        here = (size >= low) & (size < high)
+        better = np.where(gap[here] > 0, margin[here], -margin[here]) > 0
+        by_gap.append({"gap": [low, high], "right": rate(better), "pairs": int(here.sum())})
+
+    # What it likes too much: its chance less the true one, against a difference of the answers.
+    features = {
+        "length in words": lambda text: len(text.split()), "refuses": world.is_refusal,
+        "says “I do not know”": world.is_hedge, "is rude": world.is_rude,
+        "names a doctor": lambda text: "doctor" in text.lower(),
+        "ends with a full stop": lambda text: text.rstrip().endswith((".", "!", "?"))}
+    too_much = 1 / (1 + np.exp(-margin)) - p
+    likes = {}
+    for name, feature in features.items():
+        difference = np.array([float(feature(row["chosen"])) - float(feature(row["rejected"])) for row in rows])
+        likes[name] = correlation(difference, too_much)
+    return {"pairs": len(p), "noise_ceiling": np.maximum(p, 1 - p).mean(), "calibration": calibration,
+            "calibration_error": error / len(predicted), "by_gap": by_gap, "likes": likes,
+            "by_pairs": [{"pairs": train_pairs[name], "accuracy": rate(found > 0)}
+                         for name, found in margins.items()]}
+
+
+def correlation(x, y, times=1000):
+    """[r, low, high] of two antisymmetric differences: about 0, as turning a pair round changes both
+    signs. None where x never varies."""
+    if not np.any(x):
+        return None
+
+    def r(x, y):
+        return (x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum() + 1e-12)
+    drawn = np.random.default_rng(0).integers(len(x), size=(times, len(x)))
+    low, high = np.quantile([r(x[rows], y[rows]) for rows in drawn], [0.025, 0.975])
+    return [r(x, y), low, high]
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. What alignment costs
+
+
+def measure_costs(config, device, n=16):
+    """Of each policy: distinct answers among 16 samples, entropy per token, and whether its
+    probability of its own greedy answer is the chance that it is right (calibration)."""
+    evaluation = measuring(config)
+    tasks, ranks = evaluate.choose_tasks(evaluation)
+    few = [tasks[i] for i in np.flatnonzero(ranks < max(2, round(config.scale * 10)))]
+    many = [tasks[i] for i in np.flatnonzero(ranks < max(4, round(config.scale * 60)))
+            if tasks[i].kind == "answerable"]
+    found = {}
+    for name in ("sft", "sft_best", "rejection", "dpo", "grpo", "ppo", "ppo_no_kl", "ppo_hacked"):
+        speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)
+        prompts = evaluate.prompts_for(speaker, few, evaluation)
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        drawn = generate_all(speaker.model, repeated, evaluation.max_new_tokens,
+                             **sampling(speaker, config, device))
+        logp = answer_logprobs(speaker, repeated, drawn)  # lists of floats
+        distinct = [len({tuple(ids) for ids in drawn[i:i + n]}) for i in range(0, len(drawn), n)]
+        greedy = evaluate.ask(speaker, evaluate.prompts_for(speaker, many, evaluation), evaluation, 0.0)
+        sure = np.exp([sum(row) for row in answer_logprobs(speaker, greedy.prompts, greedy.ids)])
+        right = np.array([world.check(task, text) for task, text in zip(many, greedy.texts)])
+        bins = np.clip((sure * 10).astype(int), 0, 9)
+        gaps = [abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).sum()
+                for b in range(10) if (bins == b).any()]
+        found[name] = {"distinct": bootstrap(distinct),
+                       "entropy": bootstrap([-np.mean(row) for row in logp]),
+                       "sure": float(sure.mean()), "right": float(right.mean()),
+                       "calibration_error": sum(gaps) / len(sure)}
+        print(f"study: diversity and calibration of {name}", flush=True)
+    return {"prompts": len(few), "samples": n, "calibrated_on": len(many), "policies": found}
+
+
+def answer_logprobs(speaker, prompts, responses):
+    """Log-probs of the tokens of every response, end token included."""
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    ids = data.pad_right(rows, 0)
+    mask = data.pad_right([[0] * len(prompt) + [1] * len(response)
+                           for prompt, response in zip(prompts, responses)], 0)
+    with torch.no_grad():
+        table = read_all(lambda i, m: response_logprobs(speaker.model, i, m), ids, mask)
+    return [table[b, len(prompt):len(row)].tolist() for b, (prompt, row) in enumerate(zip(prompts, rows))]
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Prompting
+
+SYSTEM = "You are a kind assistant. Answer in one full sentence. Say so if you do not know."
+
+
+def measure_prompting(config, device):
+    """Right answers (greedy) of base and SFT, zero-shot, with k examples and with a system prompt."""
+    evaluation = measuring(config)
+    tasks, ranks = evaluate.choose_tasks(evaluation)
+    tasks = [tasks[i] for i in np.flatnonzero(ranks < max(4, round(config.scale * 60)))]
+    answerable = np.array([task.kind == "answerable" for task in tasks])
+    found = []
+    for name in ("base", "sft"):
+        speaker = open_speaker(f"{config.runs}/{name}", device)
+        for shots, system in ((0, None), (1, None), (2, None), (4, None), (8, None), (0, SYSTEM)):
+            evaluation.system = system
+            examples = [world.few_shot_examples(task, shots, config.seed) if shots else [] for task in tasks]
+            fitted = [speaker.fit(task.prompt, shown, evaluation) for task, shown in zip(tasks, examples)]
+            answers = evaluate.ask(speaker, [ids for ids, _ in fitted], evaluation, 0.0)
+            right = np.array([world.check(task, text) for task, text in zip(tasks, answers.texts)])
+            gold = np.array([world.gold(task, text).total for task, text in zip(tasks, answers.texts)])
+            found.append({"model": name, "shots": shots, "system": system,
+                          "shown": float(np.mean([len(history) for _, history in fitted])),
+                          "right": rate(right[answerable]), "gold": bootstrap(gold)})
+        print(f"study: prompting of {name}", flush=True)
+    return {"prompts": len(tasks), "answerable": int(answerable.sum()), "rows": found}
+
+
+# ---------------------------------------------------------------------------------------------
+
+MEASURES = {"curves.json": measure_curves, "reward_model.json": measure_reward_model,
+            "costs.json": measure_costs, "prompting.json": measure_prompting}
+
+
+def main():
+    config = parse_args(Config, description=__doc__)
+    check_range(config, scale=(0.001, 1))
+    device = pick_device(config.device)
+    seed_everything(config.seed)
+    for name in ("base/done", "sft/done", "reward/done", "pairs.jsonl"):
+        if not (Path(config.runs) / name).exists():
+            raise InputError(f"{config.runs}/{name}: not there; run `make` first, or give --runs")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    write_subsets(config)
+    write_rejection(config, device)
+    train(config)
+    evaluate_all(config)
+    study = {}
+    for name, measure in MEASURES.items():
+        if not (out / name).exists():
+            text = json.dumps(rounded(measure(config, device)), indent=1, ensure_ascii=False) + "\n"
+            write_atomic(out / name, lambda path: path.write_text(text, encoding="utf-8"))
+        study[name.removesuffix(".json")] = json.loads((out / name).read_text(encoding="utf-8"))
+    study["seconds"] = {name: json.loads((out / name / "done").read_text(encoding="utf-8"))["seconds"]
+                        for name in training_runs(config)}
+    text = json.dumps(study, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(out / "study.json", lambda path: path.write_text(text, encoding="utf-8"))
+    result = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    pages.write(out, result)
+    print(f"study: wrote {os.path.join(config.out, 'report.html')}")
+
+
+if __name__ == "__main__":
+    run(main)

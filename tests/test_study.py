@@ -1,0 +1,184 @@
+"""study.py: its commands are ones the scripts understand, what is done is not done again, and its
+measures are right on models and pairs whose answers are known."""
+
+import json
+import math
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import report
+import reward
+import rlhf
+import sft
+import study
+import world
+from model import GPT, GPTConfig, ScalarModel
+from tokenizer import train_bpe
+from training import InputError, finish, parse_args, save_checkpoint
+
+
+def test_every_command_parses_and_no_two_are_the_same():
+    commands = study.training_runs(study.Config())
+    seen = set()
+    for name, command in commands.items():
+        script, *flags = shlex.split(command)
+        Config = {"sft.py": sft.Config, "reward.py": reward.Config, "rlhf.py": None}[script]
+        if script == "rlhf.py":
+            stage, *flags = flags
+            Config = {"dpo": rlhf.DPOConfig, "ppo": rlhf.PPOConfig, "grpo": rlhf.GRPOConfig}[stage]
+        seen.add((script, str(parse_args(Config, [*flags, "--out", "x"]))))
+    assert len(seen) == len(commands)
+    ppo = parse_args(rlhf.PPOConfig, shlex.split(commands["ppo_no_kl_seed3"])[2:])
+    assert ppo.beta == 0 and ppo.seed == 3
+    assert set(study.ROWS) < set(commands)
+    assert {name.split("_seed")[0] for name in study.ROWS} <= set(report.ABLATIONS)
+
+
+def test_a_stopped_study_goes_on_and_a_changed_run_is_made_anew(tmp_path, monkeypatch):
+    config = study.Config(out=str(tmp_path))
+    calls = []
+
+    def call(command):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(command)
+        finish(command[command.index("--out") + 1], command[0], 1.0)
+    monkeypatch.setattr(study, "call", call)
+    with pytest.raises(KeyboardInterrupt):
+        study.train(config)
+    names = list(study.training_runs(config))
+    assert [command[command.index("--out") + 1] for command in calls] == [f"{tmp_path}/{n}" for n in names[:3]]
+    assert all("--resume" not in command for command in calls)
+
+    calls = [None] * 4  # go on: the fourth was begun, so it resumes
+    study.train(config)
+    again = calls[4:]
+    assert [command[command.index("--out") + 1] for command in again] == [f"{tmp_path}/{n}" for n in names[3:]]
+    assert "--resume" in again[0] and "--resume" not in again[1]
+
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "costs.json").write_text("{}")
+    calls = [None] * 4
+    study.train(config)
+    assert calls == [None] * 4 and (tmp_path / "costs.json").exists()
+    (tmp_path / names[5] / "command").write_text("rlhf.py ppo --beta 7")
+    study.train(config)
+    assert len(calls) == 5 and calls[4][-1] == f"{tmp_path}/{names[5]}"  # no --resume
+    assert not (tmp_path / "report.json").exists() and not (tmp_path / "costs.json").exists()
+
+
+def test_correlation_is_symmetric_in_the_order_of_a_pair():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=500)
+    y = 0.6 * x + 0.8 * rng.normal(size=500)
+    r, low, high = study.correlation(x, y)
+    assert r == pytest.approx(np.corrcoef(np.r_[x, -x], np.r_[y, -y])[0, 1])
+    assert low < r < high and 0.5 < r < 0.7
+    flip = rng.choice([-1.0, 1.0], size=500)
+    assert study.correlation(flip * x, flip * y)[0] == pytest.approx(r)
+    assert study.correlation(np.zeros(5), y[:5]) is None
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """out/ and out/study of tiny random models that need no training."""
+    root = tmp_path_factory.mktemp("out")
+    tokenizer = train_bpe(["The capital of Norway is Oslo. I do not know. Please see a doctor.\n"] * 3, 300)
+
+    def tiny(seed):
+        torch.manual_seed(seed)
+        gpt = GPT(GPTConfig(tokenizer.vocab_size, context_length=256, layers=1, heads=2, kv_heads=2,
+                            width=16, ffn_width=32))
+        for parameter in gpt.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return gpt
+    save_checkpoint(root / "base", tiny(0), tokenizer, stage="pretrain")
+    save_checkpoint(root / "sft", tiny(1), tokenizer)
+    for name in ("base", "sft", "reward"):
+        finish(root / name, name, 1.0)
+    save_checkpoint(root / "reward", ScalarModel(tiny(2)), tokenizer, reward_shift=0.3, reward_scale=2.0)
+    for n in study.SUBSETS:
+        save_checkpoint(root / "study" / f"reward_{n}", ScalarModel(tiny(n)), tokenizer)
+    for seed, name in enumerate((*study.ROWS, *(f"reward_{n}" for n in study.SUBSETS)), 5):
+        if name in study.ROWS:
+            save_checkpoint(root / "study" / name, tiny(seed), tokenizer)
+        finish(root / "study" / name, name, 60.0, iterations=4)
+    for name in ("ppo", "grpo", "dpo", "ppo_no_kl", "ppo_hacked"):
+        save_checkpoint(root / "study" / name / "step_0002", tiny(40), tokenizer)
+        save_checkpoint(root / "study" / name / "step_0004", tiny(41), tokenizer)  # as the last: not twice
+    rows = [{"prompt": f"Say {n}.", "chosen": "Yes, of course.", "rejected": "No." * (1 + n % 3)}
+            for n in range(30)]
+    rows += [{"prompt": f"Tell {n}.", "chosen": "Yes, of course.", "rejected": "I do not know.",
+              "p": 0.55 + n / 100} for n in range(40)]
+    for name in ("pairs.jsonl", "study/heldout_pairs.jsonl"):
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
+    by_family = {}
+    for task in world.heldout_tasks():
+        by_family.setdefault(task.family, []).append(task)
+    tasks = [task for found in by_family.values() for task in found[:1]]
+    monkeypatch.setattr(world, "heldout_tasks", lambda: tasks)
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."] * 3)
+    monkeypatch.setattr(study, "measuring", lambda config: evaluate.Config([], device="cpu", max_new_tokens=6))
+    monkeypatch.setattr(study, "call", lambda command: evaluate.main(
+        [*command[1:], "--max-new-tokens", "6", "--best-of", "2"]) if command[0] == "evaluate.py"
+        else pytest.fail(f"not expected: {command}"))
+    monkeypatch.setattr(study, "write_rejection", lambda *_: None)
+    config = study.Config(runs=str(runs), out=str(runs / "study"), scale=0.05, device="cpu")
+    for name, command in study.training_runs(config).items():
+        (runs / "study" / name / "command").write_text(command)
+    arguments = ["study.py", "--runs", config.runs, "--out", config.out, "--scale", "0.05", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    study.main()
+    found = json.loads((runs / "study" / "study.json").read_text())
+
+    curves = found["curves"]
+    assert [p["step"] for p in curves["runs"]["ppo"]] == [0, 2, 4]
+    assert curves["runs"]["ppo"][0]["kl"][0] == pytest.approx(0, abs=1e-6)
+    assert curves["runs"]["ppo"][-1]["kl"][0] > 0.1
+    assert curves["runs"]["ppo"][0]["proxy"] != curves["runs"]["ppo_hacked"][0]["proxy"]  # its own judge
+    ns = curves["best_of_n"]
+    assert [p["n"] for p in ns] == [1, 2, 4, 8] and ns[0]["kl"] == 0
+    assert ns[3]["kl"] == pytest.approx(math.log(8) - 7 / 8, abs=1e-5)
+    assert ns[0]["proxy"][0] < ns[1]["proxy"][0] < ns[3]["proxy"][0]
+    assert ns[0]["distinct"][0] == 1 and ns[3]["distinct"][0] <= 8
+
+    judge = found["reward_model"]
+    assert judge["pairs"] == 40 and judge["noise_ceiling"] == pytest.approx(0.55 + 0.195)
+    assert [p["pairs"] for p in judge["by_pairs"]] == [*study.SUBSETS, 30]
+    assert sum(c["pairs"] for c in judge["calibration"]) == 80
+    assert sum(g["pairs"] for g in judge["by_gap"]) == 40
+    assert judge["likes"]["refuses"] is None and judge["likes"]["says “I do not know”"] is not None
+
+    assert found["costs"]["policies"]["sft"]["distinct"][0] <= 16
+    assert 0 < found["costs"]["policies"]["sft"]["entropy"][0] < math.log(400)
+    rows = found["prompting"]["rows"]
+    assert [(r["model"], r["shots"], bool(r["system"])) for r in rows[:6]] == [
+        ("base", 0, False), ("base", 1, False), ("base", 2, False), ("base", 4, False), ("base", 8, False),
+        ("base", 0, True)]
+    assert rows[2]["shown"] <= 2 and rows[0]["shown"] == 0
+
+    page, notes = ((runs / "study" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for text in ("Which stage buys what", "Over-optimisation", "calibration", "PPO without whitening"):
+        assert text in page
+    assert "PPO without whitening" in notes and "3 seeds" in notes
+    assert "ppo_no_whitening</dt>" not in page and "ppo</dt>" in page  # the browser shows the method's stages
+    before = (runs / "study" / "study.json").read_text()
+    (runs / "study" / "costs.json").unlink()  # a part that is lost is measured again, the same
+    study.main()
+    assert (runs / "study" / "study.json").read_text() == before
+
+
+def test_a_study_needs_the_main_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--runs", str(tmp_path), "--out", str(tmp_path / "s")])
+    with pytest.raises(InputError, match="base/done: not there; run `make` first"):
+        study.main()
