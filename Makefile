@@ -7,6 +7,7 @@
 #   make test     the tests
 #   make venv     only install, into .venv
 #   make ablation SFT without pre-training
+#   make study    what each stage buys and costs, and how alignment fails, into out/study
 #   make clean    forget all results
 #
 # A stage is done when its `done` stamp is newer than its script, its settings and its inputs. A
@@ -24,13 +25,14 @@ REWARD   ?=
 DPO      ?=
 PPO      ?=
 EVALUATE ?=
+STUDY    ?=
 
 BASE   := model.py tokenizer.py training.py data.py
 WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # a stage uses every core; two at once would wait for each other
-.PHONY: all quick long real test venv ablation clean FORCE
+.PHONY: all quick long real study test venv ablation clean FORCE
 
 all: $(OUT)/report/report.json
 
@@ -93,6 +95,10 @@ ablation: $(OUT)/sft_scratch/done
 $(OUT)/sft_scratch/done: $(OUT)/sft/done
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
 		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SFT)
+
+# Goes on where it stopped: study.py looks at what is done.
+study: all
+	$(PY) study.py --runs $(OUT) --out $(OUT)/study $(STUDY)
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both

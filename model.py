@@ -18,7 +18,7 @@ Shapes: B rows, T tokens, C width, H query heads, K key-value heads, D head widt
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +205,15 @@ class GPT(nn.Module):
     def forward(self, ids, attention_mask=None, cache=None):
         """ids (B, T) -> logits (B, T, V); position t predicts token t+1. See `hidden`."""
         return self.head(self.hidden(ids, attention_mask, cache))
+
+
+def deepen(gpt, extra):
+    """A copy of `gpt` with `extra` fresh blocks on top. They start as the identity, so until it is
+    trained it computes what `gpt` does."""
+    config = replace(gpt.config, layers=gpt.config.layers + extra)
+    deeper = GPT(config).to(gpt.embed.weight.device)
+    deeper.load_state_dict(deeper.state_dict() | gpt.state_dict())
+    return deeper
 
 
 class ScalarModel(nn.Module):

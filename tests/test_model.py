@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import (GPT, GPTConfig, KVCache, ScalarModel, config_from_hf, from_hf, generate,
+from model import (GPT, GPTConfig, KVCache, ScalarModel, config_from_hf, deepen, from_hf, generate,
                    hf_config, sample, stream, to_hf, token_logprobs)
 
 
@@ -94,6 +94,19 @@ def test_new_blocks_are_the_identity():
     ids = random_ids(1, 8)
     assert torch.equal(model.hidden(ids), model.norm(model.embed(ids)))
     assert 0.015 < model.embed.weight.std() < 0.025
+
+
+def test_a_deeper_copy_starts_as_the_same_function():
+    model, ids = tiny(), random_ids(2, 9)
+    deeper = deepen(model, 2)
+    assert len(deeper.blocks) == len(model.blocks) + 2 == deeper.config.layers
+    assert torch.equal(deeper(ids), model(ids))
+    deeper.embed.weight.data.zero_()
+    assert not torch.equal(deeper(ids), model(ids))  # a copy
+    deeper = deepen(model, 1)
+    deeper(ids).sum().backward()
+    assert deeper.blocks[-1].mlp.down.weight.grad.any()  # the new block learns at once
+    assert deepen(model, 0).config == model.config
 
 
 def test_padding_and_batch_do_not_matter():

@@ -123,6 +123,7 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
     assert any("heldout_accuracy" in row and row["step"] == 10 for row in metrics)
 
     model, _, shift, scale = load_reward(out)
+    assert model.config.layers == tiny().config.layers + 1  # --extra-layers
     pairs = data.encode_pairs(data.load_preferences([tmp_path / "pairs.jsonl"]), tokenizer, 64)
     chosen, rejected = reward.score_pairs(model, pairs[:200], PAD)
     scores = torch.cat([chosen, rejected]) - shift

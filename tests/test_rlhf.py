@@ -173,12 +173,13 @@ def test_ppo_loss_is_a_mean_over_tokens_and_sees_no_padding():
 # ---- GRPO ----------------------------------------------------------------------------------------
 
 def test_grpo_advantages_compare_within_the_group():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 7.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 7.0, 1.0, 1.0]])
     centred = rlhf.grpo_advantages(rewards, standardise=False)
-    assert torch.allclose(centred[:2], torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0, 4.0, -2.0, -2.0]]))
+    assert torch.allclose(centred, torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0, 4.0, -2.0, -2.0]]))
     standard = rlhf.grpo_advantages(rewards)
     assert torch.allclose(standard[1], torch.tensor([0.0, 4.0, -2.0, -2.0]) / math.sqrt(24 / 3), rtol=1e-3)
-    assert not centred[2].any() and not standard[2].any()  # exactly: the mean of 0.1s is not 0.1
+    equal = torch.full((2, 8), 0.1)  # their mean in float32 is not 0.1
+    assert not rlhf.grpo_advantages(equal).any() and (equal - equal.mean(1, keepdim=True)).any()
     for wrong in (rewards.flatten(), rewards[:, :1]):
         with pytest.raises(ValueError, match="group"):
             rlhf.grpo_advantages(wrong)
@@ -402,7 +403,13 @@ def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("settings", [[], ["--no-standardise", "--aggregation", "token"]])
 def test_grpo_learns(settings, monkeypatch, tmp_path, tokenizer):
+    asked, roll = [], rlhf.sample_rollout
+    monkeypatch.setattr(rlhf, "sample_rollout", lambda policy, reference, score_all, prompts, *rest: (
+        asked.append([prompt.text for prompt in prompts]), roll(policy, reference, score_all, prompts, *rest))[1])
     done, rows = toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", "--iterations", 15, *settings)
+    assert len(asked) == 17 and len(set(asked[1])) > 4  # before, 15 iterations, after
+    for prompts in asked[1:-1]:  # the members of a group stand side by side
+        assert all(len(set(prompts[i:i + 8])) == 1 for i in range(0, 64, 8))
     rows = [row for row in rows if "score" in row]
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-3)
     assert rows[-1]["score"] > rows[0]["score"] + 0.2 and rows[-1]["kl"] > 0.1
