@@ -76,7 +76,7 @@ def training_runs(config):
         "dpo": f"{dpo} --keep-every 28",
         "grpo": f"{grpo} --reward {reward} --iterations {times(28)} --keep-every {times(4)}",
         "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
-                      f"--iterations {times(60)} --lr 1e-3",
+                      f"--group 16 --beta 0.04 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
         "ppo_no_eos_score": f"{ppo} --no-eos-score nan",
         "ppo_no_whitening": f"{ppo} --no-whiten",
@@ -115,7 +115,7 @@ def train(config):
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
         call([*shlex.split(command), "--out", str(folder), *(["--resume"] if same else [])])
         for measured in ("report.json", *MEASURES):
-            (Path(config.out) / f"{measured}").unlink(missing_ok=True)
+            (Path(config.out) / measured).unlink(missing_ok=True)
 
 
 def call(command):
@@ -289,23 +289,19 @@ def measure_reward_model(config, device):
         n = max(60, round(config.scale * 2000))
         call(["world.py", "pairs", "--init", f"{config.runs}/sft", "--out", str(path), "--pairs",
               str(n + 40), "--holdout", str(n), "--seed", str(config.seed + 1), "--device", config.device])
-    with open(path, encoding="utf-8") as file:
-        rows = [row for row in map(json.loads, file) if "p" in row]
-    p = np.array([row["p"] for row in rows])  # the chance that `chosen` is preferred
+    pairs = [pair for pair in data.load_preferences([path]) if pair.p is not None]
+    p = np.array([pair.p for pair in pairs])  # the chance that `chosen` is preferred
     gap = np.log(p / (1 - p)) * world.NOISE  # of gold scores, chosen − rejected
-    margins, train_pairs = {}, {}
-    for name, folder in [*((n, f"{config.out}/reward_{n}") for n in SUBSETS), ("all", f"{config.runs}/reward")]:
-        model, tokenizer, _, scale = load_reward(folder, device)
-        pairs = data.encode_pairs(data.load_preferences([path]), tokenizer, model.config.context_length)
-        pairs = [pair for pair in pairs if pair.p is not None]
-        chosen, rejected = score_pairs(model, pairs, tokenizer.pad_id)
-        margins[name] = (chosen - rejected).numpy() * scale  # log-odds, as trained
-        train_pairs[name] = name
     with open(f"{config.runs}/pairs.jsonl", encoding="utf-8") as file:
-        train_pairs["all"] = sum('"p":' not in line for line in file)
-    if len(margins["all"]) != len(p):
-        raise InputError(f"{path}: {len(p)} pairs, of which {len(margins['all'])} fit the context")
-    margin = margins["all"]
+        every = sum('"p":' not in line for line in file)
+    folders = {n: f"{config.out}/reward_{n}" for n in SUBSETS} | {every: f"{config.runs}/reward"}
+    margins = {}  # training pairs -> log-odds that `chosen` is preferred, as the loss had them
+    for n, folder in folders.items():
+        model, tokenizer, _, scale = load_reward(folder, device)
+        encoded = data.encode_pairs(pairs, tokenizer, model.config.context_length)
+        chosen, rejected = score_pairs(model, encoded, tokenizer.pad_id)
+        margins[n] = (chosen - rejected).numpy() * scale
+    margin = margins[every]
 
     # Both orders of every pair, so that "first" means nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([margin, -margin])))
@@ -331,12 +327,12 @@ def measure_reward_model(config, device):
     too_much = 1 / (1 + np.exp(-margin)) - p
     likes = {}
     for name, feature in features.items():
-        difference = np.array([float(feature(row["chosen"])) - float(feature(row["rejected"])) for row in rows])
+        difference = np.array([float(feature(pair.chosen)) - float(feature(pair.rejected))
+                               for pair in pairs])
         likes[name] = correlation(difference, too_much)
     return {"pairs": len(p), "noise_ceiling": np.maximum(p, 1 - p).mean(), "calibration": calibration,
             "calibration_error": error / len(predicted), "by_gap": by_gap, "likes": likes,
-            "by_pairs": [{"pairs": train_pairs[name], "accuracy": rate(found > 0)}
-                         for name, found in margins.items()]}
+            "by_pairs": [{"pairs": n, "accuracy": rate(found > 0)} for n, found in margins.items()]}
 
 
 def correlation(x, y, times=1000):

@@ -424,6 +424,32 @@ def test_ppo_without_a_critic_learns_too(monkeypatch, tmp_path, tokenizer):
     assert all(abs(row["explained_variance"]) < 1e-4 for row in rows if "explained_variance" in row)
 
 
+def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
+    """--no-whiten and --no-standardise change what the policy learns from; --beta 0 lets it go."""
+    seen = {}
+
+    def watch(name, place):
+        loss = getattr(rlhf, name)
+        monkeypatch.setattr(rlhf, name, lambda *args: (
+            seen.setdefault(name, []).append(args[place]), loss(*args))[1])
+    watch("ppo_loss", 2), watch("grpo_loss", 3)
+    short = ["--iterations", 1, "--epochs", 1, "--minibatches", 1, "--stop-kl", 9]
+    for stage, flag in (("ppo", "--no-whiten"), ("grpo", "--no-standardise")):
+        for extra in ([], [flag]):
+            toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, *short, *extra)
+    white, raw = seen["ppo_loss"]
+    assert white.std() > 2 * raw.std() > 0  # rewards here differ by less than 1
+    standard, centred = seen["grpo_loss"]
+    assert standard.std() > 0.8 and 0 < centred.std() < 0.4
+
+
+def test_families_choose_the_prompts(tokenizer):
+    config = rlhf.PPOConfig(families=["harmful"], prompts=40, eval_prompts=5, max_new_tokens=9)
+    prompts, heldout = rlhf.load_prompts(config, tokenizer, 10**6)
+    harmful = {task.prompt for task in rlhf.world.all_tasks()["harmful"]}
+    assert all(any(prompt.text.endswith(text) for text in harmful) for prompt in prompts + heldout)
+
+
 def test_grpo_refuses_groups_that_do_not_fit(monkeypatch, tmp_path, tokenizer):
     for args, message in ((["--group", 1], "--group 1"), (["--episodes", 60], "multiple of --group 8"),
                           (["--families", "poems", "--data", "world"], "--families poems")):
