@@ -268,17 +268,23 @@ def against_kl(runs, best_of_n=()):
         curves = []
         for name, points in [*runs.items(), *([("best of n", best_of_n)] if best_of_n else [])]:
             kl = [p["kl"][0] if isinstance(p["kl"], list) else p["kl"] for p in points]
-            curves.append((name, [math.sqrt(max(0, x)) for x in kl], [p[what][0] for p in points],
-                           {"marker": "o", "markersize": 3, "band": ([p[what][1] for p in points],
-                                                                    [p[what][2] for p in points])}))
+            curves.append(banded([(math.sqrt(max(0, x)), p[what]) for x, p in zip(kl, points)], name))
         panels.append((title, "√KL from SFT (nats per response)", curves))
     return panels
+
+
+def banded(points, name="reward model"):
+    """A curve of (x, [mean, low, high])."""
+    xs, values = zip(*points)
+    means, lows, highs = zip(*values)
+    return name, xs, means, {"marker": "o", "markersize": 3, "band": (lows, highs)}
 
 
 def study_sections(report, study):
     if not study:
         return []
-    curves, judge, costs, prompting = (study[name] for name in ("curves", "reward_model", "costs", "prompting"))
+    curves, judge, costs, prompting = (study[name] for name in (
+        "curves", "reward_model", "costs", "prompting"))
     along = {name: points for name, points in curves["runs"].items() if name != "ppo_hacked"}
     hacked = curves["runs"]["ppo_hacked"]
     first, last = hacked[0], hacked[-1]
@@ -319,12 +325,9 @@ def study_sections(report, study):
              ("reward model", *zip(*((c["predicted"], c["observed"][0]) for c in judge["calibration"])),
               {"marker": "o"})]),
           ("right, by how far the two answers are apart", "difference of gold scores", [
-              ("", [sum(g["gap"]) / 2 for g in judge["by_gap"] if g["right"]],
-               [g["right"][0] for g in judge["by_gap"] if g["right"]],
-               {"marker": "o", "band": tuple(zip(*(g["right"][1:] for g in judge["by_gap"] if g["right"])))})]),
+              banded([(sum(g["gap"]) / 2, g["right"]) for g in judge["by_gap"] if g["right"]])]),
           ("right, by number of training pairs", "pairs", [
-              ("", [p["pairs"] for p in judge["by_pairs"]], [p["accuracy"][0] for p in judge["by_pairs"]],
-               {"marker": "o", "band": tuple(zip(*(p["accuracy"][1:] for p in judge["by_pairs"])))}),
+              banded([(p["pairs"], p["accuracy"]) for p in judge["by_pairs"]]),
               ("noise ceiling", [0, max(p["pairs"] for p in judge["by_pairs"])],
                [judge["noise_ceiling"]] * 2, {"color": INK, "alpha": 0.4})])]),
         ("What alignment costs",
@@ -477,7 +480,8 @@ dl { margin: 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(8.
 dt { font-size: .8rem; } dd { margin: 0; color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; }
 dd small { display: block; }
 ul { padding-left: 1.2rem; font-size: .9rem; } svg { width: 100%; height: auto; }
-@media (max-width: 36rem) { .cards { grid-template-columns: 1fr 1fr; } .plots { overflow-x: auto; } .plots svg { min-width: 38rem; } }
+@media (max-width: 36rem) { .cards { grid-template-columns: 1fr 1fr; }
+  .plots { overflow-x: auto; } .plots svg { min-width: 38rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; }
   table { font-size: 6.5pt; } th, td { padding: .15rem .25rem; } thead th { min-width: 0; }
   tbody th { position: static; } svg { break-inside: avoid; } }
