@@ -295,6 +295,14 @@ def study_sections(report, study):
          ["All rows answer the same held-out prompts. In brackets: where there are three seeds, the lowest "
           "and the highest; else 95 % intervals over prompts, which do not tell what another seed would "
           "give. Minutes are of that stage alone."], [ablation_rows(report, study)], []),
+        ("A reward that can be checked",
+         ["GRPO paid for right answers to sums and rewriting tasks of training; held-out ones, one answer "
+          "each. It makes the answer that the model would give anyway surer, so samples gain more than "
+          "greedy answers; what the model cannot do, no sample shows it."],
+         [(["", "SFT, greedy", "GRPO, greedy", "SFT, sampled", "GRPO, sampled"],
+           [[family, *(cell(report["checkpoints"][name][how]["families"].get(family), PERCENT)
+                       for how in ("accuracy_greedy", "accuracy_sampled") for name in ("sft", "grpo_right"))]
+            for family in ("arithmetic", "rewriting")])], []),
         ("Reward against KL",
          [f"As in Gao, Schulman & Hilton (2022), figure 1: checkpoints along each run, {curves['prompts']} "
           "held-out prompts, one sample each. For best-of-n KL is log n − (n − 1)/n, an upper bound."],

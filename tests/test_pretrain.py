@@ -1,0 +1,34 @@
+"""pretrain.py: its measure, counted directly. That it learns is test_pipeline.py's business."""
+
+import math
+
+import pytest
+import torch
+
+import data
+from model import GPT, GPTConfig
+from pretrain import heldout_loss
+from tokenizer import train_bpe
+
+DOCUMENTS = ["The cat sat on the mat.", "Where is Zürich?\nIt is in Switzerland.", "Yes."]
+
+
+@pytest.mark.parametrize("vocab_size", [260, 290])
+def test_bits_per_byte_are_nats_over_ln_2_and_bytes(vocab_size):
+    """One token at a time, each with the window before it, under two tokenisers."""
+    tokenizer = train_bpe(DOCUMENTS * 4, vocab_size)
+    tokens, size = data.pack_documents(DOCUMENTS, tokenizer)
+    assert size == sum(len(text.encode("utf-8")) for text in DOCUMENTS) > sum(map(len, DOCUMENTS))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(tokenizer.vocab_size, context_length=7, layers=1, heads=2, kv_heads=1, width=16, ffn_width=8))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    total, ids = 0.0, tokens.tolist()
+    for t in range(1, len(ids)):
+        start = (t - 1) // 7 * 7
+        logprobs = model(torch.tensor([ids[start:t]]))[0, -1].double().log_softmax(-1)
+        total -= logprobs[ids[t]].item()
+    nats, bits = heldout_loss(model, tokens, size, batch_size=3)
+    assert nats == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert bits == pytest.approx(total / math.log(2) / size, rel=1e-5)
+    assert heldout_loss(model, tokens, size)[1] == pytest.approx(bits, rel=1e-5)
