@@ -5,6 +5,7 @@
 #   make long     a larger model and budget, into out/long
 #   make real DATA=FOLDER   the same scripts on real files, into out/real
 #   make test     the tests
+#   make test-all the slow ones too: killed runs, planted mistakes (tests/README.md)
 #   make venv     only install, into .venv
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
@@ -32,7 +33,7 @@ WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # a stage uses every core; two at once would wait for each other
-.PHONY: all quick long real study test venv ablation clean FORCE
+.PHONY: all quick long real study test test-all venv ablation clean FORCE
 
 all: $(OUT)/report/report.json
 
@@ -125,6 +126,11 @@ real: .venv/installed
 
 test: .venv/installed
 	$(PY) -m pytest -q
+
+# With killed runs, scripts as processes and planted mistakes; writes what it found into tests/README.md.
+test-all: .venv/installed
+	$(PY) -m pytest -q --slow --write-readme
+	$(PY) tests/mutants.py
 
 clean:
 	rm -rf out

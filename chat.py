@@ -395,7 +395,7 @@ def label(speakers, config, sampling, reward):
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
     check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), temperature=(0, 100),
-                top_k=(1, 10**9), top_p=(1e-9, 1), max_new_tokens=(1, 10**6))
+                top_k=(1, 10**9), top_p=(1e-9, 1))
     for source in (sys.stdin, sys.stdout):  # a byte that is not UTF-8 is no reason to stop
         if hasattr(source, "reconfigure"):
             source.reconfigure(errors="replace")

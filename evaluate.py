@@ -340,7 +340,7 @@ def rounded(value):
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
     check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_per_family=(1, 10**6),
-                per_family=(1, 10**6), max_new_tokens=(1, 10**5))
+                per_family=(1, 10**6))
     started = time.perf_counter()
     device = pick_device(config.device)
     seed_everything(config.seed)

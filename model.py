@@ -41,14 +41,22 @@ class GPTConfig:
     tied: bool = True  # the embedding matrix is also the output head
 
     def __post_init__(self):
+        for name in ("vocab_size", "context_length", "layers", "heads", "kv_heads", "width", "ffn_width"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} {value!r}: expected a whole number from 1")
         if self.head_dim is None:
             if self.width % self.heads:
                 raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
             self.head_dim = self.width // self.heads
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, RoPE turns pairs")
+        if type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim!r} is not even, RoPE turns pairs")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} {value!r}: expected a number above 0")
 
 
 # ------------------------------------------------------------------------------ the network

@@ -28,7 +28,7 @@ import data
 import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
-from training import (StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
+from training import (InputError, StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
                       leave, log, muon_and_adam, parse_args, pick_device, progress, restore, run,
                       save_checkpoint, save_state, seed_everything, set_share, start_run)
 
@@ -93,8 +93,7 @@ def heldout_loss(model, tokens, text_bytes, batch_size=32):
 
 def main():
     config = parse_args(Config, description=__doc__)
-    check_range(config, steps=(1, 10**9), batch_size=(1, 10**6), context_length=(2, 10**6),
-                lr=(0, 1), embed_lr=(0, 1), head_lr=(0, 1), decay=(0, 1), layers=(1, 1000), vocab_size=(260, 10**7))
+    check_range(config, vocab_size=(260, 10**7))
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
 
@@ -114,10 +113,14 @@ def main():
         return
 
     # 2. Model and optimiser.
-    model = GPT(GPTConfig(
-        vocab_size=tokenizer.vocab_size, context_length=config.context_length,
-        layers=config.layers, width=config.width, heads=config.heads, kv_heads=config.kv_heads,
-        ffn_width=config.ffn_width, qk_norm=config.qk_norm, tied=config.tied)).to(device)
+    try:
+        shape = GPTConfig(
+            vocab_size=tokenizer.vocab_size, context_length=config.context_length,
+            layers=config.layers, width=config.width, heads=config.heads, kv_heads=config.kv_heads,
+            ffn_width=config.ffn_width, qk_norm=config.qk_norm, tied=config.tied)
+    except ValueError as error:  # it says which numbers do not fit together
+        raise InputError(error) from error
+    model = GPT(shape).to(device)
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay)
     precision = autocast(device, config.dtype)
@@ -144,10 +147,10 @@ def main():
         with precision:
             logits = model(inputs.to(device))  # (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten())
-        check_finite(loss, step, config)
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        check_finite(step, config, loss=loss, gradient=norm)
         muon.step()
         adam.step()
         step += 1

@@ -137,6 +137,9 @@ def load_pairs(config, policy, tokenizer):
     train, heldout = data.split_holdout(pairs, config.holdout)
     heldout = [pair for pair in train if pair.p is not None] + heldout
     train = [pair for pair in train if pair.p is None]
+    if not train:
+        raise InputError(f"{' '.join(config.data)}: every row has a 'p', which marks it as held out; "
+                         "expected some rows without one to train on")
     heldout = data.drop_seen(heldout, train, key=lambda pair: pair.prompt)
     return [data.encode_pairs(part, tokenizer, policy.config.context_length)
             for part in (train, heldout)]
@@ -159,8 +162,7 @@ def heldout_report(margins, pairs):
 
 def main():
     config = parse_args(Config, description=__doc__)
-    check_range(config, extra_layers=(0, 100), epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1), eval_every=(1, 10**9),
-                pairs=(2, 10**9))
+    check_range(config, extra_layers=(0, 100))
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     policy, tokenizer = load_policy(config.init, device)
@@ -203,10 +205,10 @@ def main():
             rewards = read_last(model, ids.to(device), last.to(device), precision)  # (2B,)
             chosen, rejected = rewards.chunk(2)
             loss = preference_loss(chosen, rejected)
-            check_finite(loss, step, config)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            check_finite(step, config, loss=loss, gradient=norm)
             optimiser.step()
             step += 1
 

@@ -99,8 +99,7 @@ def heldout_loss(model, rows, pad_id, device):
 
 def main():
     config = parse_args(Config, description=__doc__)
-    check_range(config, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1), embed_lr=(0, 1),
-                head_lr=(0, 1))
+    check_range(config)
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
@@ -156,10 +155,10 @@ def main():
                     text = data.random_windows(replayed, config.replay,
                                                model.config.context_length, generator)
                     loss = loss + answer_loss(model, *(part.to(device) for part in text))
-            check_finite(loss, step, config)
             model.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            check_finite(step, config, loss=loss, gradient=norm)
             muon.step()
             adam.step()
             step += 1

@@ -13,7 +13,6 @@ out in ordinary tokens, so that no user can forge the end of a turn.
 
 import heapq
 import json
-import os
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -164,9 +163,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
-            temporary = folder / f"{name}.tmp"
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
-            os.replace(temporary, folder / name)  # a reader never sees half a file
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
 
     @classmethod
     def load(cls, folder):

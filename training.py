@@ -19,7 +19,6 @@ import dataclasses
 import inspect
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -123,10 +122,22 @@ def parse_args(Config, argv=None, description=None):
     return Config(**vars(parser.parse_args(argv)))
 
 
+# What flags may be, wherever they occur: counts from 1, rates from 0.
+RANGES = {
+    **dict.fromkeys(("steps", "epochs", "batch_size", "context_length", "documents", "conversations",
+                     "prompts", "eval_prompts", "iterations", "episodes", "max_new_tokens", "layers",
+                     "save_every", "keep_every", "eval_every", "samples_every"), (1, 10**9)),
+    **dict.fromkeys(("lr", "embed_lr", "head_lr", "critic_lr", "decay", "gamma", "lam"), (0, 1)),
+    **dict.fromkeys(("warmup", "replay", "weight_decay", "adam_eps", "beta", "ratio_clip", "value_clip",
+                     "stop_kl", "max_kl"), (0, 10**9)),
+    "clip": (1e-9, 10**9), "pairs": (2, 10**9), "seed": (0, 2**32 - 1)}
+
+
 def check_range(config, **bounds):
-    """`check_range(config, lr=(0, 1))` refuses values outside [low, high] by the flag's name."""
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name)
+    """`check_range(config, beta=(0, 9))` refuses values outside [low, high] by the flag's name: of
+    these flags, and of those in RANGES that there are."""
+    for name, (low, high) in (RANGES | bounds).items():
+        value = getattr(config, name, None)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: "
                              f"expected a value from {low} to {high}")
@@ -289,7 +300,7 @@ def learning_rate(step, steps, peak, warmup=0, decay=None):
     """
     decay = steps - warmup if decay is None else decay
     rising = (step + 1) / warmup if warmup else 1.0
-    falling = (steps - step) / decay if decay else 1.0
+    falling = (steps - step) / decay if decay > 0 else 1.0  # a run shorter than its warm-up only rises
     return peak * max(0.0, min(1.0, rising, falling))
 
 
@@ -302,21 +313,34 @@ def set_learning_rate(optimiser, lr):
 # Checkpoints: a Hugging Face folder
 
 
+@contextlib.contextmanager
+def writing(what):
+    """Inside it, whatever a full disk does to `what` becomes one InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what}: could not be written ({error.strerror or error})") from error
+    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save say it
+        raise InputError(f"{what}: could not be written ({str(error).splitlines()[0]})") from error
+
+
+def sync(path):
+    """Wait until the file is on the disk: a rename may reach it before the contents do."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def write_atomic(path, write):
     """`write(temporary_path)`, then rename over `path`: a reader sees the old file or the new one,
     never half of one. A failed write (a full disk, say) leaves the old file as it was."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: could not be written ({error.strerror or error})") from error
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise InputError(f"{path}: could not be written ({error})") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -324,7 +348,9 @@ def write_atomic(path, write):
 def save_checkpoint(folder, model, tokenizer, **extra):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
-    `extra` goes into config.json (the reward model's shift and scale, the stage's name)."""
+    `extra` goes into config.json (the reward model's shift and scale, the stage's name). All or
+    none: the files are made beside the folder's own and moved in when they are whole. A reader
+    needs config.json, which goes first and comes last, so it never mixes two checkpoints."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
@@ -332,11 +358,22 @@ def save_checkpoint(folder, model, tokenizer, **extra):
                        pad_token_id=tokenizer.pad_id, **scalar, **extra)
     ends = {"eos_token_id": [tokenizer.im_end_id, tokenizer.endoftext_id],
             "pad_token_id": tokenizer.pad_id}
-    tokenizer.save(folder)
-    write_atomic(folder / "model.safetensors",
-                 lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    for name, value in (("generation_config.json", ends), ("config.json", config)):
-        write_atomic(folder / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+    part = folder / ".part"
+    try:
+        with writing(folder):
+            part.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(part)
+            save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+            for name, value in (("generation_config.json", ends), ("config.json", config)):
+                (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            made = sorted(part.iterdir(), key=lambda path: path.name == "config.json")
+            for path in made:
+                sync(path)
+            (folder / "config.json").unlink(missing_ok=True)
+            for path in made:
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def load_checkpoint(folder, device="cpu"):
@@ -404,20 +441,22 @@ def settings_of(config):
 def start_run(config, stage):
     """Prepare the output folder. Returns the saved state to go on from, or None for a fresh start.
 
-    Without --resume, or with no state to resume, old results go, so that a folder never shows
-    one run's metrics beside another's weights."""
+    Without --resume, or with no state to resume, old results go, so that two runs are not mixed; an
+    old checkpoint stays until the new one is whole."""
     folder = Path(config.out)
     state = folder / STATE
     if config.resume and state.exists():
         try:
             saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(f"{state}: cannot be read ({str(error).splitlines()[0]})") from error
-        if saved.get("stage") != stage:
-            raise InputError(f"{state}: of stage {saved.get('stage')}, not {stage}")
+            settings = saved["settings"]
+        except Exception as error:  # whatever a damaged file does to its reader
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
+        if saved["stage"] != stage:
+            raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
         mine = settings_of(config)
-        for name in sorted(set(mine) | set(saved["settings"])):
-            old, new = saved["settings"].get(name), mine.get(name)
+        for name in sorted(set(mine) | set(settings)):
+            old, new = settings.get(name), mine.get(name)
             if old != new:
                 raise InputError(f"--resume: {state} was made with --{name.replace('_', '-')} {old},"
                                  f" not {new}; give the same settings, or start without --resume")
@@ -515,8 +554,9 @@ def finish(folder, stage, seconds, **summary):
     write_atomic(folder / "done", lambda path: path.write_text(json.dumps(done) + "\n"))
 
 
-def check_finite(loss, step, config):
-    """A loss that is not a number poisons every weight it touches: stop before the update."""
-    if not torch.isfinite(loss):
-        raise InputError(f"step {step}: the loss is {loss.item()}; stopped before the update. "
-                         f"Try a lower --lr. Last save: {Path(config.out) / STATE}")
+def check_finite(step, config, **numbers):
+    """A loss or gradient that is not a number poisons every weight: stop before the update."""
+    for name, value in numbers.items():
+        if not torch.isfinite(value):
+            raise InputError(f"step {step}: the {name} is {value.item()}; stopped before the update. "
+                             f"Try a lower --lr. Last save: {Path(config.out) / STATE}")

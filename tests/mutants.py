@@ -1,0 +1,240 @@
+"""Plant realistic mistakes, one at a time, and see that the tests find every one.
+
+    python tests/mutants.py            # all of them, several minutes; `make test-all` does it too
+    python tests/mutants.py 7 12       # some, by number
+
+Each is planted in a copy of the code and runs the tests mapped to it, up to the first failure. If all
+are found, the table goes into tests/README.md; the exit status is 1 if a mistake lived.
+"""
+
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from conftest import write_sections
+
+HERE = Path(__file__).resolve().parents[1]
+MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests that should see it
+    # ---- model
+    ("RMSNorm divides by the mean, not its root", "model.py",
+     "torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)",
+     "1 / (x.float().square().mean(-1, keepdim=True) + self.eps)", "test_model.py"),
+    ("RoPE turns the wrong way", "model.py", "torch.cat([-sin, sin], -1)", "torch.cat([sin, -sin], -1)",
+     "test_model.py"),
+    ("gate and up of SwiGLU swapped", "model.py", "gate, up = self.gate_up(x)", "up, gate = self.gate_up(x)",
+     "test_model.py"),
+    ("attention is not causal", "model.py", "is_causal=mask is None and T > 1", "is_causal=False",
+     "test_model.py"),
+    ("a token cannot see itself", "model.py", "mask = column <= row", "mask = column < row", "test_model.py"),
+    ("padding is attended to", "model.py", "(mask & real[:, None, :] | (column == row))",
+     "(mask & real[:, None, :] | mask)", "test_model.py"),
+    ("positions count padding", "model.py", "(real.cumsum(1) - 1).clamp(min=0)[:, past:]",
+     "torch.arange(real.size(1), device=ids.device).expand(real.shape)[:, past:]", "test_model.py"),
+    ("cache position off by one", "model.py", "keys[:, :, self.length : end] = k",
+     "keys[:, :, self.length - 1 : end - 1] = k", "test_model.py"),
+    ("no residual around the MLP", "model.py", "return x + self.mlp(self.mlp_norm(x))",
+     "return self.mlp(self.mlp_norm(x))", "test_model.py"),
+    ("the final norm is missing", "model.py", "        return self.norm(x)\n", "        return x\n", "test_model.py"),
+    ("temperature missing in log-probs", "model.py", "        logits = logits / temperature\n    return",
+     "        logits = logits\n    return", "test_model.py"),
+    ("top-p drops the token that crosses p", "model.py", "probs.cumsum(-1) - probs >= top_p",
+     "probs.cumsum(-1) >= top_p", "test_model.py"),
+    ("the end token is not returned", "model.py", "        for row, token, logprob in drawn:\n",
+     "        for row, token, logprob in drawn:\n            if token in eos_ids:\n                continue\n",
+     "test_model.py"),
+    ("a row runs past its own end", "model.py", "done[row] or token in eos_ids or", "done[row] or", "test_model.py"),
+    ("fresh blocks are not the identity", "model.py", "            nn.init.zeros_(block.mlp.down.weight)\n", "",
+     "test_model.py"),
+    # ---- tokenizer and data
+    ("the end token is not supervised", "tokenizer.py",
+     "add([*tokenizer.encode(message[\"content\"]), tokenizer.im_end_id], int(role == \"assistant\"))",
+     "add(tokenizer.encode(message[\"content\"]), int(role == \"assistant\"))\n        add([tokenizer.im_end_id], 0)",
+     "test_tokenizer.py"),
+    ("the user's turn is supervised too", "tokenizer.py", "int(role == \"assistant\")", "int(role != \"system\")",
+     "test_tokenizer.py"),
+    ("the role header is supervised", "tokenizer.py", "        add(header(role), 0)\n",
+     "        add(header(role), int(role == \"assistant\"))\n", "test_tokenizer.py"),
+    ("outdated pair counts are believed", "tokenizer.py", "        if -count != counts[pair]:", "        if False:",
+     "test_tokenizer.py"),
+    ("pair counts ignore how often a word occurs", "tokenizer.py", "            counts[pair] += frequency[w]",
+     "            counts[pair] += 1", "test_tokenizer.py"),
+    ("the pad token is the end token", "tokenizer.py", "    pad_token: str = PAD", "    pad_token: str = IM_END",
+     "test_tokenizer.py"),
+    ("the document separator reaches the tokenizer", "data.py", ".split(SEPARATOR)]", ".split(\"\\0\")]",
+     "test_data.py"),
+    ("chosen and rejected swapped", "data.py",
+     "return Pair(chosen[:-1], chosen[-1][\"content\"], rejected[-1][\"content\"], p)",
+     "return Pair(chosen[:-1], rejected[-1][\"content\"], chosen[-1][\"content\"], p)", "test_data.py"),
+    ("held-out prompts stay in training", "data.py", "not in seen]\n", "not in ()]\n", "test_data.py"),
+    # ---- pre-training, SFT, optimiser
+    ("bits per byte without ln 2", "pretrain.py", "nats / (math.log(2) * text_bytes)", "nats / text_bytes",
+     "test_pretrain.py"),
+    ("decay starts at once", "training.py", "    decay = steps - warmup if decay is None else decay\n",
+     "    decay = steps\n", "test_training.py"),
+    ("warm-up starts at 0", "training.py", "rising = (step + 1) / warmup", "rising = step / warmup",
+     "test_training.py"),
+    ("Muon climbs", "training.py", "p.add_(update, alpha=-group[\"lr\"])", "p.add_(update, alpha=group[\"lr\"])",
+     "test_training.py test_pipeline.py"),
+    ("the optimiser is not resumed", "training.py", "        module.load_state_dict(saved[\"modules\"][name])",
+     "        if 'optimiser' not in name: module.load_state_dict(saved[\"modules\"][name])", "test_failures.py"),
+    ("the generator is not resumed", "training.py", "    generator.set_state(saved[\"generator\"])\n", "",
+     "test_failures.py"),
+    # ---- reward model
+    ("the loss prefers the rejected", "reward.py", "-F.logsigmoid(chosen - rejected).mean()",
+     "-F.logsigmoid(rejected - chosen).mean()", "test_reward.py"),
+    ("a sum for a mean", "reward.py", "-F.logsigmoid(chosen - rejected).mean()\n\n\ndef wilson",
+     "-F.logsigmoid(chosen - rejected).sum()\n\n\ndef wilson", "test_reward.py"),
+    ("the score is read at the pad", "reward.py",
+     "last = torch.tensor([len(rows[i]) - 1 for i in batch]", "last = torch.tensor([ids.size(1) - 1 for i in batch]",
+     "test_reward.py"),
+    ("the score is read before the end token", "reward.py",
+     "last = torch.tensor([len(rows[i]) - 1 for i in batch]", "last = torch.tensor([len(rows[i]) - 2 for i in batch]",
+     "test_reward.py"),
+    ("the shift is not in the unit of the head", "reward.py", "save_checkpoint(config.out, model, tokenizer, "
+     "reward_shift=mean / std,", "save_checkpoint(config.out, model, tokenizer, reward_shift=mean,", "test_reward.py"),
+    ("the noise ceiling is the mean of p", "reward.py", "ceiling = sum(max(p.p, 1 - p.p) for", "ceiling = sum(p.p for",
+     "test_reward.py"),
+    # ---- DPO
+    ("DPO without its reference", "rlhf.py", "chosen = beta * (policy_chosen - ref_chosen)",
+     "chosen = beta * policy_chosen", "test_rlhf.py"),
+    ("DPO with a mean over tokens", "rlhf.py", "mask.to(device)).sum(1)", "mask.to(device)).mean(1)", "test_rlhf.py"),
+    ("label smoothing on the same side", "rlhf.py", "label_smoothing * F.logsigmoid(-margin)",
+     "label_smoothing * F.logsigmoid(margin)", "test_rlhf.py"),
+    # ---- PPO
+    ("whitening over pads", "rlhf.py", "centred = x - masked_mean(x, mask)", "centred = x - x.mean()", "test_rlhf.py"),
+    ("returns from whitened advantages", "rlhf.py", "    return advantages, advantages + values\n",
+     "    return advantages, whiten(advantages, mask) + values\n", "test_rlhf.py"),
+    ("k3 without its − 1", "rlhf.py", "k3 = log_ref.exp() - log_ref - 1\n", "k3 = log_ref.exp() - log_ref\n",
+     "test_rlhf.py"),
+    ("DPO's label smoothing from the wrong side", "rlhf.py", "-((1 - label_smoothing) * F.logsigmoid(margin)",
+     "-(label_smoothing * F.logsigmoid(margin)", "test_rlhf.py test_proofs.py"),
+    ("GAE without λ", "rlhf.py", "delta + gamma * lam * following", "delta + gamma * following", "test_rlhf.py"),
+    ("the value after the end is not 0", "rlhf.py", "following = (delta + gamma * lam * following) * mask[:, t]",
+     "following = delta + gamma * lam * following", "test_rlhf.py"),
+    ("the clip takes the larger", "rlhf.py", "return torch.min(ratio * advantages", "return torch.max(ratio * advantages",
+     "test_rlhf.py"),
+    ("the critic's clip takes the smaller", "rlhf.py", "torch.max((values - returns)**2", "torch.min((values - returns)**2",
+     "test_rlhf.py"),
+    ("KL with the wrong sign", "rlhf.py", "rewards = -beta * (rollout.logp - rollout.ref_logp)",
+     "rewards = beta * (rollout.logp - rollout.ref_logp)", "test_rlhf.py"),
+    ("the score on the first token", "rlhf.py", "    rewards[rows, last_token(rollout.mask)] += rollout.score",
+     "    rewards[rows, rollout.mask.argmax(1)] += rollout.score", "test_rlhf.py"),
+    ("a missing end is not punished", "rlhf.py", "scores = torch.where(ended, scores, config.no_eos_score)",
+     "pass", "test_rlhf.py"),
+    ("the reference learns with the policy", "rlhf.py",
+     "reference = copy.deepcopy(policy).requires_grad_(False)\n    score_responses, critic",
+     "reference = policy\n    score_responses, critic", "test_rlhf.py"),
+    ("values of the state after the token", "rlhf.py", "values = critic(ids)[:, :-1] - shift  # (B, T-1)",
+     "values = critic(ids)[:, 1:] - shift  # (B, T-1)", "test_rlhf.py"),
+    ("the critic is the reward model itself", "rlhf.py", "return model_score, copy.deepcopy(model), shift",
+     "return model_score, model, shift", "test_rlhf.py"),
+    ("log-probs one token late", "rlhf.py", "hidden = model.hidden(ids)[:, :-1][wanted]",
+     "hidden = model.hidden(ids)[:, 1:][wanted]", "test_rlhf.py"),
+    # ---- GRPO
+    ("advantages against the whole batch", "rlhf.py", "advantages = rewards - rewards.mean(1, keepdim=True)",
+     "advantages = rewards - rewards.mean()", "test_rlhf.py"),
+    ("rounding blown up to an advantage", "rlhf.py", "    rewards = rewards - rewards[:, :1]  #",
+     "    rewards = 1 * rewards  #", "test_rlhf.py"),
+    ("groups are mixed", "rlhf.py", ".repeat_interleave(config.group)", ".repeat(config.group)", "test_rlhf.py"),
+    ("k3 the wrong way round", "rlhf.py", "(ref_logp - logp) * mask\n    k3", "(logp - ref_logp) * mask\n    k3",
+     "test_rlhf.py"),
+    ("sequence means over pads", "rlhf.py", "((objective * mask).sum(1) / mask.sum(1)).mean()",
+     "(objective * mask).mean(1).mean()", "test_rlhf.py"),
+    # ---- inference and measuring
+    ("best-of-n takes the worst", "chat.py", "scores.argmax(1)", "scores.argmin(1)", "test_chat_evaluate.py"),
+    ("control codes reach the terminal", "chat.py", "return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)",
+     "return text", "test_chat_evaluate.py"),
+    ("KL the wrong way round", "evaluate.py", "kl = (logp.exp() * (logp - logq))", "kl = (logq.exp() * (logq - logp))",
+     "test_chat_evaluate.py"),
+    ("ties lose", "evaluate.py", "wins = np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)", "wins = margin > 0",
+     "test_chat_evaluate.py"),
+    ("model text is not escaped in the page", "report.py",
+     "f\"<dd>{html.escape(text)}<small>", "f\"<dd>{text}<small>", "test_chat_evaluate.py"),
+    # ---- the world
+    ("held-out entities leak into training", "world.py", "return bool(HELDOUT_NAMES.search(text.lower()))",
+     "return False", "test_world.py"),
+    ("labels follow the worse answer", "world.py", "return 1 / (1 + math.exp(-difference / NOISE))",
+     "return 1 / (1 + math.exp(difference / NOISE))", "test_world.py"),
+    # ---- failures
+    ("old and new files make one checkpoint", "training.py",
+     "            (folder / \"config.json\").unlink(missing_ok=True)\n", "", "test_failures.py"),
+    ("a full disk takes the old state with it", "training.py", "            write(temporary)\n",
+     "            write(path)\n            shutil.copy(path, temporary)\n", "test_failures.py"),
+    ("a saved state may run code", "training.py", "weights_only=True", "weights_only=False", "test_failures.py"),
+    ("a loss that is no number is trained on", "training.py", "if not torch.isfinite(value):", "if False:",
+     "test_failures.py"),
+    ("a run shorter than its warm-up learns nothing", "training.py", "if decay > 0 else 1.0", "if decay else 1.0",
+     "test_training.py"),
+    ("a KL that explodes is not stopped", "rlhf.py", "if summary[\"kl\"] > config.max_kl:\n            bar.write(f\"ppo",
+     "if False:\n            bar.write(f\"ppo", "test_failures.py"),
+    ("NaN passes the check of flags", "training.py", "not low <= value <= high", "(value < low or value > high)",
+     "test_failures.py"),
+    ("PPO learns at another temperature than it samples", "rlhf.py",
+     "logp = response_logprobs(policy, i, m, config.temperature)\n                values",
+     "logp = response_logprobs(policy, i, m)\n                values", "test_rlhf.py"),
+    ("GRPO learns at another temperature than it samples", "rlhf.py",
+     "logp = response_logprobs(policy, i, m, config.temperature)\n                loss",
+     "logp = response_logprobs(policy, i, m)\n                loss", "test_rlhf.py"),
+    ("DPO reads the reference of other pairs", "rlhf.py", "*reference[:, batch], config.beta",
+     "*reference[:, :len(batch)], config.beta", "test_rlhf.py test_proofs.py"),
+    ("every epoch has the same order", "sft.py", "manual_seed(config.seed * 1_000_003 + epoch)",
+     "manual_seed(config.seed * 1_000_003)", "test_training.py test_pipeline.py"),
+    ("a resumed run begins its epoch anew", "sft.py", "batches(epoch)[step % per_epoch:]", "batches(epoch)",
+     "test_failures.py"),
+    # ---- the study
+    ("groups of best-of-n from the wrong samples", "study.py", "groups = scores.reshape(len(tasks), -1, n)",
+     "groups = -scores.reshape(len(tasks), -1, n)", "test_study.py"),
+    ("a changed run is not made anew", "study.py", "        if (folder / \"done\").exists() and known == command:",
+     "        if (folder / \"done\").exists():", "test_study.py"),
+)
+
+
+def planted(copy, mutant):
+    """The name of the test that fails with this mistake in the copy, None if all pass."""
+    what, name, old, new, tests = mutant
+    path = copy / name
+    text = path.read_text(encoding="utf-8")
+    if text.count(old) != 1 or old == new:
+        sys.exit(f"mutant ({what}): {text.count(old)} places in {name}, expected one")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                          *(f"tests/{test}" for test in tests.split())], cwd=copy, text=True, capture_output=True,
+                         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"})
+    path.write_text(text, encoding="utf-8")
+    failed = [line.split("::")[1].split(" - ")[0] for line in ran.stdout.splitlines()
+              if line.startswith(("FAILED", "ERROR")) and "::" in line]
+    return (failed or ["collection"])[0] if ran.returncode else None
+
+
+def main():
+    chosen = [int(text) for text in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
+    rows, workers = {}, os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        copies = queue.SimpleQueue()
+        for n in range(workers):
+            copies.put(shutil.copytree(HERE, Path(folder) / f"copy{n}", ignore=shutil.ignore_patterns(
+                ".*", "out", "notebooks", "__pycache__")))
+
+        def find(number):
+            copy = copies.get()
+            found = planted(copy, MUTANTS[number - 1])
+            copies.put(copy)
+            return number, found
+        for number, found in pool.map(find, chosen):
+            what, name, *_ = MUTANTS[number - 1]
+            rows[number] = (number, what, f"`{name}`", f"`{found}`" if found else "**nothing**")
+            print("| " + " | ".join(map(str, rows[number])) + " |", flush=True)
+    lived = sum(row[-1] == "**nothing**" for row in rows.values())
+    print(f"\n{len(rows)} planted, {len(rows) - lived} found")
+    if not lived and len(rows) == len(MUTANTS):
+        write_sections({"mutants": rows})
+    sys.exit(bool(lived))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,577 @@
+"""What goes wrong must go wrong cleanly: killed runs go on, bad input gets one line, nothing half-made is read.
+
+    pytest tests/test_failures.py --slow      # with the kills and the scripts as processes, some minutes
+"""
+
+import contextlib
+import gzip
+import json
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import chat
+import data
+import evaluate
+import pretrain
+import reward
+import rlhf
+import sft
+import training
+from model import GPT, GPTConfig, ScalarModel
+from tokenizer import Tokenizer, train_bpe
+from training import InputError, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = "--layers 1 --width 16 --heads 2 --kv-heads 2 --ffn-width 32 --vocab-size 300 --context-length 32".split()
+
+
+def rows_of(kind, n=60):
+    """Rows that a file of this kind may hold."""
+    return [{"texts": {"text": f"Line {i} tells of {i * i} birds."},
+             "conversations": {"messages": [{"role": "user", "content": f"Say {i}."},
+                                            {"role": "assistant", "content": f"It is {i}."}]},
+             "alpaca": {"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."},
+             "preferences": {"prompt": f"Say {i}.", "chosen": f"Gladly: {i}.", "rejected": f"No. {i}"},
+             "hh": {"chosen": f"\n\nHuman: Say {i}.\n\nAssistant: Gladly: {i}.",
+                    "rejected": f"\n\nHuman: Say {i}.\n\nAssistant: No."}}[kind] for i in range(n)]
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def model_of(tokenizer, **changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(tokenizer.vocab_size, **{**dict(context_length=64, layers=1, heads=2, kv_heads=2,
+                                                         width=16, ffn_width=32), **changes}))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with checkpoints sft and reward (untrained), and a file of each kind."""
+    folder = tmp_path_factory.mktemp("files")
+    for kind in ("texts", "conversations", "preferences"):
+        (folder / f"{kind}.jsonl").write_text(lines(rows_of(kind)))
+    (folder / "text.txt").write_text("<|endoftext|>".join(row["text"] for row in rows_of("texts", 300)))
+    (folder / "score.py").write_text("def length(prompt, response):\n    return len(response) / 9\n"
+                                     "def fails(prompt, response):\n    return {}[response]\n"
+                                     "def nan(prompt, response):\n    return float('nan')\n")
+    tokenizer = train_bpe([row["text"] for row in rows_of("texts")], 300)
+    save_checkpoint(folder / "sft", model_of(tokenizer), tokenizer)
+    save_checkpoint(folder / "reward", ScalarModel(model_of(tokenizer)), tokenizer, reward_shift=0.0,
+                    reward_scale=1.0)
+    return folder
+
+
+def command(files, stage, out, *more):
+    """Words of a short run of a stage."""
+    said = {"pretrain": ["pretrain.py", "--data", files / "text.txt", *SHAPE, "--steps", 400, "--dtype", "float32"],
+            "sft": ["sft.py", "--init", files / "sft", "--data", files / "conversations.jsonl", "--epochs", 50,
+                    "--batch-size", 8, "--dtype", "float32"],
+            "reward": ["reward.py", "--init", files / "sft", "--data", files / "preferences.jsonl", "--epochs", 50,
+                       "--batch-size", 8, "--dtype", "float32"],
+            "dpo": ["rlhf.py", "dpo", "--init", files / "sft", "--data", files / "preferences.jsonl", "--epochs",
+                    50, "--batch-size", 8],
+            "ppo": ["rlhf.py", "ppo", "--init", files / "sft", "--reward", f"{files}/score.py:length", "--data",
+                    files / "conversations.jsonl", "--iterations", 40, "--episodes", 16, "--max-new-tokens", 12],
+            "grpo": ["rlhf.py", "grpo", "--init", files / "sft", "--reward", f"{files}/score.py:length", "--data",
+                     files / "conversations.jsonl", "--iterations", 40, "--episodes", 16, "--max-new-tokens", 12],
+            }[stage]
+    return [str(word) for word in (*said, "--out", out, "--device", "cpu", "--save-every", 3, *more)]
+
+
+MAINS = {"pretrain.py": pretrain.main, "sft.py": sft.main, "reward.py": reward.main, "rlhf.py": rlhf.main,
+         "chat.py": chat.main}
+
+
+def call(monkeypatch, words):
+    """A script in this process."""
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    MAINS[Path(words[0]).name]()
+
+
+def process(words, **options):
+    return subprocess.run([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], capture_output=True,
+                          text=True, cwd=ROOT, **options)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- interrupt anything, lose nothing ------------------------------------------------------------
+
+def stage_ends(out):
+    """What two runs must have in common: all that was logged, and the weights."""
+    rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics(out)]
+    return rows, (out / "model.safetensors").read_bytes()
+
+
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "dpo": rlhf, "ppo": rlhf, "grpo": rlhf}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stopped_run_goes_on_to_the_same_end(stage, files, tmp_path, monkeypatch):
+    """Stopped at its second save, in the middle of an epoch: bit for bit what an undisturbed run gives."""
+    short = ({"pretrain": ["--steps", 20], "ppo": ["--iterations", 8], "grpo": ["--iterations", 8]}
+             .get(stage, ["--epochs", 3]))
+    call(monkeypatch, command(files, stage, tmp_path / "whole", *short))
+    save, saves = training.save_state, []
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        saves.append(args)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(STAGES[stage], "save_state", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, command(files, stage, tmp_path / "cut", *short))
+    monkeypatch.setattr(STAGES[stage], "save_state", save)
+    call(monkeypatch, command(files, stage, tmp_path / "cut", *short, "--resume"))
+    assert stage_ends(tmp_path / "cut") == stage_ends(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, kills", [("sft", 10), ("ppo", 10), ("pretrain", 2), ("reward", 2), ("dpo", 2),
+                                          ("grpo", 2)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(stage, kills, files, tmp_path, noted):
+    rng, killed, in_a_save, redone = random.Random(stage), 0, 0, 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert process(command(files, stage, whole)).returncode == 0
+    words = [sys.executable, "-u", *command(files, stage, cut, "--save-every", 1, "--resume")]
+    while killed < kills:
+        child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        while not (line := child.stdout.readline()).startswith(f"{stage}:"):
+            assert line, "it ended before its loop began"
+        time.sleep(rng.uniform(0, 0.8))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert child.returncode == -signal.SIGKILL, "it ended before it could be killed often enough"
+        killed += 1
+        in_a_save += any(cut.glob(".*.tmp")) or (cut / ".part").exists()
+        if (cut / training.STATE).exists():  # whole, whenever it was
+            position = torch.load(cut / training.STATE, weights_only=True)["position"]
+            logged = max([row["step"] for row in metrics(cut)], default=0)
+            redone = max(redone, logged - position)
+        with pytest.raises(InputError):  # and no model yet that looks finished
+            load_checkpoint(cut)
+    assert process(words[2:]).returncode == 0
+    assert redone <= 1
+    assert stage_ends(cut) == stage_ends(whole)
+    assert not any(cut.glob(".*"))  # nothing half-made is left
+    noted("kills", stage, killed, in_a_save, redone, "weights and metrics bit for bit")
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
+    words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--iterations" if stage == "ppo"
+                                            else "--epochs", 10**5, "--save-every", 10**6)]
+    child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not child.stdout.readline().startswith(f"{stage}:"):
+        pass
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("stopped and saved") and last.endswith("--resume") and stage in last
+    assert torch.load(tmp_path / "out" / training.STATE, weights_only=True)["position"] > 0
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "state"])
+def test_a_full_disk_leaves_the_old_save_whole(what, files, tmp_path):
+    """The disk is full after 20 kB: a limit on the size of files, which fails in the same call."""
+    model, tokenizer, _ = load_checkpoint(files / "sft")
+    config = sft.Config(out=str(tmp_path))
+    generator = torch.Generator()
+
+    def save(position):
+        if what == "checkpoint":
+            save_checkpoint(tmp_path, model, tokenizer, position=position)
+        else:
+            training.save_state(config, "sft", position, 0.0, generator, {"model": model})
+
+    def read():
+        if what == "checkpoint":
+            return load_checkpoint(tmp_path)[2]["position"]
+        return training.start_run(sft.Config(out=str(tmp_path), resume=True), "sft")["position"]
+    save(1)
+    (tmp_path / "metrics.jsonl").write_text("")
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, kept[1]))
+    try:
+        with pytest.raises(InputError, match="could not be written"):
+            save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert read() == 1
+    save(3)
+    assert read() == 3 and not list(tmp_path.glob(".*"))
+
+
+def test_a_save_that_was_cut_off_is_no_checkpoint(files, tmp_path, monkeypatch):
+    """Whatever rename the kill falls on, old and new files are never read as one checkpoint."""
+    model, tokenizer, _ = load_checkpoint(files / "sft")
+    moves = []
+    monkeypatch.setattr(training.os, "replace", lambda *paths: moves.append(paths))
+    save_checkpoint(tmp_path / "count", model, tokenizer)
+    monkeypatch.undo()
+    read = set()
+    for cut in range(len(moves)):
+        folder, left = tmp_path / f"cut{cut}", cut
+        save_checkpoint(folder, model, tokenizer, position=1)
+        replace = training.os.replace
+
+        def dying(source, target):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            replace(source, target)
+        monkeypatch.setattr(training.os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(folder, model, tokenizer, position=2)
+        monkeypatch.undo()
+        with pytest.raises(InputError, match="config.json: missing"):
+            load_checkpoint(folder)
+        read.add(cut)
+    assert len(read) == 5
+
+
+def test_the_same_seed_gives_the_same_weights(files, tmp_path, monkeypatch):
+    ends = []
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        call(monkeypatch, command(files, "sft", tmp_path / out, "--epochs", 2, "--seed", seed))
+        ends.append((tmp_path / out / "model.safetensors").read_bytes())
+    assert ends[0] == ends[1] != ends[2]
+
+
+# ---- no code from data ---------------------------------------------------------------------------
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", [training.STATE, "model.safetensors", "pytorch_model.bin", "config.json",
+                                  "tokenizer.json"])
+def test_a_pickle_in_a_checkpoint_is_not_run(name, files, tmp_path, monkeypatch):
+    folder, fired = tmp_path / "out", tmp_path / "fired"
+    model, tokenizer, _ = load_checkpoint(files / "sft")
+    save_checkpoint(folder, model, tokenizer)
+    (folder / name).write_bytes(pickle.dumps({"stage": "sft", "bomb": Bomb(fired)}))
+    pickle.loads((folder / name).read_bytes())  # it is armed
+    assert fired.exists()
+    fired.unlink()
+    with contextlib.suppress(InputError):
+        load_checkpoint(folder)
+    with contextlib.suppress(InputError):
+        call(monkeypatch, command(files, "sft", folder, "--resume", "--epochs", 1))
+    torch.save({"bomb": Bomb(fired)}, folder / name)
+    with contextlib.suppress(InputError):
+        load_checkpoint(folder)
+    with contextlib.suppress(InputError):
+        training.start_run(sft.Config(out=str(folder), resume=True), "sft")
+    assert not fired.exists()
+
+
+# ---- numbers gone wrong --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_no_number_stops_before_the_update(stage, files, tmp_path, monkeypatch):
+    """From the third step on; what was saved before is whole, and no checkpoint is written."""
+    module, calls = STAGES[stage], []
+    rate = module.learning_rate
+
+    def poisoned(*args):
+        calls.append(args)
+        return rate(*args) if len(calls) < 3 else float("nan")
+    monkeypatch.setattr(module, "learning_rate", poisoned)  # the third update makes every weight a NaN
+    monkeypatch.setattr(rlhf, "check_recorded", lambda *args: None)  # which would see it first
+    with pytest.raises(InputError, match=r"step [23]: the loss is nan; stopped before the update.* Last save: "):
+        call(monkeypatch, command(files, stage, tmp_path / "out", "--save-every", 1))
+    assert not (tmp_path / "out" / "done").exists() and not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_too():
+    config = sft.Config(out="x")
+    training.check_finite(1, config, loss=torch.tensor(1.0), gradient=torch.tensor(2.0))
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(InputError, match=f"step 7: the gradient is {value}"):
+            training.check_finite(7, config, loss=torch.tensor(1.0), gradient=torch.tensor(float(value)))
+
+
+def test_equal_rewards_teach_nothing_and_break_nothing(files, tmp_path, monkeypatch):
+    """Zero variance: GRPO's advantages are exactly 0 and the policy stays; PPO's are finite."""
+    (tmp_path / "flat.py").write_text("def flat(prompt, response):\n    return 0.1\n")
+    for stage in ("grpo", "ppo"):
+        call(monkeypatch, command(files, stage, tmp_path / stage, "--reward", f"{tmp_path}/flat.py:flat",
+                                  "--iterations", 2, "--no-eos-score", "nan"))
+    rows = [row for row in metrics(tmp_path / "grpo") if "silent_groups" in row]
+    assert all(row["silent_groups"] == 1 and row["kl"] == 0 for row in rows)
+    for row in metrics(tmp_path / "ppo"):
+        assert all(value == value for value in row.values() if isinstance(value, float))
+
+
+def test_kl_that_explodes_stops_the_run(files, tmp_path, monkeypatch, capsys):
+    for stage in ("ppo", "grpo"):
+        call(monkeypatch, command(files, stage, tmp_path / stage, "--lr", 0.05, "--beta", 0, "--max-kl", 0.5,
+                                  "--stop-kl", 99))
+        done = json.loads((tmp_path / stage / "done").read_text())
+        assert done["iterations"] < 40 and "> --max-kl; stopped" in capsys.readouterr().err
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+def bad_commands(files):
+    """(words, what the one line must say) of mistakes with flags, checkpoints and files."""
+    out = files / "never"
+    other = files / "other"
+    if not other.exists():
+        save_checkpoint(other, ScalarModel(model_of(train_bpe(["zz yy xx"], 262))), train_bpe(["zz yy xx"], 262))
+        (files / "no_config").mkdir()
+        for name, part in (("half", "model.safetensors"), ("no_tokens", "tokenizer.json")):
+            save_checkpoint(files / name, model_of(train_bpe(["a"], 260)), train_bpe(["a"], 260))
+            path = files / name / part
+            path.write_bytes(path.read_bytes()[:99])
+        save_checkpoint(files / "wide", model_of(train_bpe(["a"], 260), width=32), train_bpe(["a"], 260))
+        (files / "wide" / "config.json").write_text((files / "sft" / "config.json").read_text())
+        for name, content in {
+                "empty.jsonl": b"", "binary.jsonl": bytes(range(256)) * 9, "latin.txt": "gar\xe7on".encode("latin-1"),
+                "cut.json": b'[{"messages": [', "list.jsonl": b"[1, 2]\n", "bare.jsonl": b'{"question": "?"}\n',
+                "types.jsonl": b'{"messages": 5}\n', "torn.jsonl.gz": gzip.compress(b"{}" * 999)[:30],
+                "false.jsonl.gz": b"not gzip", "nothing.jsonl": lines(
+                    [{"messages": [{"role": "user", "content": "hi"}]}] * 9).encode(), "x.csv": b"a,b\n",
+                "all_p.jsonl": lines([row | {"p": 0.9} for row in rows_of("preferences")]).encode(),
+                "p.jsonl": b'{"prompt": "a", "chosen": "b", "rejected": "c", "p": 2}\n'}.items():
+            (files / name).write_bytes(content)
+    say = lambda *words: command(files, *words)  # noqa: E731
+    yield say("sft", out, "--data", files / "none.jsonl"), "none.jsonl: found no readable file"
+    yield say("sft", out, "--data", files), "expected a data file"
+    yield say("sft", out, "--data", files / "empty.jsonl"), "found an empty file"
+    yield say("sft", out, "--data", files / "binary.jsonl"), "expected UTF-8 text"
+    yield say("pretrain", out, "--data", files / "latin.txt"), "line 1: found byte 0xe7"
+    yield say("sft", out, "--data", files / "cut.json"), "line 1, column 16: found bad JSON"
+    yield say("sft", out, "--data", files / "list.jsonl"), "expected an object"
+    yield say("sft", out, "--data", files / "bare.jsonl"), 'found the keys ["question"]'
+    yield say("sft", out, "--data", files / "types.jsonl"), "expected a list of messages"
+    yield say("sft", out, "--data", files / "torn.jsonl.gz"), "corrupt or truncated gzip"
+    yield say("sft", out, "--data", files / "false.jsonl.gz"), "corrupt or truncated gzip"
+    yield say("sft", out, "--data", files / "nothing.jsonl"), "expected at least half of them to be usable"
+    yield say("sft", out, "--data", files / "x.csv"), "found the ending '.csv'"
+    yield say("sft", out, "--data", files / "preferences.jsonl"), "this is a row of preferences"
+    yield say("reward", out, "--data", files / "conversations.jsonl"), "expected \"chosen\" and \"rejected\""
+    yield say("dpo", out, "--data", files / "p.jsonl"), "expected a probability"
+    yield say("reward", out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
+    yield say("sft", out, "--holdout", 60), "expected some rows left"
+    yield say("sft", out, "--holdout", 0), "expected a fraction or a count above 0"
+    yield say("sft", out, "--holdout", -1), "expected a fraction or a count above 0"
+    yield say("sft", out, "--init", files / "nowhere"), "nowhere: no such folder"
+    yield say("sft", out, "--init", files / "no_config"), "config.json: missing"
+    yield say("sft", out, "--init", files / "half"), "half: not a checkpoint that can be read"
+    yield say("sft", out, "--init", files / "no_tokens"), "no_tokens: not a checkpoint that can be read"
+    yield say("sft", out, "--init", files / "wide"), "wide: not a checkpoint that can be read"
+    yield say("sft", out, "--init", files / "reward"), "reward: a reward model; expected a language model"
+    yield say("reward", out, "--init", files / "reward"), "expected a language model"
+    yield say("ppo", out, "--reward", files / "sft"), "sft: a language model; expected a reward model"
+    yield say("ppo", out, "--reward", files / "other"), "reads other tokens than --init"
+    yield say("ppo", out, "--reward", f"{files}/score.py:fails"), "KeyError"
+    yield say("ppo", out, "--reward", f"{files}/score.py:nan"), "returned nan, expected a finite number"
+    yield say("ppo", out, "--reward", f"{files}/score.py:none"), "could not be loaded (AttributeError"
+    yield say("ppo", out, "--max-new-tokens", 60), "most prompts are longer than 4 tokens"
+    yield say("ppo", out, "--temperature", 0), "--temperature 0.0: expected"
+    yield say("ppo", out, "--minibatches", 17), "--minibatches 17: expected"
+    yield say("ppo", out, "--lam", 2), "--lam 2.0: expected"
+    yield say("grpo", out, "--group", 1), "--group 1: expected"
+    yield say("dpo", out, "--label-smoothing", 0.7), "--label-smoothing 0.7: expected"
+    yield say("dpo", out, "--beta", "nan"), "--beta nan: expected"
+    yield say("sft", out, "--lr", -1), "--lr -1.0: expected"
+    yield say("sft", out, "--lr", "nan"), "--lr nan: expected"
+    yield say("sft", out, "--epochs", 0), "--epochs 0: expected"
+    yield say("sft", out, "--batch-size", 0), "--batch-size 0: expected"
+    yield say("pretrain", out, "--steps", 0), "--steps 0: expected"
+    yield say("pretrain", out, "--vocab-size", 5), "--vocab-size 5: expected"
+    yield say("pretrain", out, "--heads", 3), "heads"
+    yield say("pretrain", out, "--context-length", 10**5), "expected more than the context"
+    yield say("pretrain", out, "--save-every", 0), "--save-every 0: expected"
+    yield say("sft", out, "--save-every", 0), "--save-every 0: expected"
+    yield say("ppo", out, "--save-every", 0), "--save-every 0: expected"
+    yield say("sft", out, "--clip", 0), "--clip 0.0: expected"
+    yield say("sft", out, "--seed", -1), "--seed -1: expected"
+    if not torch.cuda.is_available():
+        yield say("sft", out, "--device", "cuda"), "--device cuda: not available here"
+    yield say("sft", files / "score.py" / "out"), "cannot be made"
+    yield ["rlhf.py", "pop"], "expected one of dpo, ppo, grpo"
+    yield ["chat.py", files / "sft", "--prompt", "word " * 99], "found a prompt of"
+    yield ["chat.py", files / "reward", "--prompt", "hi"], "a reward model does not talk"
+    yield ["chat.py", files / "sft", "--prompt", "hi", "--temperature", -1], "--temperature -1.0: expected"
+    yield ["chat.py", files / "sft", "--prompt", "hi", "--best-of", 4], "--reward"
+
+
+def test_every_mistake_gets_one_line(files, monkeypatch):
+    heard = 0
+    for words, message in bad_commands(files):
+        with pytest.raises((InputError, SystemExit)) as caught:
+            call(monkeypatch, words)
+        told = str(caught.value)
+        assert message in told and "\n" not in told, (words, told)
+        heard += 1
+        out = files / "never"  # nothing that looks like a result
+        assert not (out / "done").exists() and not (out / "config.json").exists()
+    assert heard >= 50
+
+
+@pytest.mark.slow
+def test_every_mistake_as_a_process(files, noted):
+    """Status 2, the line on stderr alone, no traceback."""
+    count = 0
+    for words, message in bad_commands(files):
+        ran = process([str(word) for word in words])
+        last = ran.stderr.strip().splitlines()[-1]
+        assert ran.returncode == 2 and message in last and last.startswith("error: "), (words, ran.stderr)
+        assert "Traceback" not in ran.stderr
+        count += 1
+    noted("fuzz", "scripts as processes", f"{count} mistakes", "status 2 and one line each")
+
+
+# ---- fuzz ----------------------------------------------------------------------------------------
+
+LOADERS = (data.load_texts, data.load_conversations, data.load_preferences, data.load_prompts)
+ODD = (None, True, -1, 1e999, "", " ", "\ud800", "\0", "<|im_end|>", "\u2028", [], {}, [[]], [{}], {"role": 3},
+       [{"role": "user", "content": None}], [{"role": "tool", "content": "x"}], "x" * 5000, float("nan"))
+
+
+def spoil_value(value, rng):
+    """A copy with something in it replaced, dropped, doubled or renamed."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        places = list(value) if isinstance(value, dict) else range(len(value))
+        place, copy = rng.choice(list(places)), json.loads(json.dumps(value))
+        what = rng.random()
+        if what < 0.2:
+            del copy[place]
+        elif what < 0.3 and isinstance(copy, dict):
+            copy[rng.choice(["text", "prompt", "chosen", "messages", "input", "p"])] = copy.pop(place)
+        elif what < 0.35 and isinstance(copy, list):
+            copy.append(copy[place])
+        else:
+            copy[place] = spoil_value(copy[place], rng)
+        return copy
+    return rng.choice(ODD)
+
+
+def spoil_bytes(content, rng):
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at, what = rng.randrange(len(content) + 1), rng.random()
+        if what < 0.3 and at < len(content):
+            content[at] = rng.randrange(256)
+        elif what < 0.5:
+            content[at:at] = rng.randbytes(rng.randint(1, 9))
+        elif what < 0.7:
+            del content[at:]
+        elif what < 0.85:
+            del content[at:at + rng.randint(1, 30)]
+        else:
+            content[at:at] = rng.choice([b"\xff\xfe", b"\xef\xbb\xbf", b"\0", b"\r\n", b"\n\n", b'"', b"{", b"]"])
+        if not content:
+            break
+    return bytes(content)
+
+
+def fuzzed_file(rng):
+    """-> (file name, bytes): a file of some kind with something wrong, mostly."""
+    rows = rows_of(rng.choice(["texts", "conversations", "alpaca", "preferences", "hh"]), rng.randint(1, 6))
+    if rng.random() < 0.7:
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(rows))
+            rows[place] = spoil_value(rows[place], rng)
+    as_list = rng.random() < 0.4
+    text = json.dumps(rows, indent=rng.choice([None, 1])) if as_list else "".join(json.dumps(r) + "\n" for r in rows)
+    name, content = ("f.json" if as_list else "f.jsonl"), text.encode("utf-8", "surrogatepass")
+    if rng.random() < 0.5:
+        content = spoil_bytes(content, rng)
+    if rng.random() < 0.2:
+        content = gzip.compress(content)
+        name += ".gz"
+        if rng.random() < 0.6:
+            content = spoil_bytes(content, rng)
+    return (rng.choice([name, "f.txt", "f.csv", "f", "f.jsonl.gz"]) if rng.random() < 0.1 else name), content
+
+
+def test_fuzzed_files_are_read_or_refused(tmp_path, noted):
+    """2,500 files, each through every loader: rows, or one line that names the file. Rows that are
+    read can be encoded, and no special token comes of a text."""
+    rng, refused, read = random.Random(1), 0, 0
+    tokenizer = train_bpe(["the cat sat on the mat\n"], 300)
+    specials = set(tokenizer.specials.values())
+    for _ in range(2500):
+        name, content = fuzzed_file(rng)
+        path = tmp_path / name
+        path.write_bytes(content)
+        for load in LOADERS:
+            try:
+                rows = load([path])
+            except InputError as error:
+                assert str(path) in str(error) and "\n" not in str(error), (content, error)
+                refused += 1
+                continue
+            read += 1
+            if load is data.load_texts:
+                assert not specials & {token for text in rows for token in tokenizer.encode(text)}
+            elif load is data.load_preferences and rows:
+                with contextlib.suppress(InputError):  # too long, say
+                    for pair in data.encode_pairs(rows, tokenizer, 200):
+                        assert not specials & set(pair.chosen[:-1])
+        path.unlink()
+    assert refused > 5000 and read > 500
+    noted("fuzz", "data files, each through four loaders", "2,500 files", f"{refused:,} refused, {read:,} read")
+
+
+def test_fuzzed_checkpoints_are_read_or_refused(files, tmp_path, noted):
+    rng, refused, read = random.Random(2), 0, 0
+    whole = {path.name: path.read_bytes() for path in (files / "sft").iterdir()}
+    for _ in range(500):
+        name = rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+        for other, content in whole.items():
+            (tmp_path / other).write_bytes(content)
+        if name.endswith(".json") and rng.random() < 0.7:
+            content = json.dumps(spoil_value(json.loads(whole[name]), rng)).encode("utf-8", "surrogatepass")
+        else:
+            content = spoil_bytes(whole[name], rng)
+        (tmp_path / name).write_bytes(content)
+        try:
+            model, tokenizer, _ = load_checkpoint(tmp_path)
+            model(torch.tensor([tokenizer.encode("Line 3 tells")]))
+            read += 1
+        except InputError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error), (content[:200], error)
+            refused += 1
+    assert refused > 200 and read > 20
+    noted("fuzz", "checkpoint folders with one spoiled file", "500 folders", f"{refused} refused, {read} read")
+
+
+def test_fuzzed_states_are_refused(files, tmp_path):
+    """A saved state with flipped or missing bytes: one line, or (a flip in a weight) it is read."""
+    model, _, _ = load_checkpoint(files / "sft")
+    config = sft.Config(out=str(tmp_path), resume=True)
+    training.save_state(config, "sft", 3, 0.0, torch.Generator(), {"model": model})
+    content, rng, refused = (tmp_path / training.STATE).read_bytes(), random.Random(3), 0
+    for _ in range(200):
+        (tmp_path / training.STATE).write_bytes(spoil_bytes(content, rng))
+        try:
+            training.start_run(config, "sft")
+        except InputError as error:
+            assert training.STATE in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 100
