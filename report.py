@@ -95,8 +95,10 @@ def cell(value, unit):
         around = f" ({100 * low:.0f}–{100 * high:.0f})" if low is not None else ""
         return f"{100 * mean:.0f} %{around}"
     places = 1 if abs(mean) >= 10 else 2
-    around = f" ({low:.{places}f}–{high:.{places}f})" if low is not None and low < high else ""
-    return f"{mean:.{places}f}{around}"
+    around = ""
+    if low is not None and low < high:
+        around = f" ({low:.{places}f}{'–' if low >= 0 else ' to '}{high:.{places}f})"
+    return f"{mean:.{places}f}{around}".replace("-", "−")
 
 
 def main_rows(report):
@@ -224,6 +226,7 @@ def core_of(report):
     if not report.get("ablations"):
         return report
     return {**report, "checkpoints": core(report["checkpoints"]),
+            "runs": {name: path for name, path in report["runs"].items() if name in (*CORE, "reward")},
             "transcripts": [{**t, "answers": core(t["answers"])} for t in report["transcripts"]]}
 
 
@@ -289,6 +292,8 @@ def study_sections(report, study):
     hacked = curves["runs"]["ppo_hacked"]
     first, last = hacked[0], hacked[-1]
     peak = max(hacked, key=lambda point: point["gold"][0])
+    best = (f", was best at iteration {peak['step']} with {peak['gold'][0]:.2f}"
+            if peak is not first else "")
     opening, times = curves["hacked_opening"]
     sections = [
         ("Which stage buys what",
@@ -313,10 +318,9 @@ def study_sections(report, study):
         ("Over-optimisation: the reward rises, the answers get worse",
          [f"PPO with β = 0 against a reward model of few pairs. Its own reward went from "
           f"{first['proxy'][0]:.2f} to {last['proxy'][0]:.2f}; the gold score began at "
-          f"{first['gold'][0]:.2f}, was best at iteration {peak['step']} with {peak['gold'][0]:.2f}, and "
-          f"ended at {last['gold'][0]:.2f}. Nothing held the policy near the answers on which the reward "
-          f"model was trained, so it went where the reward model is wrong: of {curves['prompts']} answers "
-          f"{times} begin with “{visible(opening)}”."],
+          f"{first['gold'][0]:.2f}{best} and ended at {last['gold'][0]:.2f}. Nothing held the policy near "
+          f"the answers on which the reward model was trained, so it went where the reward model is wrong: "
+          f"of {curves['prompts']} answers {times} begin with “{visible(opening)}”."],
          [(["prompt", "SFT", "gold, reward", "hacked", "gold, reward"],
            [[visible(t["prompt"]), visible(t["sft"]), f"{t['sft_gold']:.2f}, {t['sft_proxy']:+.1f}",
              visible(t["hacked"]), f"{t['hacked_gold']:.2f}, {t['hacked_proxy']:+.1f}"]
@@ -330,8 +334,7 @@ def study_sections(report, study):
            [[name, cell(value, NUMBER)] for name, value in judge["likes"].items()])],
          [("calibration", "predicted chance that the first is preferred", [
              ("perfect", [0, 1], [0, 1], {"color": INK, "alpha": 0.4}),
-             ("reward model", *zip(*((c["predicted"], c["observed"][0]) for c in judge["calibration"])),
-              {"marker": "o"})]),
+             banded([(c["predicted"], c["observed"]) for c in judge["calibration"]])]),
           ("right, by how far the two answers are apart", "difference of gold scores", [
               banded([(sum(g["gap"]) / 2, g["right"]) for g in judge["by_gap"] if g["right"]])]),
           ("right, by number of training pairs", "pairs", [
@@ -429,20 +432,19 @@ def pictures(report, folder):
     """-> [(heading, SVG)] of what the stages logged and of reward against KL."""
     runs = {name: read_metrics(os.path.normpath(Path(folder) / path))  # the folder may not exist yet
             for name, path in report["runs"].items()}
-    losses, ppo = [], []
+    losses, scores, kls = [], [], []
     for name, rows in runs.items():
-        steps, values = curve(rows, "score")
-        if steps:
-            ppo += [(f"{name}: mean score by the reward model", "iteration",
-                     [("score", steps, values, {})]),
-                    (f"{name}: KL from SFT, nats per response", "iteration",
-                     [("KL", *curve(rows, "kl"), {"color": COLOURS[1]})])]
+        if curve(rows, "score")[0]:
+            scores.append((name, *curve(rows, "score"), {}))
+            kls.append((name, *curve(rows, "kl"), {}))
         elif curve(rows, "loss")[0]:
             steps, values = curve(rows, "loss")
             curves = [("training (moving average)", steps, smooth(values), {})]
             if curve(rows, "heldout_loss")[0]:
                 curves.append(("held out", *curve(rows, "heldout_loss"), {"marker": "o"}))
             losses.append((f"{name}: loss", "step", curves))
+    rollouts = scores and [("mean score of the episodes", "iteration", scores),
+                           ("KL from SFT, nats per response", "iteration", kls)]
     against = []
     for title, path in (("gold score", ("gold", "total")), ("reward model’s score", ("proxy",))):
         points = [(name, [measures["kl_from_sft"][0]], [dig(measures, path)[0]],
@@ -452,7 +454,7 @@ def pictures(report, folder):
         if len(points) > 1:
             against.append((f"{title} against KL", "KL from SFT, nats per response", points))
     named = (("How far from SFT, and what it brought", against), ("Training losses", losses),
-             ("PPO as it went", ppo))
+             ("Rollouts as they went", rollouts))
     return [(heading, draw(panels)) for heading, panels in named if panels]
 
 
@@ -473,13 +475,13 @@ h1 { font-size: 1.7rem; margin: 0 0 1rem; } h2 { font-size: 1.2rem; margin: 2.5r
 .cards p { background: var(--shade); border-radius: .5rem; padding: .7rem .9rem; margin: 0; font-size: .85rem;
            color: var(--soft); }
 .cards strong { display: block; font-size: 1.3rem; color: var(--ink); }
-.words td { white-space: normal; min-width: 9rem; vertical-align: top; }
+.words td { white-space: normal; min-width: 9rem; } .words small { display: inline; }
 summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid var(--line); }
-thead th { vertical-align: bottom; font-weight: 600; color: var(--soft); min-width: 5.2rem; }
-td { white-space: nowrap; } td small { color: var(--soft); }
-tbody th { position: sticky; left: 0; background: var(--paper); white-space: nowrap; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .45rem; text-align: left; vertical-align: top; line-height: 1.3; border-bottom: 1px solid var(--line); }
+thead th { vertical-align: bottom; font-weight: 600; color: var(--soft); min-width: 4.6rem; }
+td { white-space: nowrap; } td small { color: var(--soft); display: block; }
+tbody th { position: sticky; left: 0; background: var(--paper); max-width: 15rem; min-width: 4rem; }
 article { background: var(--shade); border-radius: .5rem; padding: .8rem 1rem; margin: .8rem 0;
           break-inside: avoid; }
 article h3 { font-size: 1rem; margin: 0 0 .4rem; } article h3 small, dd small, dl, ul {

@@ -91,7 +91,7 @@ def training_runs(config):
         found[f"reward_{n}"] = f"reward.py --init {sft} --data {config.out}/pairs_{n}.jsonl"
     weak = f"{config.out}/reward_{SUBSETS[0]}"
     found["ppo_hacked"] = (f"rlhf.py ppo --init {sft} --reward {weak} --data world --beta 0 "
-                           f"--iterations {times(84)} --lr 1e-3 --max-kl 1e9 --keep-every {times(12)}")
+                           f"--iterations {times(84)} --lr 5e-4 --max-kl 1e9 --keep-every {times(6)}")
     return {name: f"{command} --device {config.device}"
                   + ("" if "--seed" in command else f" --seed {config.seed}")
             for name, command in found.items()}

@@ -494,4 +494,5 @@ def test_cells():
     assert report.cell([0.5, 0.48, 0.52], report.NUMBER) == "0.50 (0.48–0.52)"
     assert report.cell([12.34, 11.0, 13.0], report.NUMBER) == "12.3 (11.0–13.0)"
     assert report.cell(1.5, report.NUMBER) == "1.50"
+    assert report.cell([-0.5, -0.62, 0.1], report.NUMBER) == "−0.50 (−0.62 to 0.10)"
     assert report.cell(None, report.PERCENT) == "–"
