@@ -255,7 +255,7 @@ def measure_curves(config, device):
                        for i in np.argsort(-rise)[:3] if np.isfinite(rise[i])]
     found["hacked_opening"] = Counter(" ".join(text.split()[:4]) for text in texts).most_common(1)[0]
 
-    # Best-of-n, every n from the same 64 samples: 64/n separate groups of n of each prompt.
+    # Best-of-n for every n from the same 64 samples.
     most = 64 if config.scale == 1 else 8
     order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].best))
     _, samples, scores = best_of_n(
@@ -267,14 +267,20 @@ def measure_curves(config, device):
     scores = scores.numpy()
     found["best_of_n"] = []
     for n in (2**i for i in range(int(math.log2(most)) + 1)):
-        groups = scores.reshape(len(tasks), -1, n)  # (P, most/n, n)
-        choice = groups.argmax(-1)[..., None]
-        chosen = np.take_along_axis(gold.reshape(groups.shape), choice, -1)[..., 0]  # (P, most/n)
+        chosen, best = best_of_groups(gold, scores, n)
         found["best_of_n"].append({
-            "n": n, "kl": math.log(n) - (n - 1) / n, "gold": bootstrap(chosen.mean(1)),
-            "proxy": bootstrap(groups.max(-1).mean(1)),
+            "n": n, "kl": math.log(n) - (n - 1) / n, "gold": bootstrap(chosen), "proxy": bootstrap(best),
             "distinct": bootstrap([len(set(drawn[:n])) for drawn in texts])})
     return found
+
+
+def best_of_groups(gold, scores, n):
+    """Best-of-n from the same samples for every n: of gold and scores, (P, samples) each, every
+    prompt's samples in groups of n -> mean gold of the groups' choices (P,), and their mean score."""
+    groups = scores.reshape(len(scores), -1, n)  # (P, samples/n, n)
+    choice = groups.argmax(-1)[..., None]
+    chosen = np.take_along_axis(gold.reshape(groups.shape), choice, -1)[..., 0]
+    return chosen.mean(1), groups.max(-1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------

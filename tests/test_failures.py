@@ -254,6 +254,21 @@ def test_the_same_seed_gives_the_same_weights(files, tmp_path, monkeypatch):
     assert ends[0] == ends[1] != ends[2]
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_every_epoch_has_an_order_of_its_own(stage, files, tmp_path, monkeypatch):
+    orders, batches = [], data.length_batches
+
+    def watch(lengths, size, generator=None):
+        found = batches(lengths, size, generator)
+        if generator is not None:
+            orders.append([i for batch in found for i in batch])
+        return found
+    monkeypatch.setattr(data, "length_batches", watch)
+    call(monkeypatch, command(files, stage, tmp_path / "out", "--epochs", 2))
+    count, first, second = orders  # the first call only counts the batches
+    assert count == first != second and sorted(first) == sorted(second) == list(range(len(first)))
+
+
 # ---- no code from data ---------------------------------------------------------------------------
 
 class Bomb:

@@ -367,6 +367,17 @@ def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
     load_policy(out)
 
 
+def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, tokenizer):
+    """At a rate of 0 the policy stays the reference: margin 0 on every batch, whatever its rows."""
+    save_checkpoint(tmp_path / "sft", tiny(tokenizer), tokenizer)
+    rows = [{"prompt": f"the mat {n}", "chosen": "cat " * (1 + n % 5), "rejected": f"dog {n}"} for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
+        tmp_path / "dpo", "--holdout", 20, "--batch-size", 4, "--lr", 0, "--device", "cpu")
+    for row in metrics(tmp_path / "dpo")[:-1]:
+        assert row["loss"] == pytest.approx(math.log(2), abs=1e-5) and row["margin"] == pytest.approx(0, abs=1e-5)
+
+
 def toy(stage, monkeypatch, tmp_path, tokenizer, out, *args):
     """The reward is the share of small letters in the response, as a plain Python function."""
     if not (tmp_path / "sft").exists():

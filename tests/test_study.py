@@ -72,6 +72,14 @@ def test_a_stopped_study_goes_on_and_a_changed_run_is_made_anew(tmp_path, monkey
     assert not (tmp_path / "report.json").exists() and not (tmp_path / "costs.json").exists()
 
 
+def test_best_of_groups_takes_the_best_of_each_group():
+    scores = np.array([[1.0, 3.0, 2.0, 0.0], [5.0, 6.0, 8.0, 7.0]])
+    gold = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]])
+    for n, chosen, best in ((1, [0.25, 0.65], [1.5, 6.5]), (2, [0.25, 0.65], [2.5, 7.0]), (4, [0.2, 0.7], [3.0, 8.0])):
+        found = study.best_of_groups(gold, scores, n)
+        assert np.allclose(found, (chosen, best))
+
+
 def test_correlation_is_symmetric_in_the_order_of_a_pair():
     rng = np.random.default_rng(1)
     x = rng.normal(size=500)
