@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -551,6 +552,24 @@ def test_fuzzed_files_are_read_or_refused(tmp_path, noted):
         path.unlink()
     assert refused > 5000 and read > 500
     noted("fuzz", "data files, each through four loaders", "2,500 files", f"{refused:,} refused, {read:,} read")
+
+
+@pytest.mark.slow
+def test_fuzzed_files_in_processes(files, tmp_path, noted):
+    """50 files, each given to a script: it trains, or says why not in one line and leaves no result."""
+    rng, ended = random.Random(4), Counter()
+    for number in range(50):
+        stage = ("sft", "reward", "dpo", "ppo", "pretrain")[number % 5]
+        name, content = fuzzed_file(rng)
+        (tmp_path / name).write_bytes(content)
+        out = tmp_path / f"out{number}"
+        few = {"ppo": ["--iterations", 1], "pretrain": ["--steps", 2]}.get(stage, ["--epochs", 1])
+        ran = process(command(files, stage, out, "--data", tmp_path / name, "--holdout", 1, *few))
+        assert "Traceback" not in ran.stderr and ran.returncode in (0, 2), (content, ran.stderr)
+        assert (out / "done").exists() == (ran.returncode == 0) == (out / "config.json").exists()
+        assert ran.returncode == 0 or ran.stderr.strip().splitlines()[-1].startswith("error: ")
+        ended[ran.returncode] += 1
+    noted("fuzz", "data files given to scripts as processes", "50 files", f"{ended[2]} refused, {ended[0]} trained on")
 
 
 def test_fuzzed_checkpoints_are_read_or_refused(files, tmp_path, noted):
