@@ -4,7 +4,8 @@
 
 Everything is a run of the scripts above with other flags, then measured on the same held-out
 prompts. `runs` below is the list. What is finished is not done again: an interrupted study goes on
-where it stopped, and a run whose command has changed is made anew, with all that was measured.
+where it stopped. A run is made anew where its command has changed or the main runs are younger, and
+then all is measured anew.
 
 1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO, GRPO,
    PPO with three seeds and without each of its parts, reward models from fewer pairs, and a PPO
@@ -100,6 +101,12 @@ def training_runs(config):
 SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 
 
+def fresh(config, path):
+    """Is it there, and younger than the runs it was made from?"""
+    made_from = (f"{config.runs}/{name}/done" for name in ("base", "sft", "reward"))
+    return path.exists() and path.stat().st_mtime > max(os.path.getmtime(stamp) for stamp in made_from)
+
+
 def train(config):
     """Run what is not done. A folder's `command` says what made it."""
     todo = training_runs(config)
@@ -107,10 +114,10 @@ def train(config):
         folder = Path(config.out) / name
         asked = folder / "command"
         known = asked.read_text(encoding="utf-8") if asked.exists() else ""
-        if (folder / "done").exists() and known == command:
+        if fresh(config, folder / "done") and known == command:
             continue
         print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
-        same = known == command  # then --resume, else afresh
+        same = known == command and fresh(config, asked)  # then --resume, else afresh
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
         call([*shlex.split(command), "--out", str(folder), *(["--resume"] if same else [])])
@@ -139,7 +146,7 @@ def write_subsets(config):
     heldout = [row for row in rows if "p" in row]
     for n in SUBSETS:
         path = Path(config.out) / f"pairs_{n}.jsonl"
-        if not path.exists():
+        if not fresh(config, path):
             write_rows(path, [row for row in rows if "p" not in row][:n] + heldout)
 
 
@@ -147,7 +154,7 @@ def write_rejection(config, device, n=8):
     """Rejection sampling: for prompts of training, the reward model's choice among n answers of
     SFT, to be imitated (Llama 2, arXiv 2307.09288, section 3.2.3)."""
     path = Path(config.out) / "rejection.jsonl"
-    if path.exists():
+    if fresh(config, path):
         return
     speaker, reward, shift = policy_and_reward(config, device)
     tasks = world.training_prompts(max(40, round(config.scale * 2000)), f"rejection {config.seed}")
@@ -291,7 +298,7 @@ def measure_reward_model(config, device):
     """Calibration, accuracy by gold gap and by number of training pairs, and what it wrongly likes,
     on 2,000 pairs of samples for held-out prompts that no reward model has seen."""
     path = Path(config.out) / "heldout_pairs.jsonl"
-    if not path.exists():
+    if not fresh(config, path):
         n = max(60, round(config.scale * 2000))
         call(["world.py", "pairs", "--init", f"{config.runs}/sft", "--out", str(path), "--pairs",
               str(n + 40), "--holdout", str(n), "--seed", str(config.seed + 1), "--device", config.device])

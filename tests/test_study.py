@@ -3,8 +3,10 @@ measures are right on models and pairs whose answers are known."""
 
 import json
 import math
+import os
 import shlex
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -40,7 +42,10 @@ def test_every_command_parses_and_no_two_are_the_same():
 
 
 def test_a_stopped_study_goes_on_and_a_changed_run_is_made_anew(tmp_path, monkeypatch):
-    config = study.Config(out=str(tmp_path))
+    runs, out = tmp_path / "runs", tmp_path / "study"
+    config = study.Config(runs=str(runs), out=str(out))
+    for name in ("base", "sft", "reward"):
+        finish(runs / name, name, 1.0)
     calls = []
 
     def call(command):
@@ -52,24 +57,31 @@ def test_a_stopped_study_goes_on_and_a_changed_run_is_made_anew(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         study.train(config)
     names = list(study.training_runs(config))
-    assert [command[command.index("--out") + 1] for command in calls] == [f"{tmp_path}/{n}" for n in names[:3]]
+    assert [command[command.index("--out") + 1] for command in calls] == [f"{out}/{n}" for n in names[:3]]
     assert all("--resume" not in command for command in calls)
 
     calls = [None] * 4  # go on: the fourth was begun, so it resumes
     study.train(config)
     again = calls[4:]
-    assert [command[command.index("--out") + 1] for command in again] == [f"{tmp_path}/{n}" for n in names[3:]]
+    assert [command[command.index("--out") + 1] for command in again] == [f"{out}/{n}" for n in names[3:]]
     assert "--resume" in again[0] and "--resume" not in again[1]
 
-    (tmp_path / "report.json").write_text("{}")
-    (tmp_path / "costs.json").write_text("{}")
+    (out / "report.json").write_text("{}")
+    (out / "costs.json").write_text("{}")
     calls = [None] * 4
     study.train(config)
-    assert calls == [None] * 4 and (tmp_path / "costs.json").exists()
-    (tmp_path / names[5] / "command").write_text("rlhf.py ppo --beta 7")
+    assert calls == [None] * 4 and (out / "costs.json").exists()
+    (out / names[5] / "command").write_text("rlhf.py ppo --beta 7")
     study.train(config)
-    assert len(calls) == 5 and calls[4][-1] == f"{tmp_path}/{names[5]}"  # no --resume
-    assert not (tmp_path / "report.json").exists() and not (tmp_path / "costs.json").exists()
+    assert len(calls) == 5 and calls[4][-1] == f"{out}/{names[5]}"  # no --resume
+    assert not (out / "report.json").exists() and not (out / "costs.json").exists()
+
+    calls = []
+    later = time.time() + 60
+    os.utime(runs / "sft" / "done", (later, later))  # made again, since
+    with pytest.raises(KeyboardInterrupt):
+        study.train(config)
+    assert len(calls) == 3 and not any("--resume" in command for command in calls)
 
 
 def test_best_of_groups_takes_the_best_of_each_group():
