@@ -28,9 +28,9 @@ import data
 import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
-from training import (InputError, StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
-                      leave, log, muon_and_adam, parse_args, pick_device, progress, restore, run,
-                      save_checkpoint, save_state, seed_everything, set_share, start_run)
+from training import (InputError, StopRequest, autocast, check_finite, check_range, finish, flag,
+                      learning_rate, leave, log, muon_and_adam, parse_args, pick_device, progress, restore,
+                      run, save_checkpoint, save_state, seed_everything, set_share, start_run)
 
 
 @dataclass

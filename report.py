@@ -478,7 +478,8 @@ h1 { font-size: 1.7rem; margin: 0 0 1rem; } h2 { font-size: 1.2rem; margin: 2.5r
 .words td { white-space: normal; min-width: 9rem; } .words small { display: inline; }
 summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .45rem; text-align: left; vertical-align: top; line-height: 1.3; border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .45rem; text-align: left; vertical-align: top; line-height: 1.3;
+         border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; font-weight: 600; color: var(--soft); min-width: 4.6rem; }
 td { white-space: nowrap; } td small { color: var(--soft); display: block; }
 tbody th { position: sticky; left: 0; background: var(--paper); max-width: 15rem; min-width: 4rem; }

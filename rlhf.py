@@ -323,7 +323,8 @@ def dpo():
 
             bar.update()
             if step % 10 == 0 or step == steps:
-                bar.set_postfix_str(f"loss {loss.item():.3f}, margin {stats['margin'].item():.2f}", refresh=False)
+                bar.set_postfix_str(f"loss {loss.item():.3f}, margin {stats['margin'].item():.2f}",
+                                    refresh=False)
                 log(config.out, step, loss=loss, lr=lr, gradient_norm=norm, **stats,
                     logp_chosen=chosen.mean(), logp_rejected=rejected.mean())
             if config.keep_every and step % config.keep_every == 0:

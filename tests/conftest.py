@@ -44,7 +44,7 @@ def noted():
 
 
 def write_sections(sections):
-    """Put rows {section: {first cell: cells}} into the tables of README.md that are marked with these names."""
+    """Put rows {section: {first cell: cells}} into the tables of README.md that bear these names."""
     text = README.read_text(encoding="utf-8")
     for name, rows in sections.items():
         lines = "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows.values())
