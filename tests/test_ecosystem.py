@@ -1,0 +1,120 @@
+"""Our folders in `transformers`, and its Llama and Qwen3 folders here. Skipped where it is not installed:
+`pip install transformers==5.24.0`."""
+
+import pytest
+import torch
+
+import world
+from model import GPT, GPTConfig, ScalarModel, generate
+from test_tokenizer import random_texts
+from tokenizer import render_chat, train_bpe
+from training import InputError, load_checkpoint, save_checkpoint
+
+transformers = pytest.importorskip("transformers")
+TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name two birds."},
+        {"role": "assistant", "content": "An owl and a wren."}, {"role": "user", "content": "One more?"}]
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return world.documents(400, 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return train_bpe(documents, 1000)
+
+
+def shaken(model):
+    """Every weight random: fresh blocks are the identity, which would hide most mistakes."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def ours(tokenizer, qk_norm=True, tied=False):
+    return shaken(GPT(GPTConfig(tokenizer.vocab_size, context_length=96, layers=2, heads=4, kv_heads=2, width=32,
+                                ffn_width=48, qk_norm=qk_norm, tied=tied)))
+
+
+def test_tokens_are_the_same_on_ten_thousand_strings(tokenizer, documents, tmp_path, measured):
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    real = [line for document in documents for line in document.split("\n") if line][:5000]
+    texts = real + [text.replace("<|im_end|>", "") for text in random_texts(10_000 - len(real), seed=9)]
+    different = sum(theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text) for text in texts)
+    measured("encode, texts of 10,000 that differ", f"transformers {transformers.__version__}", different, 0, peer=True)
+
+
+@pytest.mark.parametrize("talk, generation_prompt", [(TALK[:3], False), (TALK, True), (TALK[1:2], True)])
+def test_chats_are_the_same(talk, generation_prompt, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template(talk, add_generation_prompt=generation_prompt, tokenize=False)
+    assert theirs.encode(text, add_special_tokens=False) == render_chat(tokenizer, talk, generation_prompt)[0]
+
+
+@pytest.mark.parametrize("qk_norm, tied", [(True, False), (False, True)])
+def test_greedy_text_is_the_same(qk_norm, tied, tokenizer, tmp_path):
+    """With the end tokens that generation_config.json names."""
+    model = ours(tokenizer, qk_norm, tied)
+    save_checkpoint(tmp_path, model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for seed in range(5):
+        prompt = torch.randint(5, 900, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
+        expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0, 7:].tolist()
+        ends = (tokenizer.im_end_id, tokenizer.endoftext_id)
+        assert generate(model, [prompt], 40, temperature=0.0, eos_ids=ends)[0][0] == expected
+
+
+def test_the_reward_model_is_a_sequence_classifier(tokenizer, tmp_path, measured):
+    model = shaken(ScalarModel(ours(tokenizer)))
+    save_checkpoint(tmp_path, model, tokenizer, reward_shift=0.3, reward_scale=2.0)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert theirs.config.num_labels == 1
+    ids, _ = render_chat(tokenizer, TALK[:3])
+    error = (theirs(torch.tensor([ids])).logits[0, 0] - model(torch.tensor([ids]))[0, -1]).abs()
+    measured("score of the reward model's folder", f"transformers {transformers.__version__}", error, 1e-4, peer=True)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 96}
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": False, "rope_theta": 500000.0}),
+    ("Llama", {"num_key_value_heads": 2, "head_dim": 24, "rms_norm_eps": 1e-3}),
+    ("Qwen3", {"num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True}),
+    ("Qwen3", {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": False, "rope_theta": 1000.0})])
+@pytest.mark.parametrize("how", ["whole", "sharded", "bfloat16"])
+def test_their_folders_open_here(kind, settings, how, tokenizer, tmp_path, measured):
+    config = getattr(transformers, f"{kind}Config")(vocab_size=tokenizer.vocab_size + 3, **SMALL, **settings)
+    theirs = shaken(getattr(transformers, f"{kind}ForCausalLM")(config))
+    if how == "bfloat16":
+        theirs = theirs.to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path, **({"max_shard_size": "40KB"} if how == "sharded" else {}))
+    assert (tmp_path / "model.safetensors.index.json").exists() == (how == "sharded")
+    tokenizer.save(tmp_path)
+    model, _, _ = load_checkpoint(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(tokenizer.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        error = (theirs(ids).logits - model(ids)).abs().max()
+    measured(f"logits of {kind} folders, {how}", f"transformers {transformers.__version__}", error, 1e-4, peer=True)
+
+
+@pytest.mark.parametrize("kind, settings, named", [
+    ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+    ("Llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+    ("Llama", {"attention_bias": True}, "attention_bias"), ("Llama", {"mlp_bias": True}, "mlp_bias"),
+    ("Llama", {"hidden_act": "gelu"}, "hidden_act"), ("Qwen3", {"attention_bias": True}, "attention_bias"),
+    ("Qwen2", {}, "model_type 'qwen2'"), ("Mistral", {}, "model_type 'mistral'"), ("Gemma", {}, "model_type 'gemma'")])
+def test_what_is_not_implemented_is_refused_by_name(kind, settings, named, tokenizer, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(vocab_size=tokenizer.vocab_size, num_key_value_heads=2, **SMALL,
+                                                    **settings)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    with pytest.raises(InputError, match=named):
+        load_checkpoint(tmp_path)
