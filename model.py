@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -154,6 +155,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False  # True: activations inside a block are not kept but computed again
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -201,7 +203,10 @@ class GPT(nn.Module):
         cos = self.cos[positions].unsqueeze(-2)  # (T, 1, D) or (B, T, 1, D)
         sin = self.sin[positions].unsqueeze(-2)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache, layer)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.norm(x)

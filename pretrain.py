@@ -29,7 +29,7 @@ import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
 from training import (InputError, StopRequest, autocast, check_finite, check_range, finish, flag,
-                      learning_rate, leave, log, muon_and_adam, parse_args, pick_device, progress, restore,
+                      learning_rate, leave, log, micro_batches, muon_and_adam, parse_args, pick_device, progress, restore,
                       run, save_checkpoint, save_state, seed_everything, set_share, start_run)
 
 
@@ -52,6 +52,9 @@ class Config:
     # the run
     steps: int = flag(2400, "optimiser steps")
     batch_size: int = flag(5, "windows per step")
+    micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient")
+    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
+                           "a third more time")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.02, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the "
@@ -121,6 +124,7 @@ def main():
     except ValueError as error:  # it says which numbers do not fit together
         raise InputError(error) from error
     model = GPT(shape).to(device)
+    model.recompute = config.recompute
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay)
     precision = autocast(device, config.dtype)
@@ -144,11 +148,15 @@ def main():
         set_share(share, muon, adam)
         inputs, targets = data.random_windows(train_tokens, config.batch_size,
                                               config.context_length, generator)  # (B, T) each
-        with precision:
-            logits = model(inputs.to(device))  # (B, T, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten())
+        inputs, targets = inputs.to(device), targets.to(device)
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = 0.0
+        for rows, weight in micro_batches(range(len(inputs)), config.micro_batch):
+            with precision:
+                logits = model(inputs[rows])  # (B, T, V)
+                part = weight * F.cross_entropy(logits.flatten(0, 1), targets[rows].flatten())
+            part.backward()
+            loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         check_finite(step, config, loss=loss, gradient=norm)
         muon.step()

@@ -36,9 +36,9 @@ import data
 import world
 from model import ScalarModel, deepen
 from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
-                      flag, learning_rate, leave, load_policy, log, parse_args, pick_device,
-                      progress, restore, run, save_checkpoint, save_state, seed_everything,
-                      set_learning_rate, start_run)
+                      flag, learning_rate, leave, load_policy, log, micro_batches, parse_args,
+                      pick_device, progress, restore, run, save_checkpoint, save_state,
+                      seed_everything, set_learning_rate, start_run)
 
 
 @dataclass
@@ -52,6 +52,9 @@ class Config:
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, the identity at first")
     epochs: int = flag(2, "passes over the pairs; more tend to learn them by heart")
     batch_size: int = flag(32, "pairs per step")
+    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
+    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
+                           "a third more time")
     lr: float = flag(1e-3, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
@@ -178,6 +181,7 @@ def main():
 
     # 2. The policy's backbone, a block more, and a scalar head.
     model = ScalarModel(deepen(policy, config.extra_layers)).to(device)
+    model.gpt.recompute = config.recompute
     optimiser = adamw(model, config.lr, config.weight_decay)
     precision = autocast(device, config.dtype)
 
@@ -201,12 +205,16 @@ def main():
         for batch in batches(epoch)[step % per_epoch:]:
             lr = learning_rate(step, steps, config.lr, config.warmup)
             set_learning_rate(optimiser, lr)
-            ids, _, last = data.preference_batch([train[i] for i in batch], tokenizer.pad_id)
-            rewards = read_last(model, ids.to(device), last.to(device), precision)  # (2B,)
-            chosen, rejected = rewards.chunk(2)
-            loss = preference_loss(chosen, rejected)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss, margins = 0.0, []
+            for rows, weight in micro_batches(batch, config.micro_batch):
+                ids, _, last = data.preference_batch([train[i] for i in rows], tokenizer.pad_id)
+                rewards = read_last(model, ids.to(device), last.to(device), precision)  # (2B,)
+                chosen, rejected = rewards.chunk(2)
+                part = weight * preference_loss(chosen, rejected)
+                part.backward()
+                loss += part.detach()
+                margins.append((chosen - rejected).detach())
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             check_finite(step, config, loss=loss, gradient=norm)
             optimiser.step()
@@ -214,10 +222,11 @@ def main():
 
             bar.update()
             if step % 10 == 0 or step == steps:
-                accuracy = (chosen > rejected).float().mean()
+                margin = torch.cat(margins)  # (B,)
+                accuracy = (margin > 0).float().mean()
                 bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
                 log(config.out, step, loss=loss, accuracy=accuracy, lr=lr, gradient_norm=norm,
-                    margin=(chosen - rejected).mean())
+                    margin=margin.mean())
             if step % config.eval_every == 0:  # parts from the training loss when it memorises
                 chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)
                 log(config.out, step, heldout_loss=preference_loss(chosen, rejected),

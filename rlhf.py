@@ -53,10 +53,10 @@ import world
 from model import ScalarModel, generate, token_logprobs
 from reward import load_pairs, score, wilson
 from tokenizer import render_chat
-from training import (InputError, StopRequest, adamw, check_finite, check_range, finish, flag,
-                      learning_rate, leave, load_policy, load_reward, log, parse_args, pick_device,
-                      progress, restore, run, save_checkpoint, save_state, seed_everything,
-                      set_learning_rate, start_run)
+from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
+                      flag, learning_rate, leave, load_policy, load_reward, log, micro_batches,
+                      parse_args, pick_device, progress, restore, run, save_checkpoint, save_state,
+                      seed_everything, set_learning_rate, start_run)
 
 # ---------------------------------------------------------------------------------------------
 # The losses: tensors in, (loss, statistics) out
@@ -246,6 +246,11 @@ class DPOConfig:
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
+    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
+    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
+                           "a third more time")
+    dtype: str = flag("float32", "arithmetic of the policy: bfloat16 takes half the memory for activations, and "
+                      "half the time where a device has units for it", choices=["float32", "bfloat16"])
     lr: float = flag(1e-4, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
@@ -280,11 +285,15 @@ def dpo():
         return
 
     # 2. The reference is the model itself, now, and never changes: read it once for all pairs.
+    model.recompute = config.recompute
+    precision = autocast(device, config.dtype)
+
     @torch.no_grad()
     def read_pairs(pairs):
         table = torch.zeros(2, len(pairs), device=device)  # chosen, rejected
         for batch in data.length_batches(data.pair_lengths(pairs), 64):
-            logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device)
+            with precision:
+                logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device)
             table[:, batch] = logprobs.view(2, -1)
         return table
 
@@ -310,12 +319,17 @@ def dpo():
         for batch in batches(epoch)[step % per_epoch:]:
             lr = learning_rate(step, steps, config.lr, config.warmup)
             set_learning_rate(optimiser, lr)
-            chosen, rejected = pair_logprobs(model, [train[i] for i in batch], tokenizer.pad_id,
-                                             device).chunk(2)  # (B,) each
-            loss, stats = dpo_loss(chosen, rejected, *reference[:, batch], config.beta,
-                                   config.label_smoothing)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            seen = {}
+            for rows, weight in micro_batches(batch, config.micro_batch):
+                with precision:
+                    logprobs = pair_logprobs(model, [train[i] for i in rows], tokenizer.pad_id, device)
+                chosen, rejected = logprobs.chunk(2)  # (B,) each
+                loss, stats = dpo_loss(chosen, rejected, *reference[:, rows], config.beta,
+                                       config.label_smoothing)
+                (weight * loss).backward()
+                stats |= {"loss": loss, "logp_chosen": chosen.mean(), "logp_rejected": rejected.mean()}
+                seen = {name: seen.get(name, 0) + weight * value.item() for name, value in stats.items()}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             check_finite(step, config, loss=loss, gradient=norm)
             optimiser.step()
@@ -323,10 +337,8 @@ def dpo():
 
             bar.update()
             if step % 10 == 0 or step == steps:
-                bar.set_postfix_str(f"loss {loss.item():.3f}, margin {stats['margin'].item():.2f}",
-                                    refresh=False)
-                log(config.out, step, loss=loss, lr=lr, gradient_norm=norm, **stats,
-                    logp_chosen=chosen.mean(), logp_rejected=rejected.mean())
+                bar.set_postfix_str(f"loss {seen['loss']:.3f}, margin {seen['margin']:.2f}", refresh=False)
+                log(config.out, step, **seen, lr=lr, gradient_norm=norm)
             if config.keep_every and step % config.keep_every == 0:
                 save_checkpoint(Path(config.out) / f"step_{step:04d}", model, tokenizer)
             if stop or step % config.save_every == 0:

@@ -38,9 +38,9 @@ import torch.nn.functional as F
 import data
 import world
 from training import (StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
-                      leave, load_policy, log, muon_and_adam, parse_args, pick_device, progress,
-                      restore, run, save_checkpoint, save_state, seed_everything, set_share,
-                      start_run)
+                      leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
+                      progress, restore, run, save_checkpoint, save_state, seed_everything,
+                      set_share, start_run)
 
 
 @dataclass
@@ -53,6 +53,9 @@ class Config:
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(16, "conversations per step")
+    micro_batch: int | None = flag(None, "conversations read at a time: less memory, the same gradient")
+    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
+                           "a third more time")
     lr: float = flag(0.003, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.002, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
@@ -74,15 +77,16 @@ class Config:
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
 
 
-def answer_loss(model, inputs, targets):
+def answer_loss(model, inputs, targets, total=None):
     """Mean −log p of the supervised targets. inputs, targets (B, T); target −100 counts nothing.
+    `total`: divide by this number instead, where these are some rows of a batch with so many targets.
 
     The vocabulary projection, the dearest part of a small model, runs at supervised places only.
     """
     hidden = model.hidden(inputs)  # (B, T, C)
     supervised = targets != data.IGNORE  # (B, T)
     logits = model.head(hidden[supervised])  # (N, V)
-    return F.cross_entropy(logits, targets[supervised])
+    return F.cross_entropy(logits, targets[supervised], reduction="sum") / (total or len(logits))
 
 
 @torch.no_grad()
@@ -148,15 +152,19 @@ def main():
             share = learning_rate(step, steps, 1.0, config.warmup)
             set_share(share, muon, adam)
             inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
-            with precision:
-                answers = answer_loss(model, inputs.to(device), targets.to(device))
-                loss = answers
-                if replayed is not None:
-                    text = data.random_windows(replayed, config.replay,
-                                               model.config.context_length, generator)
-                    loss = loss + answer_loss(model, *(part.to(device) for part in text))
+            inputs, targets = inputs.to(device), targets.to(device)
+            supervised = (targets != data.IGNORE).sum().item()
             model.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = 0.0
+            for rows, _ in micro_batches(range(len(inputs)), config.micro_batch):
+                with precision:
+                    part = answer_loss(model, inputs[rows], targets[rows], supervised)
+                part.backward()
+                loss += part.detach()
+            if replayed is not None:  # its gradient is added
+                text = data.random_windows(replayed, config.replay, model.config.context_length, generator)
+                with precision:
+                    answer_loss(model, *(part.to(device) for part in text)).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             check_finite(step, config, loss=loss, gradient=norm)
             muon.step()
@@ -166,8 +174,8 @@ def main():
             bar.update()
             if step % 10 == 0 or step == steps:
                 rate = step * config.batch_size / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {answers.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
-                log(config.out, step, loss=answers, lr=share * config.lr, gradient_norm=norm)
+                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
+                log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm)
             if stop or step % config.save_every == 0:
                 save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
             if stop:

@@ -126,7 +126,7 @@ def parse_args(Config, argv=None, description=None):
 RANGES = {
     **dict.fromkeys(("steps", "epochs", "batch_size", "context_length", "documents", "conversations",
                      "prompts", "eval_prompts", "iterations", "episodes", "max_new_tokens", "layers",
-                     "save_every", "keep_every", "eval_every", "samples_every"), (1, 10**9)),
+                     "save_every", "keep_every", "eval_every", "samples_every", "micro_batch"), (1, 10**9)),
     **dict.fromkeys(("lr", "embed_lr", "head_lr", "critic_lr", "decay", "gamma", "lam"), (0, 1)),
     **dict.fromkeys(("warmup", "replay", "weight_decay", "adam_eps", "beta", "ratio_clip", "value_clip",
                      "stop_kl", "max_kl"), (0, 10**9)),
@@ -304,6 +304,14 @@ def learning_rate(step, steps, peak, warmup=0, decay=None):
     return peak * max(0.0, min(1.0, rising, falling))
 
 
+def micro_batches(batch, size):
+    """[(part, its share of the batch)], `size` rows a part (None: all in one). The gradients of
+    share × mean loss add up to that of the whole batch (gradient accumulation)."""
+    size = size or len(batch)
+    parts = [batch[start:start + size] for start in range(0, len(batch), size)]
+    return [(part, len(part) / len(batch)) for part in parts]
+
+
 def set_learning_rate(optimiser, lr):
     for group in optimiser.param_groups:
         group["lr"] = lr
@@ -434,7 +442,7 @@ STATE = "training_state.pt"
 
 def settings_of(config):
     """What must be equal for a resumed run to be the same run."""
-    free = ("out", "resume", "device", "show_batch", "save_every", "keep_every")
+    free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 

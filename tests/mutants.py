@@ -186,6 +186,10 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "manual_seed(config.seed * 1_000_003)", "test_failures.py"),
     ("a resumed run begins its epoch anew", "sft.py", "batches(epoch)[step % per_epoch:]", "batches(epoch)",
      "test_failures.py"),
+    ("accumulation by rows where it goes by tokens", "sft.py", "targets[rows], supervised)", "targets[rows]) / 3",
+     "test_failures.py"),
+    ("accumulation without the parts' shares", "rlhf.py", "(weight * loss).backward()", "loss.backward()",
+     "test_failures.py"),
     # ---- the study
     ("best-of-n for small n from the wrong samples", "study.py", "groups = scores.reshape(len(scores), -1, n)",
      "groups = scores.reshape(len(scores), n, -1)", "test_study.py"),

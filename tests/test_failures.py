@@ -270,6 +270,25 @@ def test_every_epoch_has_an_order_of_its_own(stage, files, tmp_path, monkeypatch
     assert count == first != second and sorted(first) == sorted(second) == list(range(len(first)))
 
 
+@pytest.mark.parametrize("flags", [["--micro-batch", 3], ["--recompute"], ["--micro-batch", 1, "--recompute"]])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
+def test_less_memory_is_the_same_training(stage, flags, files, tmp_path, monkeypatch):
+    """Gradient accumulation and recomputed activations: the same losses and weights, but for rounding."""
+    if stage in ("sft", "pretrain"):  # rows of several lengths: shares must go by supervised tokens
+        rows = rows_of("conversations", 40)
+        for i, row in enumerate(rows):
+            row["messages"][1]["content"] *= 1 + i % 4
+        (tmp_path / "rows.jsonl").write_text(lines(rows))
+    short = {"pretrain": ["--steps", 12, "--batch-size", 8], "sft": ["--data", tmp_path / "rows.jsonl"]}.get(stage, [])
+    for out, more in (("plain", []), ("small", flags)):
+        call(monkeypatch, command(files, stage, tmp_path / out, "--epochs" if stage != "pretrain" else "--seed", 1,
+                                  *short, *more))
+    plain, small = (metrics(tmp_path / out) for out in ("plain", "small"))
+    for before, after in zip(plain, small, strict=True):
+        for name in before:
+            assert name == "tokens_per_second" or after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-4), name
+
+
 # ---- no code from data ---------------------------------------------------------------------------
 
 class Bomb:

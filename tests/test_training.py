@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from training import learning_rate, muon_and_adam, orthogonal_blocks, set_share
+from training import learning_rate, micro_batches, muon_and_adam, orthogonal_blocks, set_share
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,6 +80,13 @@ def test_schedule_rises_stays_and_falls(step, share):
 
 def test_a_run_shorter_than_its_warm_up_learns():
     assert [learning_rate(step, 3, 1.0, warmup=10) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_micro_batches_are_all_rows_with_shares_that_add_up():
+    parts = micro_batches(list(range(10)), 4)
+    assert [part for part, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [share for _, share in parts] == [0.4, 0.4, 0.2]
+    assert micro_batches(range(3), None) == [(range(3), 1.0)]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
