@@ -50,6 +50,7 @@ import torch.nn.functional as F
 
 import data
 import world
+from lora import add_lora
 from model import ScalarModel, generate, token_logprobs
 from reward import load_pairs, score, wilson
 from tokenizer import render_chat
@@ -246,6 +247,8 @@ class DPOConfig:
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
+    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; wants a rate "
+                            "about ten times as high")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
     recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
                            "a third more time")
@@ -298,6 +301,8 @@ def dpo():
         return table
 
     reference, heldout_reference = read_pairs(train), read_pairs(heldout)  # (2, N) each
+    if config.lora:
+        add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
 
     def batches(epoch):  # its own seed, so that a resumed run finds the same order again
@@ -388,6 +393,8 @@ class RolloutConfig:
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
                          "exceeds this: little of the reference is left then")
+    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; wants a rate "
+                            "about ten times as high")
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
     clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it")
     samples_every: int = flag(10, "iterations between tables of three samples")
@@ -602,6 +609,8 @@ def ppo():
     if not config.critic:  # an ablation: what the answer was worth is then credited to every token
         torch.nn.init.zeros_(critic.score.weight)
         shift, config.critic_lr, config.lam = 0.0, 0.0, 1.0
+    if config.lora:
+        add_lora(policy, config.lora)
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
 
@@ -752,6 +761,8 @@ def grpo():
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
     score_responses, _, _ = load_reward_source(config.reward, policy, tokenizer, device)
+    if config.lora:
+        add_lora(policy, config.lora)
     optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
 
     def roll(prompts, generator):

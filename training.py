@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from lora import merged
 from model import GPT, ScalarModel, config_from_hf, from_hf, hf_config, to_hf
 from tokenizer import Tokenizer
 
@@ -130,7 +131,7 @@ RANGES = {
     **dict.fromkeys(("lr", "embed_lr", "head_lr", "critic_lr", "decay", "gamma", "lam"), (0, 1)),
     **dict.fromkeys(("warmup", "replay", "weight_decay", "adam_eps", "beta", "ratio_clip", "value_clip",
                      "stop_kl", "max_kl"), (0, 10**9)),
-    "clip": (1e-9, 10**9), "pairs": (2, 10**9), "seed": (0, 2**32 - 1)}
+    "lora": (1, 10**4), "clip": (1e-9, 10**9), "pairs": (2, 10**9), "seed": (0, 2**32 - 1)}
 
 
 def check_range(config, **bounds):
@@ -360,7 +361,7 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     none: the files are made beside the folder's own and moved in when they are whole. A reader
     needs config.json, which goes first and comes last, so it never mixes two checkpoints."""
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
     config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
                        pad_token_id=tokenizer.pad_id, **scalar, **extra)

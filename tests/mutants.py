@@ -160,6 +160,10 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "return False", "test_world.py"),
     ("labels follow the worse answer", "world.py", "return 1 / (1 + math.exp(-difference / NOISE))",
      "return 1 / (1 + math.exp(difference / NOISE))", "test_world.py"),
+    ("LoRA is merged without its scale", "lora.py", "child.scale * child.b @ child.a", "child.b @ child.a",
+     "test_rlhf.py"),
+    ("LoRA does not start as the model", "lora.py", "torch.zeros(weight.size(0), rank", "torch.ones(weight.size(0), rank",
+     "test_rlhf.py"),
     # ---- failures
     ("old and new files make one checkpoint", "training.py",
      "            (folder / \"config.json\").unlink(missing_ok=True)\n", "", "test_failures.py"),

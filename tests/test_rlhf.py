@@ -1,4 +1,5 @@
 """rlhf.py: each loss against its equation written out, masks, the rollout's checks, and learning."""
+import copy
 import json
 import math
 import sys
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import rlhf
+from lora import add_lora, merged
 from model import GPT, GPTConfig, ScalarModel, generate
 from reward import score
 from tokenizer import render_chat, train_bpe
@@ -462,6 +464,44 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(stage, monkeypatch,
     first = rows[0]
     assert first["ratio"] == pytest.approx(1, abs=1e-4) and first["clip_fraction"] == 0
     assert first["approx_kl"] == pytest.approx(0, abs=1e-6) and first["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_lora_starts_as_the_model_and_is_merged_into_a_plain_one(tokenizer):
+    plain = tiny(tokenizer)
+    ids = torch.randint(tokenizer.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
+    before = plain(ids).detach()
+    model = copy.deepcopy(plain)
+    add_lora(model, 3)
+    assert torch.equal(model(ids), before) and merged(plain) is plain
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(learning) == 2 * 4 * 2 and all(name.endswith((".a", ".b")) for name in learning)
+    for name, p in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(p, std=0.1)
+    after, whole = model(ids).detach(), merged(model)
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert torch.allclose(whole(ids), after, atol=1e-5)
+    assert whole.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(model(ids), after)  # the model that learns on is as it was
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
+def test_lora_learns_and_leaves_a_plain_checkpoint(stage, monkeypatch, tmp_path, tokenizer):
+    if stage == "dpo":
+        save_checkpoint(tmp_path / "sft", tiny(tokenizer), tokenizer)
+        rows = [{"prompt": f"the mat {n}", "chosen": f"cat {n}", "rejected": f"dog {n}"} for n in range(120)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
+            tmp_path / "dpo", "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-2", "--warmup", 0,
+            "--device", "cpu", "--lora", 4)
+        assert json.loads((tmp_path / "dpo" / "done").read_text())["heldout_margin"] > 0.5
+    else:
+        done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 25, "--lora", 4,
+                      "--lr", "1e-2")
+        assert done["heldout_score"] > done["heldout_score_before"] + 0.05
+    start, end = (load_policy(tmp_path / name)[0].state_dict() for name in ("sft", stage))
+    assert torch.equal(start["embed.weight"], end["embed.weight"])  # frozen
+    assert not torch.equal(start["blocks.0.mlp.down.weight"], end["blocks.0.mlp.down.weight"])
 
 
 def test_families_choose_the_prompts(tokenizer):

@@ -1,0 +1,55 @@
+"""LoRA (arXiv 2106.09685): train a small correction to each matrix instead of the matrix itself.
+
+    python rlhf.py dpo --lora 8 …        # also ppo, grpo
+
+W x becomes W x + (α/r) B A x. W is frozen; A (r, in) starts random and B (out, r) at 0, so training
+starts at the model as it was. What it saves is memory: a weight that learns needs 16 bytes in float32
+(itself, its gradient and AdamW's two moments), a frozen one 4. The correction is added to W before the
+model is saved, so that nobody who reads the checkpoint need know of it.
+
+Left out: dropout on x, corrections of embeddings and head, a choice of matrices.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        weight = linear.weight
+        self.linear, self.scale = linear, alpha / rank
+        self.a = nn.Parameter(torch.randn(rank, weight.size(1), device=weight.device) / weight.size(1)**0.5)
+        self.b = nn.Parameter(torch.zeros(weight.size(0), rank, device=weight.device))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+
+def add_lora(model, rank, alpha=16.0):
+    """Freeze `model` (a GPT) and give every matrix inside its blocks a correction of this rank."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for part in (block.attention, block.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(part, name, LoRA(child, rank, alpha))
+
+
+@torch.no_grad()
+def merged(model):
+    """The plain model that `model` computes: a copy with the corrections added to their matrices, or
+    itself where it has none."""
+    if not any(isinstance(module, LoRA) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        for part in (block.attention, block.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, LoRA):
+                    child.linear.weight += child.scale * child.b @ child.a
+                    setattr(part, name, child.linear)
+    return model
