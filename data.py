@@ -13,7 +13,8 @@ A malformed row stops the program: a slip in a file should be mended, not traine
 well-formed row that cannot be learned from is dropped, counted and reported; when over half go, the
 file is probably not what its user thinks it is, and that is an error too.
 
-Left out: streaming (a file is read whole), tool calls, and packing of conversations.
+Files are read whole, but for plain text with `pretrain.py --stream`. Left out: tool calls, and packing
+of conversations.
 """
 import gzip
 import itertools
@@ -25,10 +26,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from tokenizer import render_chat
-from training import InputError
+from training import InputError, write_atomic, writing
 
 SEPARATOR = "<|endoftext|>"
 IGNORE = -100  # what torch's cross_entropy skips
@@ -189,8 +192,7 @@ def _documents(row, where):
         raise _no_format(row, where, 'plain text or {"text"}')
     # Split before encoding: the separator never reaches the tokenizer as text. The line breaks
     # around it are layout, not part of the story.
-    pieces = [piece.strip("\r\n") for piece in _string(row, "text", where).split(SEPARATOR)]
-    pieces = [piece for piece in pieces if piece.strip()]
+    pieces = _pieces_of_text(_string(row, "text", where))
     if not pieces:
         raise Unusable("empty text")
     return pieces
@@ -355,6 +357,107 @@ def encode_pairs(pairs, tokenizer, context_length):
             raise Unusable(f"longer than {context_length} tokens")
         return EncodedPair(prompt, *answers, pair.p)
     return _keep(pairs, encode, "pairs")
+
+
+# ---- texts larger than memory --------------------------------------------------------------------
+
+def _cut(piece):
+    """Where `piece` (bytes) can be cut: after its last document, else after its last line; 0: nowhere."""
+    at = piece.rfind(SEPARATOR.encode())
+    return at + len(SEPARATOR) if at >= 0 else piece.rfind(b"\n") + 1
+
+
+def read_pieces(paths, start=0, stop=None, size=2**22):
+    """Yield (end, text, begun, open) of .txt files, read as one after the other, from byte `start` to
+    `stop`: pieces of up to `size` bytes, cut after a document or, in one longer than that, after a
+    line. `end` is the byte that follows; `begun` and `open`: the piece begins, or ends, inside a
+    document."""
+    separator, before = SEPARATOR.encode(), 0
+    for path in map(Path, paths):
+        length = path.stat().st_size
+        last = length if stop is None else min(length, stop - before)
+        position = max(0, start - before)
+        with open(path, "rb") as file:
+            while position < last:
+                file.seek(max(0, position - len(separator)))
+                begun = position > 0 and file.read(len(separator)) != separator
+                file.seek(position)
+                piece = file.read(min(size, last - position))
+                if position + len(piece) < last:
+                    piece = piece[:_cut(piece)]
+                    if not piece:
+                        raise InputError(f"{path}: found no line break and no {SEPARATOR} in {size:,} bytes "
+                                         f"from offset {position:,}, expected text in lines")
+                try:
+                    text = piece.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{path}: found byte 0x{piece[error.start]:02x} at byte offset "
+                                     f"{position + error.start:,}, expected UTF-8 text")
+                position += len(piece)
+                yield before + position, text, begun, position < length and not text.endswith(SEPARATOR)
+        before += length
+
+
+def _pieces_of_text(text):
+    pieces = (piece.strip("\r\n") for piece in text.split(SEPARATOR))
+    return [piece for piece in pieces if piece.strip()]
+
+
+def open_large(paths, holdout, most=2**24, head=2**25):
+    """(documents of the beginning, to learn a vocabulary from; held-out documents; the byte where
+    these begin). Held out is about the last `holdout` of the bytes, at most `most` of them."""
+    for path in map(Path, paths):
+        if path.suffix.lower() != ".txt" or not path.is_file():
+            raise InputError(f"{path}: found no .txt file, which is what --stream reads")
+    total = sum(Path(path).stat().st_size for path in paths)
+    if not 0 < holdout < 1 or total < 2:
+        raise InputError(f"found a hold-out of {holdout} and {total} bytes, expected a fraction and some text")
+    cut = total - min(most, max(1, round(holdout * total)))
+    for end, text, *_ in read_pieces(paths, max(0, cut - 2**22), cut):
+        piece = text.encode()
+        found = end - len(piece) + _cut(piece)
+    heldout, first = ([document for _, text, *_ in read_pieces(paths, *span) for document in _pieces_of_text(text)]
+                      for span in ((found, None), (0, min(head, found))))
+    if not heldout or not first:
+        raise InputError(f"{paths[0]}: found nothing to train on or to hold out, expected some documents")
+    return first, heldout, found
+
+
+def stream_tokens(paths, stop, tokenizer, folder):
+    """The tokens of the bytes before `stop`, as `pack_documents` has them, in FOLDER/tokens.bin: (N,)
+    int32, mapped into memory, so that only what is looked at is read. Goes on where it was stopped."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark, binary = folder / "tokens.json", folder / "tokens.bin"
+    made_from = {"files": [[str(path), Path(path).stat().st_size] for path in paths], "stop": stop,
+                 "vocabulary": f"{zlib.crc32(repr(tokenizer.merges).encode()):08x}"}
+    done = {"position": 0, "tokens": 0}
+    if mark.exists() and binary.exists():
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        if {name: found.get(name) for name in made_from} == made_from:
+            done = {name: found[name] for name in done}
+    with open(binary, "r+b" if done["tokens"] else "wb") as file, tqdm(
+            total=stop, initial=done["position"], unit="B", unit_scale=True, desc="tokens") as bar:
+        file.truncate(4 * done["tokens"])
+        file.seek(0, 2)
+        for end, text, begun, goes_on in read_pieces(paths, done["position"], stop):
+            ids, parts = [], text.split(SEPARATOR)
+            for number, part in enumerate(parts):
+                new, over = number > 0 or not begun, number < len(parts) - 1 or not goes_on
+                part = part.lstrip("\r\n") if new else part
+                part = part.rstrip("\r\n") if over else part
+                if part.strip():
+                    ids += [tokenizer.endoftext_id] * new + tokenizer.encode(part)
+            with writing(binary):
+                file.write(np.asarray(ids, dtype=np.int32).tobytes())
+                file.flush()
+            bar.update(end - done["position"])
+            done = {"position": end, "tokens": done["tokens"] + len(ids)}
+            note = json.dumps(made_from | done)
+            write_atomic(mark, lambda path: path.write_text(note, encoding="utf-8"))
+    if not done["tokens"]:
+        raise InputError(f"{paths[0]}: found no text, expected some documents")
+    return torch.from_numpy(np.memmap(binary, dtype=np.int32, mode="c"))  # "c": never written back
 
 
 # ---- batches -------------------------------------------------------------------------------------

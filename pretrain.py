@@ -38,6 +38,8 @@ class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
     out: str = flag("out/base", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "documents held out at the end: a fraction, or a count from 1 up")
+    stream: bool = flag(False, "text larger than memory (.txt): its tokens go to OUT/tokens.bin and are read from "
+                        "there as needed; stopped, it goes on where it was")
     documents: int = flag(41000, "documents to generate (with --data world)")
     # the model
     vocab_size: int = flag(4096, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
@@ -101,13 +103,18 @@ def main():
     generator = seed_everything(config.seed)
 
     # 1. Data: documents, tokeniser, one long row of tokens.
-    if config.data == ["world"]:
-        documents = world.documents(config.documents, seed=config.seed)
+    if config.stream:
+        train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)
+        tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
+        train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
     else:
-        documents = data.load_texts(config.data)
-    train_documents, heldout_documents = data.split_holdout(documents, config.holdout)
-    tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
-    train_tokens, _ = data.pack_documents(train_documents, tokenizer)
+        if config.data == ["world"]:
+            documents = world.documents(config.documents, seed=config.seed)
+        else:
+            documents = data.load_texts(config.data)
+        train_documents, heldout_documents = data.split_holdout(documents, config.holdout)
+        tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
+        train_tokens, _ = data.pack_documents(train_documents, tokenizer)
     heldout_tokens, heldout_bytes = data.pack_documents(heldout_documents, tokenizer)
     data.check_long_enough(train_tokens, config.context_length)
     if config.show_batch:
@@ -129,7 +136,7 @@ def main():
                                config.weight_decay)
     precision = autocast(device, config.dtype)
     print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(train_documents):,} documents, {len(train_tokens):,} tokens "
+          f"{len(train_tokens):,} tokens "
           f"({config.steps * config.batch_size * config.context_length / len(train_tokens):.2f} "
           f"passes), held out {len(heldout_documents):,} documents")
 

@@ -1,6 +1,7 @@
 """data.py: what each format becomes, what is refused and how, and batches checked id by id."""
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -366,3 +367,65 @@ def test_real_files():
     assert len(data.load_conversations([REAL / "instructions-1100.json"])) == 1100
     assert len(data.load_preferences([REAL / "preferences-1100.json"])) == 1094
     assert len(data.load_preferences([REAL / "hh-harmless-test.jsonl.gz"])) == 2299
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "\n<|endoftext|>\n", None])
+def test_streamed_tokens_are_the_packed_ones(separator, tokenizer, tmp_path, monkeypatch):
+    """Whatever the size of the pieces, and stopped after every one of them."""
+    documents = [f"Document {n} of\n{n % 7} l\u00efnes.\n" * (1 + n % 5) for n in range(60)]
+    parts = [documents[:40], documents[40:]]
+    paths = []
+    for number, part in enumerate(parts):
+        paths.append(tmp_path / f"{number}.txt")
+        paths[-1].write_text((separator or "").join(part), encoding="utf-8")
+    stop = sum(path.stat().st_size for path in paths)
+    expected = [["".join(part)] for part in parts] if separator is None else parts
+    whole, _ = data.pack_documents([d.strip("\n") for part in expected for d in part], tokenizer)
+    pieces = data.read_pieces
+
+    class Stopped(Exception):
+        pass
+    for size in (61, 200, 10**6):
+        monkeypatch.setattr(data, "read_pieces", lambda *args: pieces(*args, size=size))
+        straight = data.stream_tokens(paths, stop, tokenizer, tmp_path / f"straight{size}")
+
+        def interrupted(*args):
+            yield next(pieces(*args, size=size))
+            raise Stopped
+        monkeypatch.setattr(data, "read_pieces", interrupted)
+        for _ in range(10**4):
+            try:
+                again = data.stream_tokens(paths, stop, tokenizer, tmp_path / f"again{size}")
+                break
+            except (Stopped, RuntimeError) as error:
+                assert isinstance(error, Stopped)
+                if json.loads((tmp_path / f"again{size}" / "tokens.json").read_text())["position"] == stop:
+                    monkeypatch.setattr(data, "read_pieces", lambda *args: pieces(*args, size=size))
+        assert torch.equal(again, straight)
+        # Where a piece ends inside a document, a line break may stay before the separator.
+        decoded = re.sub(r"\n+(<|$)", r"\1", tokenizer.decode(straight.tolist()))
+        assert decoded == tokenizer.decode(whole.tolist())
+        if size == 10**6:
+            assert torch.equal(straight, whole)
+
+
+def test_large_files_are_split_at_documents(tokenizer, tmp_path):
+    documents = [f"Document {n}. " + "word " * 50 for n in range(400)]
+    (tmp_path / "big.txt").write_text("<|endoftext|>".join(documents))
+    first, heldout, cut = data.open_large([tmp_path / "big.txt"], 0.1)
+    assert first + heldout == documents and 35 <= len(heldout) <= 42
+    tokens = data.stream_tokens([tmp_path / "big.txt"], cut, tokenizer, tmp_path / "out")
+    assert torch.equal(tokens, data.pack_documents(first, tokenizer)[0])
+    inputs, targets = data.random_windows(tokens, 3, 8, torch.Generator().manual_seed(0))
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+@pytest.mark.parametrize("content, message", [(b"", "expected a fraction and some text"), (b"a" * 2**23, "no line break"),
+                                              (b"fine\n" * 2**20 + b"\xff\n" * 9, "expected UTF-8 text")])
+def test_large_files_that_cannot_be_used(content, message, tokenizer, tmp_path):
+    (tmp_path / "big.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        _, _, cut = data.open_large([tmp_path / "big.txt"], 0.1)
+        data.stream_tokens([tmp_path / "big.txt"], cut, tokenizer, tmp_path / "out")
+    with pytest.raises(InputError, match="no .txt file"):
+        data.open_large([tmp_path / "none.txt"], 0.1)
