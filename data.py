@@ -427,7 +427,8 @@ def stream_tokens(paths, stop, tokenizer, folder):
     """The tokens of the bytes before `stop`, as `pack_documents` has them, in FOLDER/tokens.bin: (N,)
     int32, mapped into memory, so that only what is looked at is read. Goes on where it was stopped."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     mark, binary = folder / "tokens.json", folder / "tokens.bin"
     made_from = {"files": [[str(path), Path(path).stat().st_size] for path in paths], "stop": stop,
                  "vocabulary": f"{zlib.crc32(repr(tokenizer.merges).encode()):08x}"}

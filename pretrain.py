@@ -14,7 +14,10 @@ learns that <|endoftext|> cuts all ties. Attention is not masked at those border
 Held-out text is measured in nats per token and in bits per byte. The first depends on how long the
 tokens are; the second is what a compressor would need, and can be compared across tokenisers.
 
-Left out: gradient accumulation, several machines, data mixing and filtering.
+On several cores or cards: `torchrun --nproc_per_node N pretrain.py …`, where each process takes its share
+of every batch and the gradients are averaged; one process more or less changes only the rounding.
+
+Left out: data mixing and filtering, models too large for one card.
 """
 
 import math
@@ -23,14 +26,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
-from training import (InputError, StopRequest, autocast, check_finite, check_range, finish, flag,
-                      learning_rate, leave, log, micro_batches, muon_and_adam, parse_args, pick_device, progress, restore,
-                      run, save_checkpoint, save_state, seed_everything, set_share, start_run)
+from training import (InputError, StopRequest, agree, autocast, check_finite, check_range, finish,
+                      first_alone, flag, join_processes, learning_rate, leave, log, micro_batches,
+                      muon_and_adam, parse_args, pick_device, progress, restore, run, save_checkpoint,
+                      save_state, seed_everything, set_share, start_run)
 
 
 @dataclass
@@ -53,7 +58,7 @@ class Config:
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
     steps: int = flag(2400, "optimiser steps")
-    batch_size: int = flag(5, "windows per step")
+    batch_size: int = flag(5, "windows per step, in all processes together")
     micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient")
     recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
                            "a third more time")
@@ -100,13 +105,17 @@ def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, vocab_size=(260, 10**7))
     device = pick_device(config.device)
-    generator = seed_everything(config.seed)
+    rank, processes = join_processes(device)
+    if config.batch_size % processes:
+        raise InputError(f"--batch-size {config.batch_size}: expected a multiple of the {processes} processes")
+    generator = seed_everything(config.seed)  # the same in every process
 
     # 1. Data: documents, tokeniser, one long row of tokens.
     if config.stream:
         train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)
         tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
-        train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
+        with first_alone(rank, processes):
+            train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
     else:
         if config.data == ["world"]:
             documents = world.documents(config.documents, seed=config.seed)
@@ -132,38 +141,42 @@ def main():
         raise InputError(error) from error
     model = GPT(shape).to(device)
     model.recompute = config.recompute
+    network = DistributedDataParallel(model) if processes > 1 else model  # it averages the gradients
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay)
     precision = autocast(device, config.dtype)
-    print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(train_tokens):,} tokens "
-          f"({config.steps * config.batch_size * config.context_length / len(train_tokens):.2f} "
-          f"passes), held out {len(heldout_documents):,} documents")
+    if rank == 0:
+        print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{len(train_tokens):,} tokens "
+              f"({config.steps * config.batch_size * config.context_length / len(train_tokens):.2f} "
+              f"passes), held out {len(heldout_documents):,} documents")
 
     # 3. The loop.
     step, seconds = 0, 0.0
-    saved = start_run(config, "pretrain")
+    with first_alone(rank, processes):
+        saved = start_run(config, "pretrain", first=rank == 0)
     modules = {"model": model, "muon": muon, "adam": adam}
     if saved:
         step, seconds = restore(saved, generator, modules)
     stop, started = StopRequest(), time.perf_counter() - seconds
     decay_steps = round(config.decay * config.steps)
-    bar = progress(config.steps, step, "pretrain")
+    bar = progress(config.steps, step, "pretrain", hidden=rank > 0)
     model.train()
     while step < config.steps:
         share = learning_rate(step, config.steps, 1.0, config.warmup, decay_steps)
         set_share(share, muon, adam)
         inputs, targets = data.random_windows(train_tokens, config.batch_size,
                                               config.context_length, generator)  # (B, T) each
-        inputs, targets = inputs.to(device), targets.to(device)
+        inputs, targets = (part[rank::processes].to(device) for part in (inputs, targets))  # our share
         model.zero_grad(set_to_none=True)
         loss = 0.0
         for rows, weight in micro_batches(range(len(inputs)), config.micro_batch):
             with precision:
-                logits = model(inputs[rows])  # (B, T, V)
+                logits = network(inputs[rows])  # (B, T, V)
                 part = weight * F.cross_entropy(logits.flatten(0, 1), targets[rows].flatten())
             part.backward()
             loss += part.detach()
+        loss, stopping = agree(loss, stop, processes)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         check_finite(step, config, loss=loss, gradient=norm)
         muon.step()
@@ -171,17 +184,19 @@ def main():
         step += 1
 
         bar.update()
-        if step % 10 == 0 or step == config.steps:
+        if rank == 0 and (step % 10 == 0 or step == config.steps):
             elapsed = time.perf_counter() - started
-            rate = step * inputs.numel() / elapsed
+            rate = step * config.batch_size * config.context_length / elapsed
             bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s", refresh=False)
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm, tokens_per_second=rate)
-        if stop or step % config.save_every == 0:
+        if rank == 0 and (stopping or step % config.save_every == 0):
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
-        if stop:
+        if stopping:
             bar.close()
             leave(config)
     bar.close()
+    if rank > 0:
+        return
 
     # 4. What it has learned, on text it has not seen.
     model.eval()

@@ -160,6 +160,37 @@ def pick_device(name):
     return torch.device(name)
 
 
+def join_processes(device):
+    """(rank, how many) of the processes that `torchrun --nproc_per_node N` started, joined in a group
+    (gloo on CPUs, nccl on GPUs, one each); (0, 1) for one that stands alone."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@contextlib.contextmanager
+def first_alone(rank, processes):
+    """The first process goes through this block before the others do: it writes what they read."""
+    if rank > 0:
+        torch.distributed.barrier()
+    yield
+    if rank == 0 and processes > 1:
+        torch.distributed.barrier()
+
+
+def agree(loss, stop, processes):
+    """(mean loss of all processes, whether any of them was asked to stop): if one left the loop alone,
+    the others would wait for it for ever."""
+    if processes == 1:
+        return loss, bool(stop)
+    both = torch.stack([loss.float(), torch.tensor(float(bool(stop)), device=loss.device)])
+    torch.distributed.all_reduce(both)
+    return both[0] / processes, bool(both[1] > 0)
+
+
 def autocast(device, dtype="auto"):
     """A context for forward passes. 'auto' means bfloat16 where this device multiplies matrices
     at least 1.3 times as fast in it as in float32: true of most GPUs and of CPUs with bf16 units,
@@ -447,8 +478,9 @@ def settings_of(config):
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
-def start_run(config, stage):
+def start_run(config, stage, first=True):
     """Prepare the output folder. Returns the saved state to go on from, or None for a fresh start.
+    Of several processes only the `first` changes files.
 
     Without --resume, or with no state to resume, old results go, so that two runs are not mixed; an
     old checkpoint stays until the new one is whole."""
@@ -469,8 +501,11 @@ def start_run(config, stage):
             if old != new:
                 raise InputError(f"--resume: {state} was made with --{name.replace('_', '-')} {old},"
                                  f" not {new}; give the same settings, or start without --resume")
-        cut_metrics(folder, saved["position"])
+        if first:
+            cut_metrics(folder, saved["position"])
         return saved
+    if not first:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -530,10 +565,10 @@ def leave(config):
 # What a run tells
 
 
-def progress(total, start, what):
+def progress(total, start, what, hidden=False):
     """The one progress bar: loss and rate go in with `set_postfix_str`."""
     return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True,
-                mininterval=0.5, disable=None if sys.stderr.isatty() else False,
+                mininterval=0.5, disable=hidden,
                 file=sys.stderr, miniters=1 if sys.stderr.isatty() else max(1, total // 20))
 
 

@@ -1,5 +1,7 @@
 """The optimiser, its schedule, and what a process does once."""
 
+import json
+import os
 import platform
 import subprocess
 import sys
@@ -125,3 +127,24 @@ def test_optimisers_step_without_the_compiler_and_as_torch_does():
                                   capture_output=True, check=True).stdout.split(maxsplit=1)
                    for first in ("", "import training"))
     assert ours[0] == "False" and ours[1] == plain[1]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun over gloo: the losses of one process, stopped and gone on with one process more or less."""
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join(f"Line {n} tells of {n * n} birds." for n in range(300)))
+
+    def train(out, processes, *more):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        subprocess.run([sys.executable, *launcher, str(ROOT / "pretrain.py"), "--data", str(text), "--layers", "1",
+                        "--width", "16", "--heads", "2", "--kv-heads", "2", "--ffn-width", "32", "--vocab-size",
+                        "300", "--context-length", "32", "--batch-size", "4", "--device", "cpu", "--dtype",
+                        "float32", "--out", str(tmp_path / out), "--steps", "30", *more], check=True,
+                       capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+    one, two = train("one", 1), train("two", 2)
+    assert len(one) == len(two) == 4
+    for alone, together in zip(one, two):
+        for name in {"loss", "gradient_norm", "heldout_loss"} & alone.keys():
+            assert together[name] == pytest.approx(alone[name], rel=1e-4)
+    assert one[0]["loss"] > one[-2]["loss"] + 0.5  # and there was something to learn
