@@ -87,7 +87,7 @@ quick:
 
 long:
 	$(MAKE) OUT=out/long PRETRAIN='--steps 12000 --documents 200000 --layers 4' \
-		SFT='--conversations 18000' PAIRS='--pairs 14000' PPO='--iterations 60'
+		SFT='--conversations 18000' PAIRS='--pairs 14000' DPO='--lr 1e-4' PPO='--iterations 60'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.
@@ -104,8 +104,7 @@ study: all
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
 # are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
-# the stories, so SFT takes higher rates than in the world, and the usual epsilon; DPO's rate and
-# PPO's beta were tried here before the world's changed.
+# the stories, so SFT takes higher rates than in the world, and the usual epsilon; beta is the usual 0.1.
 REAL := out/real
 real: .venv/installed
 	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
@@ -119,7 +118,7 @@ real: .venv/installed
 	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/hh-harmless-test.jsonl.gz --holdout 312 \
 		--out $(REAL)/reward_hh --resume
 	$(PY) rlhf.py dpo --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
-		--epochs 2 --lr 2e-4 --out $(REAL)/dpo --resume
+		--epochs 2 --beta 0.1 --out $(REAL)/dpo --resume
 	$(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
 		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
 		--out $(REAL)/ppo --resume

@@ -243,7 +243,7 @@ class DPOConfig:
     out: str = flag("out/dpo", "folder of the checkpoint to write")
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
     pairs: int = flag(6000, "pairs to sample from --init (with --data world)")
-    beta: float = flag(0.1, "price of a nat away from the reference; smaller strays further")
+    beta: float = flag(0.5, "price of a nat away from the reference; smaller strays further")
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
@@ -254,7 +254,7 @@ class DPOConfig:
                            "a third more time")
     dtype: str = flag("float32", "arithmetic of the policy: bfloat16 takes half the memory for activations, and "
                       "half the time where a device has units for it", choices=["float32", "bfloat16"])
-    lr: float = flag(1e-4, "peak learning rate")
+    lr: float = flag(2e-4, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
