@@ -294,7 +294,7 @@ def dpo():
     @torch.no_grad()
     def read_pairs(pairs):
         table = torch.zeros(2, len(pairs), device=device)  # chosen, rejected
-        for batch in data.length_batches(data.pair_lengths(pairs), 64):
+        for batch in data.length_batches(data.pair_lengths(pairs), config.micro_batch or 64):
             with precision:
                 logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device)
             table[:, batch] = logprobs.view(2, -1)
