@@ -494,7 +494,7 @@ ul { padding-left: 1.2rem; font-size: .9rem; } svg { width: 100%; height: auto; 
 @media (max-width: 36rem) { .cards { grid-template-columns: 1fr 1fr; }
   .plots { overflow-x: auto; } .plots svg { min-width: 38rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; }
-  table { font-size: 6.5pt; } th, td { padding: .15rem .25rem; } thead th { min-width: 0; }
+  h2 { break-after: avoid; } table { font-size: 6.5pt; } th, td { padding: .15rem .25rem; } thead th { min-width: 0; }
   tbody th { position: static; } svg { break-inside: avoid; } }
 """
 
