@@ -65,7 +65,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "            counts[pair] += 1", "test_tokenizer.py"),
     ("the pad token is the end token", "tokenizer.py", "    pad_token: str = PAD", "    pad_token: str = IM_END",
      "test_tokenizer.py"),
-    ("the document separator reaches the tokenizer", "data.py", ".split(SEPARATOR)]", ".split(\"\\0\")]",
+    ("the document separator reaches the tokenizer", "data.py", "for piece in text.split(SEPARATOR))",
+     "for piece in text.split(\"\\0\"))",
      "test_data.py"),
     ("chosen and rejected swapped", "data.py",
      "return Pair(chosen[:-1], chosen[-1][\"content\"], rejected[-1][\"content\"], p)",
@@ -184,8 +185,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("GRPO learns at another temperature than it samples", "rlhf.py",
      "logp = response_logprobs(policy, i, m, config.temperature)\n                loss",
      "logp = response_logprobs(policy, i, m)\n                loss", "test_rlhf.py"),
-    ("DPO reads the reference of other pairs", "rlhf.py", "*reference[:, batch], config.beta",
-     "*reference[:, :len(batch)], config.beta", "test_rlhf.py test_proofs.py"),
+    ("DPO reads the reference of other pairs", "rlhf.py", "*reference[:, rows], config.beta",
+     "*reference[:, :len(rows)], config.beta", "test_rlhf.py test_proofs.py"),
     ("every epoch has the same order", "sft.py", "manual_seed(config.seed * 1_000_003 + epoch)",
      "manual_seed(config.seed * 1_000_003)", "test_failures.py"),
     ("a resumed run begins its epoch anew", "sft.py", "batches(epoch)[step % per_epoch:]", "batches(epoch)",
@@ -194,11 +195,15 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_failures.py"),
     ("accumulation without the parts' shares", "rlhf.py", "(weight * loss).backward()", "loss.backward()",
      "test_failures.py"),
+    ("two processes do not share the batch", "pretrain.py", "part[rank::processes].to(device)",
+     "part[:len(part) // processes].to(device)", "test_training.py"),
+    ("tokens of a stopped stream are kept twice", "data.py", "file.truncate(4 * done[\"tokens\"])", "pass",
+     "test_data.py"),
     # ---- the study
     ("best-of-n for small n from the wrong samples", "study.py", "groups = scores.reshape(len(scores), -1, n)",
      "groups = scores.reshape(len(scores), n, -1)", "test_study.py"),
-    ("a changed run is not made anew", "study.py", "        if (folder / \"done\").exists() and known == command:",
-     "        if (folder / \"done\").exists():", "test_study.py"),
+    ("a changed run is not made anew", "study.py", "        if fresh(config, folder / \"done\") and known == command:",
+     "        if fresh(config, folder / \"done\"):", "test_study.py"),
 )
 
 

@@ -429,3 +429,20 @@ def test_large_files_that_cannot_be_used(content, message, tokenizer, tmp_path):
         data.stream_tokens([tmp_path / "big.txt"], cut, tokenizer, tmp_path / "out")
     with pytest.raises(InputError, match="no .txt file"):
         data.open_large([tmp_path / "none.txt"], 0.1)
+
+
+def test_a_stream_killed_before_its_note_is_not_written_twice(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "big.txt").write_text("<|endoftext|>".join(f"Document {n}." for n in range(50)))
+    stop, pieces, write, notes = (tmp_path / "big.txt").stat().st_size, data.read_pieces, data.write_atomic, []
+    monkeypatch.setattr(data, "read_pieces", lambda *args: pieces(*args, size=200))
+    straight = data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "straight")
+
+    def dying(*args):
+        notes.append(args)
+        if len(notes) == 2:  # its tokens are in the file, the note is not
+            raise KeyboardInterrupt
+        write(*args)
+    monkeypatch.setattr(data, "write_atomic", dying)
+    with pytest.raises(KeyboardInterrupt):
+        data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "cut")
+    assert torch.equal(data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "cut"), straight)
