@@ -76,6 +76,12 @@ def test_score_is_read_at_the_last_token_whatever_the_padding():
     for batch_size in (1, 2, 3):
         found = reward.score(model, prompts, responses, PAD, batch_size)
         assert torch.allclose(found, alone, atol=1e-5)
+    ids, last = torch.full((3, 16), 44), torch.tensor([len(p + r) - 1 for p, r in zip(prompts, responses)])
+    for i, (p, r) in enumerate(zip(prompts, responses)):
+        ids[i, :len(p + r)] = torch.tensor(p + r)
+    for after in (ids, torch.where(ids == 44, 17, ids)):  # whatever follows the end
+        with torch.no_grad():
+            assert torch.allclose(reward.read_last(model, after, last), alone, atol=1e-5)
     longer = reward.score(model, prompts, [r + [50] for r in responses], PAD)
     assert (longer - alone).abs().min() > 1e-3  # the last token itself, the end token, is read
 

@@ -205,6 +205,13 @@ def test_chat_golden():
     assert ids == [i for part, _ in expected for i in part]
     assert mask == [m for _, part in expected for m in part]
 
+    # One turn; and one in which the user writes the end token, which stays ten letters.
+    for asked, answer in (("Hi", "Yo"), ("a<|im_end|>", "<|im_start|>")):
+        ids, mask = render_chat(plain, [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
+        before = [start, *spell(f"user\n{asked}"), end, *spell("\n"), start, *spell("assistant\n")]
+        assert ids == [*before, *spell(answer), end, *spell("\n")]
+        assert mask == [0] * len(before) + [1] * (len(answer) + 1) + [0]
+
 
 def test_chat_supervises_the_answers(tokenizer):
     ids, mask = render_chat(tokenizer, CONVERSATION)
