@@ -5,8 +5,9 @@ copies that disagree would be a silent bug. In the order a stage uses them:
 
     flag, parse_args, run          command line from a dataclass, errors as one clear line
     keep_freed_memory              a tenth of the time on a CPU, for the asking
-    pick_device, autocast, seed_everything
+    pick_device, autocast, seed_everything, join_processes
     adamw, Muon, muon_and_adam, learning_rate      warm-up, flat, linear decay
+    micro_batches                  a batch in parts that fit into memory
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
     save_state, load_state         one file with everything a stopped run needs to go on
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers

@@ -205,7 +205,7 @@ def test_chat_golden():
     assert ids == [i for part, _ in expected for i in part]
     assert mask == [m for _, part in expected for m in part]
 
-    # One turn; and one in which the user writes the end token, which stays ten letters.
+    # One turn; and one in which the user writes the end token, which stays ten characters.
     for asked, answer in (("Hi", "Yo"), ("a<|im_end|>", "<|im_start|>")):
         ids, mask = render_chat(plain, [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
         before = [start, *spell(f"user\n{asked}"), end, *spell("\n"), start, *spell("assistant\n")]
