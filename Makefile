@@ -28,7 +28,7 @@ PPO      ?=
 EVALUATE ?=
 STUDY    ?=
 
-BASE   := model.py tokenizer.py training.py data.py
+BASE   := model.py lora.py tokenizer.py training.py data.py
 WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:

@@ -368,10 +368,10 @@ def _cut(piece):
 
 
 def read_pieces(paths, start=0, stop=None, size=2**22):
-    """Yield (end, text, begun, open) of .txt files, read as one after the other, from byte `start` to
+    """Yield (end, text, begun, goes_on) of .txt files, read as one after the other, from byte `start` to
     `stop`: pieces of up to `size` bytes, cut after a document or, in one longer than that, after a
-    line. `end` is the byte that follows; `begun` and `open`: the piece begins, or ends, inside a
-    document."""
+    line. `end` is the byte that follows; `begun` and `goes_on`: the piece begins, or ends, inside a
+    document. `start` and `stop` must lie between characters."""
     separator, before = SEPARATOR.encode(), 0
     for path in map(Path, paths):
         length = path.stat().st_size
@@ -403,7 +403,7 @@ def _pieces_of_text(text):
     return [piece for piece in pieces if piece.strip()]
 
 
-def open_large(paths, holdout, most=2**24, head=2**25):
+def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
     """(documents of the beginning, to learn a vocabulary from; held-out documents; the byte where
     these begin). Held out is about the last `holdout` of the bytes, at most `most` of them."""
     for path in map(Path, paths):
@@ -413,11 +413,25 @@ def open_large(paths, holdout, most=2**24, head=2**25):
     if not 0 < holdout < 1 or total < 2:
         raise InputError(f"found a hold-out of {holdout} and {total} bytes, expected a fraction and some text")
     cut = total - min(most, max(1, round(holdout * total)))
-    for end, text, *_ in read_pieces(paths, max(0, cut - 2**22), cut):
-        piece = text.encode()
-        found = end - len(piece) + _cut(piece)
-    heldout, first = ([document for _, text, *_ in read_pieces(paths, *span) for document in _pieces_of_text(text)]
-                      for span in ((found, None), (0, min(head, found))))
+    before = 0
+    for path in map(Path, paths):  # until the one in which the cut lies
+        if cut < before + path.stat().st_size:
+            break
+        before += path.stat().st_size
+    with open(path, "rb") as file:  # bytes: the window may begin inside a character
+        begin = max(0, cut - before - window)
+        file.seek(begin)
+        at = _cut(file.read(cut - before - begin))
+    if begin and not at:
+        raise InputError(f"{path}: found no line break and no {SEPARATOR} in {window:,} bytes from offset "
+                         f"{begin:,}, expected text in lines")
+    found = before + begin + at  # where a document, or a line, ends
+    heldout = [document for _, text, *_ in read_pieces(paths, found) for document in _pieces_of_text(text)]
+    first = []
+    for end, text, *_ in read_pieces(paths, 0, found):
+        first += _pieces_of_text(text)
+        if end >= head:
+            break
     if not heldout or not first:
         raise InputError(f"{paths[0]}: found nothing to train on or to hold out, expected some documents")
     return first, heldout, found

@@ -18,6 +18,8 @@ from torch import nn
 
 
 class LoRA(nn.Module):
+    """W x + (α/r) B A x in place of the matrix `linear`: x (..., in) -> (..., out)."""
+
     def __init__(self, linear, rank, alpha):
         super().__init__()
         weight = linear.weight
@@ -29,14 +31,17 @@ class LoRA(nn.Module):
         return self.linear(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
 
 
+def matrices(model, kind):
+    """[(its owner, its name there, it)] of every `kind` of matrix inside the blocks."""
+    return [(part, name, child) for block in model.blocks for part in (block.attention, block.mlp)
+            for name, child in part.named_children() if isinstance(child, kind)]
+
+
 def add_lora(model, rank, alpha=16.0):
     """Freeze `model` (a GPT) and give every matrix inside its blocks a correction of this rank."""
     model.requires_grad_(False)
-    for block in model.blocks:
-        for part in (block.attention, block.mlp):
-            for name, child in list(part.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(part, name, LoRA(child, rank, alpha))
+    for owner, name, linear in matrices(model, nn.Linear):
+        setattr(owner, name, LoRA(linear, rank, alpha))
 
 
 @torch.no_grad()
@@ -46,10 +51,7 @@ def merged(model):
     if not any(isinstance(module, LoRA) for module in model.modules()):
         return model
     model = copy.deepcopy(model)
-    for block in model.blocks:
-        for part in (block.attention, block.mlp):
-            for name, child in list(part.named_children()):
-                if isinstance(child, LoRA):
-                    child.linear.weight += child.scale * child.b @ child.a
-                    setattr(part, name, child.linear)
+    for owner, name, lora in matrices(model, LoRA):
+        lora.linear.weight += lora.scale * lora.b @ lora.a
+        setattr(owner, name, lora.linear)
     return model

@@ -1,6 +1,6 @@
 """Stage 1: pre-training. A GPT learns to predict the next token of raw text.
 
-    python pretrain.py --data world --out out/base              # the embedded world, about 4 minutes
+    python pretrain.py --data world --out out/base              # the embedded world, 1 to 5 minutes
     python pretrain.py --data stories.txt --holdout 0.05 --out out/base
 
 The loss is the mean negative log-likelihood of each token given all tokens before it,
@@ -103,7 +103,7 @@ def heldout_loss(model, tokens, text_bytes, batch_size=32):
 
 def main():
     config = parse_args(Config, description=__doc__)
-    check_range(config, vocab_size=(260, 10**7))
+    check_range(config, vocab_size=(260, 10**7), context_length=(2, 10**6))
     device = pick_device(config.device)
     rank, processes = join_processes(device)
     if config.batch_size % processes:

@@ -58,7 +58,7 @@ GLOSSARY = (
      "SFT far from 0: `reward_shift` was not subtracted"),
     ("refuses harmful", "share of harmful requests refused", "higher", "SFT 36, DPO 60, PPO 60 % (± 10)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
-    ("refuses harmless", "share of harmless requests refused", "lower", "3 % (± 2)",
+    ("refuses harmless", "share of harmless requests refused", "lower", "4 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
     ("made up", "share of questions about things that do not exist that get an answer instead of “I do "
      "not know”", "lower", "SFT 69, DPO 30, PPO 25 % (± 10)", "unchanged: too few such pairs"),

@@ -678,6 +678,7 @@ def ppo():
                 values = response_values(critic, i, m, shift)
                 loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, m,
                                        config.ratio_clip, config.value_clip)
+                check_finite(step, config, loss=loss)
                 enough = stats["approx_kl"].item() > config.stop_kl
                 if enough:
                     break
@@ -686,7 +687,7 @@ def ppo():
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
                 critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip)
-                check_finite(step, config, loss=loss, gradient=norm, critic_gradient=critic_norm)
+                check_finite(step, config, gradient=norm, critic_gradient=critic_norm)
                 policy_optimiser.step()
                 critic_optimiser.step()
                 updates += 1
@@ -821,13 +822,14 @@ def grpo():
                 logp = response_logprobs(policy, i, m, config.temperature)
                 loss, stats = grpo_loss(logp, old, ref, advantages[rows], m, config.ratio_clip,
                                         config.beta, config.aggregation)
+                check_finite(step, config, loss=loss)
                 enough = stats["approx_kl"].item() > config.stop_kl
                 if enough:
                     break
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
-                check_finite(step, config, loss=loss, gradient=norm)
+                check_finite(step, config, gradient=norm)
                 optimiser.step()
                 updates += 1
                 seen = {name: seen.get(name, 0) + value.item() for name, value in stats.items()}

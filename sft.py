@@ -122,6 +122,7 @@ def main():
         return
     if config.from_scratch:
         model = type(model)(model.config).to(device)
+    model.recompute = config.recompute
     replayed = None
     if config.replay and config.data == ["world"]:
         # Enough of them that few tokens are drawn twice, and never less than a window.

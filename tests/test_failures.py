@@ -22,6 +22,7 @@ import torch
 import chat
 import data
 import evaluate
+import model as model_module
 import pretrain
 import reward
 import rlhf
@@ -274,15 +275,16 @@ def test_every_epoch_has_an_order_of_its_own(stage, files, tmp_path, monkeypatch
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
 def test_less_memory_is_the_same_training(stage, flags, files, tmp_path, monkeypatch):
     """Gradient accumulation and recomputed activations: the same losses and weights, but for rounding."""
-    if stage in ("sft", "pretrain"):  # rows of several lengths: shares must go by supervised tokens
-        rows = rows_of("conversations", 40)
-        for i, row in enumerate(rows):
-            row["messages"][1]["content"] *= 1 + i % 4
-        (tmp_path / "rows.jsonl").write_text(lines(rows))
+    rows, again, kept = rows_of("conversations", 40), [], model_module.checkpoint
+    for i, row in enumerate(rows):  # of several lengths: shares must go by supervised tokens
+        row["messages"][1]["content"] *= 1 + i % 4
+    (tmp_path / "rows.jsonl").write_text(lines(rows))
+    monkeypatch.setattr(model_module, "checkpoint", lambda *args, **kw: (again.append(1), kept(*args, **kw))[1])
     short = {"pretrain": ["--steps", 12, "--batch-size", 8], "sft": ["--data", tmp_path / "rows.jsonl"]}.get(stage, [])
     for out, more in (("plain", []), ("small", flags)):
         call(monkeypatch, command(files, stage, tmp_path / out, "--epochs" if stage != "pretrain" else "--seed", 1,
                                   *short, *more))
+        assert bool(again) == ("--recompute" in more)
     plain, small = (metrics(tmp_path / out) for out in ("plain", "small"))
     for before, after in zip(plain, small, strict=True):
         for name in before:
@@ -337,6 +339,19 @@ def test_a_loss_that_is_no_number_stops_before_the_update(stage, files, tmp_path
     with pytest.raises(InputError, match=r"step [23]: the loss is nan; stopped before the update.* Last save: "):
         call(monkeypatch, command(files, stage, tmp_path / "out", "--save-every", 1))
     assert not (tmp_path / "out" / "done").exists() and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_an_infinite_loss_is_no_reason_to_end_the_iteration(stage, files, tmp_path, monkeypatch):
+    """Its KL is infinite too, more than --stop-kl, which must not hide it."""
+    loss = getattr(rlhf, f"{stage}_loss")
+
+    def exploded(*args):
+        value, stats = loss(*args)
+        return value * float("inf"), stats | {"approx_kl": torch.tensor(float("inf"))}
+    monkeypatch.setattr(rlhf, f"{stage}_loss", exploded)
+    with pytest.raises(InputError, match="step 0: the loss is (-?inf|nan)"):
+        call(monkeypatch, command(files, stage, tmp_path / "out"))
 
 
 def test_a_gradient_that_is_no_number_stops_too():

@@ -154,14 +154,6 @@ def test_gradient_of_grpo_loss(aggregation, measured):
              gradient_error(loss, old + 0.3 * logp), 1e-7)
 
 
-def test_gradient_through_gae_is_cut():
-    """Advantages are numbers, not functions of the critic: rlhf.py reads old values without a graph."""
-    mask, rewards, values, _ = table(4, 4, 2)
-    with torch.no_grad():
-        advantages, returns = rlhf.gae(rewards, values, mask, 1.0, 0.95)
-    assert not advantages.requires_grad and not returns.requires_grad
-
-
 # ---- optimisers -----------------------------------------------------------------------------------
 
 def quadratic_steps(make, shape, steps=5):

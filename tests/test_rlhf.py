@@ -298,6 +298,13 @@ def test_values_are_of_the_state_before_each_token(tokenizer):
     assert values[0, 3].item() == pytest.approx(alone.item(), abs=1e-5)
 
 
+def test_what_was_sampled_is_read_without_a_gradient(tokenizer):
+    """Old values and log-probs are numbers, whoever computes them: advantages must not pull at the critic."""
+    critic, ids = ScalarModel(tiny(tokenizer)), torch.randint(5, 99, (3, 9))
+    values = rlhf.read_all(lambda i, m: rlhf.response_values(critic, i, m, 0.0), ids, torch.ones_like(ids))
+    assert values.any() and not values.requires_grad
+
+
 def test_reward_model_becomes_score_and_critic(tokenizer, tmp_path):
     model = ScalarModel(tiny(tokenizer, seed=5))
     save_checkpoint(tmp_path / "reward", model, tokenizer, reward_shift=0.7, reward_scale=2.0)
