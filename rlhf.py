@@ -252,8 +252,8 @@ class DPOConfig:
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
     recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
                            "a third more time")
-    dtype: str = flag("float32", "arithmetic of the policy: bfloat16 takes half the memory for activations, and "
-                      "half the time where a device has units for it", choices=["float32", "bfloat16"])
+    dtype: str = flag("float32", "arithmetic of the policy; bfloat16 takes half the time where a device has "
+                      "units for it", choices=["float32", "bfloat16"])
     lr: float = flag(2e-4, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")

@@ -7,8 +7,10 @@ answer, two steps (AdamW's moments come with the first), then the most memory it
 
     weights that learn   16 bytes each: themselves, gradient and two moments, in float32
     frozen weights        4 bytes each (--lora)
-    activations           per token about 4 · layers · (9 width + 3 feed-forward) bytes, half of it in bfloat16;
-                          with --recompute only those of one block, and 4 · layers · width
+    activations           per token about 4 · layers · (9 width + 3 feed-forward) bytes; with --recompute
+                          only those of one block, and 4 · layers · width
+    bfloat16              half the activations, but 2 bytes more per weight, for its copy in bfloat16: beside
+                          --recompute it saves time, not memory
     logits                about 16 bytes per answer token and word of the vocabulary
     Python and torch      0.3 GB
 """
