@@ -5,7 +5,7 @@ copies that disagree would be a silent bug. In the order a stage uses them:
 
     flag, parse_args, run          command line from a dataclass, errors as one clear line
     keep_freed_memory              a tenth of the time on a CPU, for the asking
-    pick_device, autocast, seed_everything, join_processes
+    pick_device, autocast, compiled, seed_everything, join_processes
     adamw, Muon, muon_and_adam, learning_rate      warm-up, flat, linear decay
     micro_batches                  a batch in parts that fit into memory
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
@@ -206,6 +206,19 @@ def autocast(device, dtype="auto"):
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def compiled(function, wanted, device):
+    """`torch.compile(function)` if it is wanted and works here (a CPU needs a C++ compiler); else the
+    function itself, with a message. The first steps then take long: up to a minute of compiling."""
+    if not wanted:
+        return function
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # whatever its backend meets
+        print(f"--compile: torch.compile does not work here ({type(error).__name__}); going on without it")
+        return function
+    return torch.compile(function)
+
+
 def _matmul_seconds(device, dtype):
     side = 1024 if device.type == "cuda" else 192  # emulated bf16 takes seconds on large ones
     x = torch.ones(side, side, device=device, dtype=dtype)
@@ -292,11 +305,12 @@ def orthogonal_blocks(matrices, iterations=3):
     for side, members in by_side.items():
         x = torch.cat([blocks for _, _, blocks in members])  # (N, side, side)
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        x = x.bfloat16() if x.is_cuda else x  # exact enough for values near 1, and every GPU is fast in it
         for _ in range(iterations):
             a = torch.bmm(x, x.mT)
             b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
             x = torch.baddbmm(x, b, x, beta=3.4445)
-        parts = x.split([len(blocks) for _, _, blocks in members])
+        parts = x.float().split([len(blocks) for _, _, blocks in members])
         for (i, rows, _), part in zip(members, parts):
             tall = part.reshape(-1, side)[:rows]
             found[i] = tall if matrices[i].size(0) >= matrices[i].size(1) else tall.mT

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import training
 from model import GPT, GPTConfig
 from pretrain import heldout_loss
 from tokenizer import train_bpe
@@ -32,3 +33,17 @@ def test_bits_per_byte_are_nats_over_ln_2_and_bytes(vocab_size):
     assert nats == pytest.approx(total / (len(ids) - 1), rel=1e-5)
     assert bits == pytest.approx(total / math.log(2) / size, rel=1e-5)
     assert heldout_loss(model, tokens, size)[1] == pytest.approx(bits, rel=1e-5)
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
+    def broken(function):
+        raise RuntimeError("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert training.compiled(len, True, "cpu") is len
+    assert "does not work here (RuntimeError)" in capsys.readouterr().out
+
+
+def test_compiling_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *arguments: "compiled")
+    assert training.compiled(len, False, "cpu") is len
+    assert training.compiled(len, True, "cpu")([]) == "compiled"

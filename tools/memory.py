@@ -1,8 +1,8 @@
 """Peak memory of a step of DPO for models of real shapes, under the flags that save it.
 
-    python tools/memory.py            # on the CPU, some minutes and 20 GB for the largest
+    python tools/memory.py            # on a GPU if there is one; on the CPU some minutes, and 20 GB for the largest
 
-Each case is a process of its own: random weights of the shape, 4 pairs of 256 tokens, half of them the
+On a CPU each case is a process of its own: random weights of the shape, 4 pairs of 256 tokens, half of them the
 answer, two steps (AdamW's moments come with the first), then the most memory it had. What to expect:
 
     weights that learn   16 bytes each: themselves, gradient and two moments, in float32
@@ -12,7 +12,7 @@ answer, two steps (AdamW's moments come with the first), then the most memory it
     bfloat16              half the activations, but 2 bytes more per weight, for its copy in bfloat16: beside
                           --recompute it saves time, not memory
     logits                about 16 bytes per answer token and word of the vocabulary
-    Python and torch      0.3 GB
+    Python and torch      0.3 GB on a CPU (of a GPU only the tensors are counted)
 """
 
 import json
@@ -41,7 +41,11 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
     from lora import add_lora
     from model import GPT, GPTConfig
     from training import adamw, autocast, micro_batches
-    model = GPT(GPTConfig(context_length=512, **shape))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model = GPT(GPTConfig(context_length=512, **shape)).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     model.recompute = recompute
     if lora:
@@ -49,14 +53,16 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
     optimiser = adamw(model, 1e-5)
     row = torch.randint(5, 999, (4, 256)).tolist()
     pairs = [EncodedPair(ids[:128], ids[128:], ids[:127:-1]) for ids in row]
-    zero = torch.zeros(2, len(pairs))
+    zero = torch.zeros(2, len(pairs), device=device)
     for _ in range(2):
         for rows, weight in micro_batches(range(len(pairs)), micro):
-            with autocast(torch.device("cpu"), dtype):
-                chosen, rejected = rlhf.pair_logprobs(model, [pairs[i] for i in rows], 0, "cpu").chunk(2)
+            with autocast(device, dtype):
+                chosen, rejected = rlhf.pair_logprobs(model, [pairs[i] for i in rows], 0, device).chunk(2)
             (weight * rlhf.dpo_loss(chosen, rejected, *zero[:, rows], 0.1)[0]).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        return parameters, torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return parameters, peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 
@@ -66,10 +72,15 @@ def main():
         shape, case = SHAPES[sys.argv[1]], CASES[sys.argv[2]]
         print(json.dumps(step(shape, **case)))
         return
+    import torch
+    on_gpu = torch.cuda.is_available()
     print("| GB, peak | parameters | " + " | ".join(CASES) + " |\n" + "|---" * (len(CASES) + 2) + "|")
     for name in SHAPES:
         found = []
         for case in CASES:
+            if on_gpu:
+                found.append(step(SHAPES[name], **CASES[case]))
+                continue
             ran = subprocess.run([sys.executable, __file__, name, case], capture_output=True, text=True)
             found.append(json.loads(ran.stdout) if ran.returncode == 0 else [0, float("nan")])
         print(f"| {name} | {found[-1][0] / 1e6:.0f} M | " + " | ".join(f"{gb:.1f}" for _, gb in found) + " |",
