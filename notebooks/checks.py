@@ -1,0 +1,1859 @@
+"""Checks for the exercises: is your function right, and if not, what is likely wrong?
+
+    from checks import *        # `from start import *` has done it already
+
+    check_gae(gae)              # ✓ gae: agrees with rlhf.gae on 8 random tables
+    check_gae(gae, seed=71)     # the same random numbers again, to look for a mistake
+
+A check calls your function on fresh random inputs and compares with the code of this repository, or with
+the formula written out. If they differ it raises `Wrong`, which says what went in, what came out, and what
+was expected. It also tries common mistakes on the same inputs: if one of them gives just what your function
+gives, it tells you which. Plain numbers, lists, NumPy arrays and tensors are all welcome as results, except
+where a gradient has to flow (a loss) or ids are looked up (whole numbers). An input must not be changed.
+
+How it is made: each check is `compare(fn, right, inputs, hints)`, where `hints` is a list of
+(wrong function, what to say if yours does the same). A hint is given only if it explains *all* results.
+"""
+
+import copy
+import inspect
+import math
+import random
+import sys
+import traceback
+from collections import Counter
+from functools import cache, wraps
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import reward
+import rlhf
+import training
+from model import GPT, GPTConfig, rope_tables, rotate, token_logprobs, truncate
+from rlhf import last_token, masked_mean
+from tokenizer import render_chat, train_bpe
+
+
+class Wrong(AssertionError):
+    """A check that failed. Jupyter shows the message alone, without the traceback."""
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+
+# ---- the machinery -------------------------------------------------------------------------------
+
+def check(test):
+    """test(fn, g), g a random generator, returns what to say of a right fn -> check(fn, seed=None)."""
+
+    def run(fn, seed=None):
+        # Not `random.randrange`: a notebook that sets its seeds would get the same inputs every time.
+        seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+        name = getattr(fn, "__name__", str(fn))
+        try:
+            if not callable(fn):
+                raise Wrong(f"it is not a function but {show(fn)}. Give the function itself, not its result.")
+            with torch.enable_grad():
+                said = test(fn, torch.Generator().manual_seed(seed))
+        except Wrong as wrong:
+            raise Wrong(f"✗ {name}: {wrong}\n"
+                        f"  The same numbers again:  {run.__name__}({name}, seed={seed})") from None
+        print(f"✓ {name}: {said}")
+
+    run.__name__ = run.__qualname__ = test.__name__
+    run.__doc__ = test.__doc__
+    return run
+
+
+def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=False, general=None):
+    """Wrong unless fn gives on all `inputs` (tuples of arguments) what `right` gives, or what one function
+    of `also` gives. `grad`: the result is a loss, and its gradient for the first argument counts too."""
+    names = list(inspect.signature(right).parameters)
+    found = [outcome(fn, args, names, grad) for args in inputs]
+    expected = [right(*args) for args in inputs]
+
+    def explains(function):
+        return all(same(f, attempt(function, args), tol) for f, args in zip(found, inputs))
+
+    if all(same(f, e, tol) for f, e in zip(found, expected)) or any(map(explains, also)):
+        for args, f, e in zip(inputs, found, expected):
+            whole_numbers(f, e)
+            if grad:
+                same_gradient(fn, right, args, tol)
+        return
+    bad = next(i for i, (f, e) in enumerate(zip(found, expected)) if not same(f, e, tol))
+    hint = next((text for function, text in hints if explains(function)), None)
+    hint = hint or next((text for slip, text in SLIPS if all(
+        same(f, attempt(slip, [e]), tol) for f, e in zip(found, expected))), None)
+    hint = hint or complaint(found[bad], expected[bad]) or general
+    hint = hint or "none of the mistakes that we know. Go through the small example by hand, line by line."
+    into = "".join(f"\n    {name} = {show(value)}" for name, value in zip(names, inputs[bad]))
+    out = "" if isinstance(found[bad], Exception) else f"\n  out:       {show(found[bad])}"
+    raise Wrong(f"not right yet.\n  in:{into}{out}\n  expected:  {show(expected[bad])}\n  likely:    {hint}")
+
+
+# What can happen to any right result.
+SLIPS = [
+    (lambda y: -torch.as_tensor(y), "a sign: minus this would be right."),
+    (lambda y: y[::-1] if isinstance(y, tuple) else None, "the results are right, but exchanged."),
+    (lambda y: torch.as_tensor(y) / math.log(2), "these are bits (log2); asked are nats, natural logarithms."),
+    (lambda y: torch.as_tensor(y).exp(), "that is exp(…) of what is asked; stay with the logarithm."),
+    (lambda y: torch.as_tensor(y).mean(), "that is the mean of what is asked: no mean here."),
+    (lambda y: torch.as_tensor(y).sum(), "that is the sum of what is asked: no sum here."),
+    (lambda y: tuple(x.sum(1) for x in y), "you sum over dimension 1; asked are the tables themselves."),
+]
+
+
+def outcome(fn, args, names, grad=False):
+    """What fn(*args) returns, or the exception that it raises. Wrong if it changes an argument."""
+    given = copied(args)
+    if grad:
+        given[0].requires_grad_()
+    try:
+        result = fn(*given)
+    except Exception as error:
+        # An exercise that waits for its answer is no mistake (start.py), and Wrong is already a verdict.
+        if type(error).__name__ == "Unfilled" or isinstance(error, Wrong):
+            raise
+        return error
+    for name, now, before in zip(names, given, args):
+        if isinstance(before, (list, torch.Tensor, np.ndarray)) and not unchanged(now, before):
+            raise Wrong(f"it changes its input `{name}` in place. The caller still needs it: work on a copy "
+                        "(x.clone(), list(x)), or write x = x * mask and not x *= mask.")
+    return result
+
+
+def attempt(function, args):
+    """A wrong variant may fail too: then its exception is its result."""
+    try:
+        return function(*copied(args))
+    except Exception as error:
+        return error
+
+
+def copied(args):
+    return [x.detach().clone() if isinstance(x, torch.Tensor)
+            else copy.deepcopy(x) if isinstance(x, (list, np.ndarray)) else x for x in args]
+
+
+def unchanged(now, before):
+    if isinstance(before, list):
+        return now == before
+    return now.shape == before.shape and bool((now == before).all())
+
+
+def numbers(x):
+    """A float64 array of what is a number, a list of numbers, an array or a tensor; otherwise None."""
+    try:
+        if isinstance(x, torch.Tensor):
+            x = x.detach().cpu().double()
+        return None if x is None else np.asarray(x, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def same(a, b, tol):
+    if isinstance(a, Exception) or isinstance(b, Exception):
+        return type(a) is type(b)
+    if isinstance(b, tuple):
+        alike = isinstance(a, (tuple, list)) and len(a) == len(b)
+        return alike and all(same(x, y, tol) for x, y in zip(a, b))
+    a, b = numbers(a), numbers(b)
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return bool(np.allclose(a, b, rtol=tol, atol=tol, equal_nan=True))
+
+
+def complaint(found, expected):
+    """What is wrong with the kind of a result (its type, its shape, not a number), or None."""
+    if isinstance(found, Exception):
+        # The last frame outside this file is the line that the student wrote, or called.
+        frames = [f for f in traceback.extract_tb(found.__traceback__) if f.filename != __file__]
+        where = f", at the line `{frames[0].line}`" if frames and frames[0].line else ""
+        first = (str(found).strip() or "no message").splitlines()[0]
+        return f"it stops with {type(found).__name__}: {first}{where}."
+    if found is None:
+        return "it returns None. Is the line with `return` missing?"
+    if isinstance(expected, tuple):
+        if not isinstance(found, (tuple, list)) or len(found) != len(expected):
+            many = f" of {len(found)}" if isinstance(found, (tuple, list)) else ""
+            return f"expected {len(expected)} results (return a, b); found {type(found).__name__}{many}."
+        parts = [complaint(f, e) for f, e in zip(found, expected)]
+        return next((f"result {i} of {len(parts)}: {text}" for i, text in enumerate(parts, 1) if text), None)
+    f, e = numbers(found), numbers(expected)
+    if f is None:
+        return f"expected numbers, found {type(found).__name__}."
+    if f.shape != e.shape:
+        return f"the shape is {f.shape}, expected {e.shape or '() (one number)'}."
+    if np.isnan(f).any() and not np.isnan(e).any():
+        return "there is NaN in it: from 0/0, from inf − inf, or from a softmax over nothing but −inf."
+    return None
+
+
+def whole_numbers(found, expected):
+    if isinstance(expected, tuple):
+        for f, e in zip(found, expected):
+            whole_numbers(f, e)
+    elif isinstance(expected, torch.Tensor) and not expected.is_floating_point():
+        if isinstance(found, torch.Tensor) and found.is_floating_point():
+            raise Wrong(f"the numbers are right but of type {found.dtype}. Ids and places must be int64, or "
+                        "nothing can be looked up with them.")
+
+
+def same_gradient(fn, right, args, tol):
+    """The loss of fn must also have the gradient of the loss of `right`, for the first argument."""
+    slopes = []
+    for function in (fn, right):
+        given = copied(args)
+        given[0].requires_grad_()
+        loss = function(*given)
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            raise Wrong("the value is right, but no gradient can flow from it. Return a tensor: no .item(), "
+                        ".detach(), float(…) or torch.no_grad() on the way.")
+        slopes.append(torch.autograd.grad(loss, given[0])[0])
+    if not same(*slopes, tol):
+        raise Wrong("the value is right, but its gradient is not. Is a part of it detached?")
+
+
+def parts(result, n):
+    """The n results of a function; Wrong if they are not n."""
+    if result is None or not isinstance(result, (tuple, list)) or len(result) != n:
+        raise Wrong(complaint(result, (0,) * n))
+    return result
+
+
+def show(value):
+    """A value on one line; of large tables the shape."""
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(show, value)) + ")"
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+        if array.size > 40:
+            return f"a table of shape {array.shape}"
+        text = np.array2string(array, precision=4, separator=", ", suppress_small=True, max_line_width=10**4)
+        return " ".join(text.split()).replace("[ ", "[")
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = repr(value)
+    return text if len(text) < 300 else f"{text[:300]} …"
+
+
+def normal(g, *shape):
+    return torch.randn(*shape, generator=g)
+
+
+def whole(g, low, high, *shape):
+    """Whole numbers from low to high, both included: one, or a tensor of this shape."""
+    drawn = torch.randint(low, high + 1, shape, generator=g)
+    return drawn if shape else drawn.item()
+
+
+def uniform(g, low, high):
+    return low + (high - low) * torch.rand((), generator=g).item()
+
+
+def answers(g, rows, length):
+    """Masks (rows, length) of answers: 0 on a prompt, 1 on the answer, 0 on the padding; all lengths differ."""
+    place = torch.arange(length)
+    first = whole(g, 1, 2, rows, 1)
+    count = 2 + torch.randperm(length - 4, generator=g)[:rows, None]  # never to the end
+    return ((place >= first) & (place < first + count)).float()
+
+
+# ---- 00: comparing models ------------------------------------------------------------------------
+
+@check
+def check_win_rate(fn, g):
+    """fn(a (N,), b (N,)) -> how often a beats b; a tie counts one half."""
+    def right(a, b):
+        return ((a > b).double() + 0.5 * (a == b)).mean()
+
+    # The first table by design: wins, losses and ties are 3, 2 and 1 or more, so no two rules agree.
+    first = (torch.tensor([0.75, 0.5, 1.0, 0.25, 0.0, 0.5]), torch.tensor([0.5, 0.25, 0.75, 1.0, 0.5, 0.5]))
+    inputs = [first] + [(whole(g, 0, 4, 20) / 4, whole(g, 0, 4, 20) / 4) for _ in range(7)]
+    compare(fn, right, inputs, [
+        (lambda a, b: (a > b).double().mean(), "ties count nothing for you; they count one half. As it is, a "
+         "model against itself has a win rate of 0 and not of 0.5."),
+        (lambda a, b: (a >= b).double().mean(), "ties count as won for you; they count one half."),
+        (lambda a, b: right(b, a), "you count how often b beats a."),
+        (lambda a, b: (a > b).double().sum() / (a != b).sum(), "you leave the ties out of the number of "
+         "prompts; they count one half, and N stays N."),
+        (lambda a, b: (a - b).mean(), "that is the mean difference of the marks. How much better an answer "
+         "is does not matter here, only whether it is."),
+    ])
+    return "ties count half, on 8 random tables"
+
+
+# ---- 01: tokens and the next-token loss ------------------------------------------------------------
+
+def _best_pair(count):
+    """From a function that counts pairs to one that takes the commonest, of equals the smallest."""
+    def best(words):
+        counts = count(words)
+        return min(counts, key=lambda pair: (-counts[pair], pair))
+    return best
+
+
+def _pairs(words):
+    return Counter(pair for word in words for pair in zip(word, word[1:]))
+
+
+def _apart(words):
+    """Pairs that do not overlap: aaa holds (a, a) once."""
+    counts = Counter()
+    for word in words:
+        end = {}
+        for i, pair in enumerate(zip(word, word[1:])):
+            if end.get(pair, -1) < i:
+                counts[pair] += 1
+                end[pair] = i + 1
+    return counts
+
+
+@check
+def check_bpe_best_pair(fn, g):
+    """fn(words: list of id lists) -> (a, b), the commonest neighbouring pair, of equals the smallest."""
+    right = _best_pair(_pairs)
+    a, b, c, d, e, f, h = sorted((torch.randperm(300, generator=g)[:7]).tolist())
+    inputs = [([[b, c], [a, c]],), ([[a, c], [b, c]],),  # ties, the smaller pair last or first
+              ([[e, d], [a, h], [f, d], [a, c], [f, d], [a, b], [a, b], [f, d]],),  # (d, a) across words
+              ([[b, b, b, b], [a, c], [a, c]],), ([[b, c, b, c], [a, d]],)]
+    inputs += [([[whole(g, 0, 3) for _ in range(whole(g, 1, 7))] for _ in range(6)] + [[1, 2]],)
+               for _ in range(15)]
+    compare(fn, right, inputs, [
+        (lambda words: _pairs(words).most_common(1)[0][0], "of equally common pairs you take the one met "
+         "first; take the smallest pair. Otherwise the vocabulary depends on the order of the texts."),
+        (lambda words: max(_pairs(words).items(), key=lambda item: (item[1], item[0]))[0],
+         "of equally common pairs you take the largest; take the smallest."),
+        (_best_pair(lambda words: _pairs([sum(words, [])])), "you count pairs across the border of two "
+         "words. No merge crosses it: count inside each word."),
+        (_best_pair(lambda words: Counter(p for w in words for p in set(zip(w, w[1:])))),
+         "you count a pair once per word; count every place where it stands."),
+        (_best_pair(_apart), "you count only pairs that do not overlap; a a a has two neighbouring pairs (a, "
+         "a)."),
+        (lambda words: (right(words), _pairs(words)[right(words)]), "you return the count too; return the "
+         "pair alone."),
+    ], tol=0)
+    return "right on 20 lists of words, ties among them"
+
+
+def _merge(ids, pair, new_id, step=2, stop=0):
+    out, i = [], 0
+    while i < len(ids) - stop:
+        hit = tuple(ids[i:i + 2]) == tuple(pair)
+        out.append(new_id if hit else ids[i])
+        i += step if hit else 1
+    return out
+
+
+@check
+def check_bpe_merge(fn, g):
+    """fn(ids: list, pair, new_id) -> list, every occurrence of pair from the left replaced by new_id."""
+    def right(ids, pair, new_id):
+        return _merge(ids, pair, new_id)
+
+    def first_only(ids, pair, new_id):
+        at = next((i for i in range(len(ids) - 1) if tuple(ids[i:i + 2]) == pair), None)
+        return ids if at is None else [*ids[:at], new_id, *ids[at + 2:]]
+
+    a, b, c = (torch.randperm(200, generator=g)[:3]).tolist()
+    inputs = [([a, b, c, a, b, a], (a, b), 300), ([a, a, a], (a, a), 300), ([c, b, a, b], (a, b), 300),
+              ([a, a, a, a, a], (a, a), 301), ([], (a, b), 300), ([a], (a, b), 300), ([a, c, b], (a, b), 300)]
+    inputs += [([[a, b, c][whole(g, 0, 2)] for _ in range(12)], (a, b), 300) for _ in range(13)]
+    compare(fn, right, inputs, [
+        (lambda ids, pair, new_id: _merge(ids, pair, new_id, stop=1), "the last id is lost when it is not "
+         "part of a pair. Your loop ends one id too early."),
+        (lambda ids, pair, new_id: _merge(ids, pair, new_id, step=1), "after a merge you go on by one id; "
+         "the second half of the pair is used up too, so go on by two."),
+        (first_only, "you merge the first occurrence only."),
+        (lambda ids, pair, new_id: _merge(ids[::-1], pair[::-1], new_id)[::-1], "you merge from the right; "
+         "in a a a it is the first two that become one."),
+        (lambda ids, pair, new_id: _merge(_merge(ids, pair, new_id), pair[::-1], new_id),
+         "you merge (b, a) as well; only (a, b), in this order, is the pair."),
+    ], tol=0)
+    return "right on 20 lists, with overlaps, at the end, and empty"
+
+
+@check
+def check_next_token_loss(fn, g):
+    """fn(logits (B, T, V), ids (B, T)) -> scalar, mean nats of ids[:, 1:], each given what is before it."""
+    def right(logits, ids):
+        return -token_logprobs(logits[:, :-1], ids[:, 1:]).mean()
+
+    nll = lambda logits, ids: -token_logprobs(logits, ids)
+    inputs = [(2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T))
+              for B, T, V in ((1, 3, 4), (2, 5, 7), (3, 8, 11))]
+    compare(fn, right, inputs, [
+        (lambda logits, ids: nll(logits, ids).mean(), "you do not shift: the logits at place t predict the "
+         "token at t + 1. Trained so, a model learns to repeat the token that it reads."),
+        (lambda logits, ids: nll(logits[:, 1:], ids[:, :-1]).mean(), "you shift the wrong way: your logits "
+         "predict the token *before*. The model has just read that one, so the loss soon falls to 0."),
+        (lambda logits, ids: nll(logits[:, :-1], ids[:, :-1]).mean(), "you cut both at the same end, so "
+         "nothing is shifted: the logits at t should meet the token at t + 1."),
+        (lambda logits, ids: nll(logits[:, 1:], ids[:, 1:]).mean(), "you cut both at the same end, so "
+         "nothing is shifted: the logits at t should meet the token at t + 1."),
+        (lambda logits, ids: right(logits, ids) * ids[:, 1:].numel(), "that is the sum; take the mean over "
+         "tokens."),
+        (lambda logits, ids: nll(logits[:, :-1], ids[:, 1:]).sum() / ids.numel(), "you divide by B·T, but "
+         "only T − 1 tokens of each row are predicted."),
+        (lambda logits, ids: right(logits.softmax(-1), ids), "you take a softmax before cross_entropy, which "
+         "takes its own. It wants the raw logits."),
+        (lambda logits, ids: -logits[:, :-1].gather(-1, ids[:, 1:, None]).mean(), "these are raw logits; a "
+         "log_softmax over the vocabulary makes log-probabilities of them."),
+    ], grad=True)
+    return "value and gradient are right on 3 random tables"
+
+
+@check
+def check_bits_per_byte(fn, g):
+    """fn(nats_per_token, tokens, text_bytes) -> float."""
+    def right(nats_per_token, tokens, text_bytes):
+        return nats_per_token * tokens / (math.log(2) * text_bytes)
+
+    inputs = []
+    for _ in range(10):
+        tokens = whole(g, 10, 1000)
+        inputs.append((uniform(g, 0.5, 5.0), tokens, int(tokens * uniform(g, 2.0, 5.0))))
+    compare(fn, right, inputs, [
+        (lambda n, t, b: n * t / b, "these are nats per byte; a bit is ln 2 = 0.693 nats."),
+        (lambda n, t, b: n * t * math.log(2) / b, "you multiply by ln 2; n nats are n / ln 2 bits, a larger "
+         "number."),
+        (lambda n, t, b: n / math.log(2), "these are bits per *token*. A token has several bytes: divide by "
+         "them."),
+        (lambda n, t, b: n / (math.log(2) * b), "the mean must become a sum first: times the number of "
+         "tokens."),
+        (lambda n, t, b: n * b / (math.log(2) * t), "you have bytes over tokens; it is tokens over bytes."),
+        (lambda n, t, b: n * t / math.log(2), "these are the bits of the whole text; divide by its bytes."),
+    ])
+    return "right on 10 random texts"
+
+
+# ---- 02: the Transformer -------------------------------------------------------------------------
+
+@check
+def check_rms_norm(fn, g):
+    """fn(x (..., C), weight (C,), eps) -> (..., C)."""
+    def right(x, weight, eps):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    def by(divisor):
+        return lambda x, weight, eps: x / divisor(x, eps) * weight
+
+    square = lambda x: x.square().mean(-1, keepdim=True)
+    # ε is large here, so that one sees where it stands.
+    inputs = [(normal(g, *shape) + 0.5, normal(g, shape[-1]), 0.3)
+              for shape in ((2, 4), (2, 3, 8), (2, 2, 3, 6))]
+    compare(fn, right, inputs, [
+        (lambda x, weight, eps: F.layer_norm(x, x.shape[-1:], weight, None, eps), "that is LayerNorm: "
+         "RMSNorm does not subtract the mean."),
+        (lambda x, weight, eps: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(square(x) + eps) * weight,
+         "you subtract the mean; RMSNorm only scales."),
+        (by(lambda x, eps: (x.square().mean() + eps).sqrt()), "you take the mean over the whole table. Each "
+         "vector has its own: .mean(-1, keepdim=True)."),
+        (by(lambda x, eps: (x.square().sum(-1, keepdim=True) + eps).sqrt()), "you divide by the root of the "
+         "sum of squares, the length; RMS is the root of their mean."),
+        (by(lambda x, eps: square(x).sqrt() + eps), "ε stands outside the root; it belongs under it."),
+        (by(lambda x, eps: square(x).sqrt()), "ε is missing: a vector of zeros would become NaN."),
+        (by(lambda x, eps: square(x) + eps), "the root is missing: you divide by the mean square."),
+        (lambda x, weight, eps: right(x, 1.0, eps), "the gain, `weight`, is missing."),
+        (lambda x, weight, eps: right(x, 1 + weight, eps), "you multiply by 1 + weight (as Gemma does); here "
+         "it is weight itself."),
+    ])
+    return "right on tables of 2, 3 and 4 dimensions"
+
+
+def _turn(x, angles, sign=1.0):
+    """Turn the halves of x (B, T, H, D) by angles that broadcast to (T, H, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), sign * angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _angles(x, theta, start=0, power=2.0, dim=1):
+    frequencies = theta ** (-power * torch.arange(x.size(-1) // 2) / x.size(-1))
+    angles = torch.arange(start, start + x.size(dim))[:, None] * frequencies
+    return angles[:, None] if dim == 1 else angles
+
+
+@check
+def check_rope(fn, g):
+    """fn(x (B, T, H, D), theta) -> the same shape; half-split layout, positions 0 … T − 1."""
+    def right(x, theta):
+        config = GPTConfig(vocab_size=1, context_length=x.size(1), head_dim=x.size(-1), rope_theta=theta)
+        cos, sin = rope_tables(config)
+        return rotate(x, cos[:, None], sin[:, None])
+
+    def interleaved(x, theta):
+        order = torch.cat([torch.arange(0, x.size(-1), 2), torch.arange(1, x.size(-1), 2)])
+        return _turn(x[..., order], _angles(x, theta))[..., order.argsort()]
+
+    def unjoined(x, theta):
+        return torch.cat([_turn(x, _angles(x, theta)).chunk(2, -1)[0], x.chunk(2, -1)[1]], -1)
+
+    inputs = [(normal(g, B, T, H, D), theta) for B, T, H, D, theta in
+              ((1, 3, 1, 4, 100.0), (2, 5, 3, 8, 10000.0), (2, 4, 4, 6, 500.0))]
+    compare(fn, right, inputs, [
+        (interleaved, "you turn neighbours (x0, x1), (x2, x3), …, the interleaved layout of the RoPE paper. "
+         "Ours, as in Llama's files, pairs x[i] with x[i + D/2]: x.chunk(2, dim=-1)."),
+        (lambda x, theta: _turn(x, _angles(x, theta), -1.0), "you turn the other way round: it is x1 cos − "
+         "x2 sin and x2 cos + x1 sin."),
+        (lambda x, theta: _turn(x, _angles(x, theta, start=1)), "your positions begin at 1; at position 0 "
+         "nothing turns."),
+        (lambda x, theta: _turn(x, _angles(x, theta, dim=2)), "you number the heads. The position is "
+         "dimension 1 of (B, T, H, D)."),
+        (lambda x, theta: _turn(x, _angles(x, theta, power=1.0)), "your exponent is −i/D for i = 0 … D/2 − "
+         "1; it is −2i/D."),
+        (lambda x, theta: _turn(x, _angles(x, theta, power=4.0)), "your exponent is −4i/D: is the 2 in it "
+         "twice, in arange(0, D, 2) and as a factor?"),
+        (lambda x, theta: _turn(x, _angles(x, theta, power=-2.0)), "your frequencies grow with i; the "
+         "exponent is negative, theta^(−2i/D)."),
+        (unjoined, "the second half is not turned: x2 cos + x1 sin."),
+    ], general="none of the mistakes that we know. Two things to test: position 0 must stay as it is, and no "
+               "vector may change its length.")
+    return "half-split layout, positions from 0, on 3 random tables"
+
+
+def _scores(q, k):
+    return q @ k.mT / math.sqrt(q.size(-1))
+
+
+def _future(q):
+    return torch.ones(q.size(-2), q.size(-2), dtype=torch.bool).triu(1)
+
+
+@check
+def check_causal_attention(fn, g):
+    """fn(q, k, v), each (B, H, T, D) -> (B, H, T, D): a place attends to itself and to those before it."""
+    def right(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def masked(scores, q, diagonal=1, fill=-math.inf):
+        return scores.masked_fill(torch.ones(q.size(-2), q.size(-2), dtype=torch.bool).triu(diagonal), fill)
+
+    inputs = [tuple(normal(g, 3, *shape))
+              for shape in ((1, 1, 3, 2), (2, 3, 6, 4), (2, 2, 1, 4), (1, 2, 5, 8))]
+    compare(fn, right, inputs, [
+        (lambda q, k, v: _scores(q, k).softmax(-1) @ v, "your values are those of a softmax without the "
+         "causal mask."),
+        (lambda q, k, v: _scores(q, k).softmax(-1).masked_fill(_future(q), 0) @ v, "the weights of a row do "
+         "not sum to 1: the future took its share in the softmax before you removed it. Something must "
+         "happen earlier."),
+        (lambda q, k, v: masked(_scores(q, k), q, fill=0.0).softmax(-1) @ v, "masked scores are 0 with you, "
+         "and exp(0) = 1 is not nothing. A score of −inf has weight 0."),
+        (lambda q, k, v: masked(_scores(q, k), q, diagonal=0).softmax(-1) @ v, "a place cannot see itself "
+         "with you, so the first one sees nothing at all, and 0/0 is NaN. Mask from the diagonal above the "
+         "main one."),
+        (lambda q, k, v: masked(_scores(q, k).mT, q).mT.softmax(-1) @ v, "each place sees the future and not "
+         "the past: the mask is upside down (rows are queries, columns are keys)."),
+        (lambda q, k, v: masked(q @ k.mT, q).softmax(-1) @ v, "the scores are not divided by √D."),
+        (lambda q, k, v: masked(q @ k.mT / q.size(-1), q).softmax(-1) @ v, "you divide by D; it is √D."),
+        (lambda q, k, v: masked(_scores(q, k), q).softmax(-2) @ v, "your softmax runs over the queries; it "
+         "runs over the keys, the last dimension."),
+    ], general="none of the mistakes that we know. Look whether a change of the last token changes the first "
+               "output, and whether the weights of every row sum to 1.")
+    return "as PyTorch's own on 4 random inputs"
+
+
+@check
+def check_swiglu(fn, g):
+    """fn(x (..., C), gate (F, C), up (F, C), down (C, F)) -> (..., C)."""
+    def gated(act):
+        return lambda x, gate, up, down: (act(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def right(x, gate, up, down):
+        return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    inputs = [(normal(g, *shape, C), normal(g, W, C), normal(g, W, C), normal(g, C, W))
+              for shape, C, W in (((1,), 2, 3), ((2, 3), 4, 6), ((5,), 3, 8))]
+    compare(fn, right, inputs, [
+        (lambda x, gate, up, down: right(x, up, gate, down), "gate and up are exchanged: the SiLU is on the "
+         "side of `gate`. A new model would learn either way, but trained weights of others would make no "
+         "sense."),
+        (lambda x, gate, up, down: F.silu((x @ gate.T) * (x @ up.T)) @ down.T, "you take the SiLU of the "
+         "product; it is of the gate alone."),
+        (gated(lambda h: h), "the SiLU is missing."),
+        (gated(torch.sigmoid), "that is the GLU with a sigmoid; SiLU is h · sigmoid(h)."),
+        (gated(F.gelu), "that is GELU (GEGLU); SwiGLU takes SiLU."),
+        (gated(lambda h: F.gelu(h, approximate="tanh")), "that is GELU (GEGLU); SwiGLU takes SiLU."),
+        (gated(F.relu), "that is ReLU (ReGLU); SwiGLU takes SiLU."),
+        (lambda x, gate, up, down: (F.silu(x @ gate.T) + x @ up.T) @ down.T, "the two sides are multiplied, "
+         "not added."),
+        (lambda x, gate, up, down: F.silu(x @ gate.T) @ down.T, "the side `up` is missing."),
+    ])
+    return "right on 3 random inputs"
+
+
+@check
+def check_parameter_count(fn, g):
+    """fn(config: GPTConfig) -> int, for tied or untied heads and any kv_heads (qk_norm False)."""
+    def right(config):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+    def attention(c, kv=None, D=None):
+        return (2 * c.heads + 2 * (kv or c.kv_heads)) * (D or c.head_dim) * c.width
+
+    inputs = []
+    for tied in (True, False, True, False):
+        kv = whole(g, 1, 3)
+        inputs.append((GPTConfig(whole(g, 20, 90), layers=whole(g, 2, 4), heads=2 * kv, kv_heads=kv,
+                                 width=24 * kv, head_dim=None if tied else 10, ffn_width=whole(g, 30, 60),
+                                 tied=tied),))
+    per_layer = lambda change: lambda c: right(c) + c.layers * change(c)
+    compare(fn, right, inputs, [
+        (lambda c: right(c) + c.tied * c.vocab_size * c.width, "you count the output head of a tied model; "
+         "it is the embedding matrix once more, and counted with it."),
+        (lambda c: right(c) - (not c.tied) * c.vocab_size * c.width, "an untied model has an output head, "
+         "V·C more."),
+        (per_layer(lambda c: attention(c, c.heads) - attention(c)), "with grouped queries k and v have only "
+         "kv_heads heads each; you count `heads` of them."),
+        (per_layer(lambda c: 4 * c.width**2 - attention(c)), "4 C² holds only where kv_heads = heads and "
+         "heads · head_dim = C; count q, k, v and the output each by itself."),
+        (per_layer(lambda c: attention(c, D=c.width // c.heads) - attention(c)), "head_dim need not be width "
+         "/ heads: take config.head_dim."),
+        (per_layer(lambda c: -2 * c.width), "each block has two norms, with a gain of C numbers each."),
+        (lambda c: right(c) - c.width, "the last norm, after all blocks, is missing: C numbers."),
+        (lambda c: right(c) - c.width * (2 * c.layers + 1), "the norms are missing, two in each block and "
+         "one at the end, with C numbers each."),
+        (per_layer(lambda c: -c.width * c.ffn_width), "SwiGLU has three matrices: gate, up and down."),
+        (lambda c: right(c) + c.context_length * c.width, "you count position embeddings. RoPE has no "
+         "parameters."),
+    ], tol=0)
+    return "right for 4 shapes: tied and untied, grouped queries, any head width"
+
+
+# ---- 03: pre-training ----------------------------------------------------------------------------
+
+@check
+def check_learning_rate(fn, g):
+    """fn(step, steps, peak, warmup, decay) -> float, the rule of training.learning_rate."""
+    def right(step, steps, peak, warmup, decay):
+        return training.learning_rate(step, steps, peak, warmup, decay)
+
+    def rule(rising=None, falling=None, join=min):
+        """Our rule with a part exchanged. Arguments of the parts: step, steps, warmup, decay."""
+        rising = rising or (lambda i, n, w, d: (i + 1) / w)
+        falling = falling or (lambda i, n, w, d: (n - i) / d)
+        return lambda step, steps, peak, warmup, decay: peak * max(0.0, join(
+            min(1.0, rising(step, steps, warmup, decay)), min(1.0, falling(step, steps, warmup, decay))))
+
+    inputs = []
+    for steps, warmup, decay in ((12, 4, 5), (whole(g, 30, 40), 6, 10), (20, 10, 16)):  # last: the two meet
+        peak = uniform(g, 0.5, 2.0)
+        inputs += [(step, steps, peak, warmup, decay) for step in range(steps)]
+    cosine = lambda i, n, w, d: 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, 1 - (n - i) / d)))
+    compare(fn, right, inputs, [
+        (rule(rising=lambda i, n, w, d: i / w), "your first step has rate 0 and teaches nothing: step counts "
+         "from 0, so the rise is (step + 1) / warmup."),
+        (rule(falling=lambda i, n, w, d: (n - 1 - i) / d), "your last step has rate 0 and teaches nothing: "
+         "the step *after* the last has 0, so the fall is (steps − step) / decay."),
+        (rule(falling=lambda i, n, w, d: (n - i) / (n - w)), "your fall begins right after the warm-up; it "
+         "takes the last `decay` steps, and before it the rate is flat."),
+        (rule(falling=lambda i, n, w, d: 1 - (i - w) / d), "your fall begins when the warm-up is over, and is over "
+         "after `decay` steps. What should the rate do between the two?"),
+        (rule(falling=lambda i, n, w, d: 1.0), "there is no decay at the end."),
+        (rule(rising=lambda i, n, w, d: 1.0), "there is no warm-up at the beginning."),
+        (rule(join=lambda a, b: a * b), "you multiply rise and fall; the smaller of the two counts."),
+        (rule(falling=cosine), "your fall is a cosine; here it is a straight line."),
+        (lambda step, steps, peak, warmup, decay: right(step, steps, 1.0, warmup, decay),
+         "that is the share of the peak; multiply by `peak`."),
+        (lambda step, steps, peak, warmup, decay: peak * min((step + 1) / warmup, (steps - step) / decay),
+         "the rate may not pass the peak: the smallest of 1, rise and fall."),
+    ])
+    return f"right at {len(inputs)} steps of 3 schedules"
+
+
+@check
+def check_windows(fn, g):
+    """fn(tokens (N,), starts (B,), length) -> inputs (B, T), targets (B, T), T = length."""
+    def cut(tokens, starts, length, first=0, stride=1):
+        return tokens[stride * starts[:, None] + torch.arange(first, first + length)]
+
+    def right(tokens, starts, length):
+        return cut(tokens, starts, length), cut(tokens, starts, length, 1)
+
+    inputs = []
+    for B, T in ((2, 3), (3, 5), (4, 2)):
+        tokens = torch.randperm(60, generator=g)  # all different, so that no two places look alike
+        starts = whole(g, 1, 8, B)
+        starts[0] = len(tokens) - T - 1 if B > 2 else starts[0]  # the last window that fits
+        inputs.append((tokens, starts, T))
+    compare(fn, right, inputs, [
+        (lambda tokens, starts, length: (cut(tokens, starts, length),) * 2, "the targets are the inputs; "
+         "they are one token later. Here the model would only have to copy."),
+        (lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, -1)),
+         "the targets are one token *earlier*: the model has just read them."),
+        (lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, 2)),
+         "the targets are two tokens later; one is right."),
+        (lambda tokens, starts, length: right(tokens, starts, length - 1), "the windows are one token too "
+         "short: take length + 1 tokens, then inputs are all but the last and targets all but the first."),
+        (lambda *args: (cut(*args), cut(*args).roll(-1, 1)),
+         "the last target of a row is its first token: roll goes round. It is the token after the window."),
+    ], tol=0)
+    return "right on 3 random texts, the last window that fits among them"
+
+
+@check
+def check_adamw_step(fn, g):
+    """fn(p, g, m, v, step, lr, betas, eps, weight_decay) -> (p, m, v) after the step; step counts from 1."""
+    def adamw(corrected=lambda m, v, t, b: (m / (1 - b[0]**t), v / (1 - b[1]**t)), inside=False, l2=False,
+              decay=lambda lr, wd: lr * wd, square=True, after=False, sign=1.0):
+        def step_(p, g, m, v, step, lr, betas, eps, weight_decay):
+            if l2:
+                g = g + weight_decay * p
+            m = betas[0] * m + (1 - betas[0]) * g
+            v = betas[1] * v + (1 - betas[1]) * (g * g if square else g.abs())
+            mh, vh = corrected(m, v, step, betas)
+            move = lr * mh / ((vh + eps).sqrt() if inside else vh.sqrt() + eps)
+            keep = 1.0 if l2 else 1 - decay(lr, weight_decay)
+            return (keep * (p - move) if after else keep * p - sign * move), m, v
+        return step_
+
+    def right(p, g, m, v, step, lr, betas, eps, weight_decay):
+        return adamw()(p, g, m, v, step, lr, betas, eps, weight_decay)
+
+    def hatted(p, g, m, v, step, lr, betas, eps, weight_decay):
+        new, m, v = right(p, g, m, v, step, lr, betas, eps, weight_decay)
+        return new, m / (1 - betas[0]**step), v / (1 - betas[1]**step)
+
+    inputs = []
+    for step in (1, 2, 3, 7):  # before step 1 the moments are 0
+        m, v = (normal(g, 4), normal(g, 4).square()) if step > 1 else (torch.zeros(4), torch.zeros(4))
+        inputs.append((normal(g, 4), normal(g, 4), m, v, step, uniform(g, 0.1, 0.3), (0.8, 0.9), 0.2, 0.4))
+    shift = lambda by: lambda m, v, t, b: (m / (1 - b[0]**(t + by)), v / (1 - b[1]**(t + by)))
+    compare(fn, right, inputs, [
+        (adamw(lambda m, v, t, b: (m, v)), "the bias correction is missing: m and v begin at 0, so divide "
+         "them by 1 − β^step before use."),
+        (adamw(lambda m, v, t, b: (m / (1 - b[0]**t), v)), "v is not corrected: divide it by 1 − β2^step "
+         "before use."),
+        (adamw(lambda m, v, t, b: (m, v / (1 - b[1]**t))), "m is not corrected: divide it by 1 − β1^step "
+         "before use."),
+        (adamw(shift(1)), "you correct with step + 1; here steps count from 1 already."),
+        (adamw(l2=True), "the decay goes into the gradient, which is Adam with L2. In AdamW it shrinks p "
+         "directly, past m and v: p · (1 − lr · weight_decay)."),
+        (adamw(decay=lambda lr, wd: wd), "you decay by weight_decay; it is lr · weight_decay."),
+        (adamw(decay=lambda lr, wd: 0.0), "the weight decay is missing."),
+        (adamw(after=True), "you shrink p after the step, and the step with it; shrink the old p."),
+        (adamw(inside=True), "ε stands under the root; it is added to the root."),
+        (lambda p, g, m, v, step, lr, betas, *rest: right(p, g, m, v, step, lr, betas[::-1], *rest),
+         "the two betas are exchanged."),
+        (hatted, "you return the corrected m and v. Return them raw: the next step corrects them anew."),
+    ])
+    return "right at steps 1, 2, 3 and 7, as torch.optim.AdamW"
+
+
+@check
+def check_power_law(fn, g):
+    """fn(x, y) NumPy arrays -> (a, b) of y ≈ a x^−b, by least squares in the logarithms."""
+    def right(x, y):
+        slope, height = np.polyfit(np.log(x), np.log(y), 1)
+        return math.exp(height), -slope
+
+    def ends(x, y):
+        b = -math.log(y[-1] / y[0]) / math.log(x[-1] / x[0])
+        return y[0] * x[0]**b, b
+
+    def inverse(x, y):
+        slope, height = np.polyfit(np.log(y), np.log(x), 1)
+        return math.exp(-height / slope), -1 / slope
+
+    inputs = []
+    for _ in range(5):
+        x = 2.0 ** np.arange(1, 8)
+        noise = 0.2 * normal(g, 7).double().numpy()
+        inputs.append((x, uniform(g, 2, 9) * x ** -uniform(g, 0.2, 0.6) * np.exp(noise)))
+    compare(fn, right, inputs, [
+        (lambda x, y: (right(x, y)[0], -right(x, y)[1]), "the sign of b: in y ≈ a x^−b a falling curve has b "
+         "> 0, minus the slope."),
+        (lambda x, y: (math.log(right(x, y)[0]), right(x, y)[1]), "your a is still a logarithm: exp of the "
+         "height."),
+        (lambda x, y: (math.exp(math.log10(right(x, y)[0])), right(x, y)[1]), "you take log10 but exp; 10** "
+         "undoes log10."),
+        (lambda x, y: (np.polyfit(x, y, 1)[1], -np.polyfit(x, y, 1)[0]), "you fit a straight line to x and y "
+         "themselves; fit it to log x and log y."),
+        (lambda x, y: (math.exp(np.polyfit(x, np.log(y), 1)[1]), -np.polyfit(x, np.log(y), 1)[0]),
+         "x has no logarithm with you: that is an exponential, not a power law."),
+        (ends, "you use the two ends only; all points count, by least squares."),
+        (inverse, "you fit log x as a function of log y; the noise is in y."),
+    ], tol=1e-3)
+    return "right on 5 noisy curves"
+
+
+@check
+def check_training_flops(fn, g):
+    """fn(parameters, tokens) -> floating-point operations of a training run, 6 N D."""
+    def right(parameters, tokens):
+        return 6 * parameters * tokens
+
+    inputs = [(whole(g, 10**3, 10**6), whole(g, 10**4, 10**7)) for _ in range(5)]
+    times = lambda k: lambda parameters, tokens: k * parameters * tokens
+    compare(fn, right, inputs, [
+        (times(2), "that is the forward pass, a multiplication and an addition per parameter and token. The "
+         "backward pass costs twice as much again."),
+        (times(4), "that is the backward pass alone (or the forward with a backward as dear as it)."),
+        (times(3), "a multiplication and an addition are two operations: 2 · 3 = 6."),
+        (times(1), "per parameter and token there are 6 operations: 2 forward, 4 backward."),
+        (lambda parameters, tokens: 6 * parameters, "that is for one token; times the tokens."),
+    ])
+    return "6 N D"
+
+
+# ---- 04: prompting and inference -----------------------------------------------------------------
+
+def _apart_logits(g, V):
+    """Random logits (V,), no two closer than 0.05, in a random order: no ties, no rounding at a border."""
+    steps = 0.05 + 0.8 * torch.rand(V, generator=g)
+    return steps.cumsum(0)[torch.randperm(V, generator=g)] - 1.0
+
+
+@check
+def check_temperature(fn, g):
+    """fn(logits (V,), temperature) -> probabilities (V,); at temperature 0 all is on the largest."""
+    def right(logits, temperature):
+        if temperature == 0:
+            return F.one_hot(logits.argmax(), len(logits)).float()
+        return (logits / temperature).softmax(-1)
+
+    inputs = [(_apart_logits(g, 5), t) for t in (2.0, 0.5, 0, 1.0, 3.0)] + [(_apart_logits(g, 9), 0.0)]
+    nought = lambda otherwise: lambda x, t: right(x, 0) if t == 0 else otherwise(x, t)
+    two = lambda otherwise, text: [(otherwise, text), (nought(otherwise), text)]
+    compare(fn, right, inputs, [
+        (lambda x, t: (x / t if t else x * math.inf).softmax(-1), "temperature 0 divides by 0. It has its "
+         "own answer, 1 on the largest logit and 0 elsewhere: handle it first."),
+        (lambda x, t: (x / max(t, 1e-8)).softmax(-1) if t else x.softmax(-1), "at temperature 0 you do as at "
+         "1; all probability is on the largest logit."),
+        *two(lambda x, t: (x * t).softmax(-1), "you multiply the logits by the temperature; divide. A high "
+             "temperature makes the distribution flatter."),
+        *two(lambda x, t: x.softmax(-1), "the temperature does nothing."),
+        *two(lambda x, t: x.softmax(-1) / t, "you divide probabilities, which then do not sum to 1; divide the "
+             "logits."),
+        *two(lambda x, t: x.softmax(-1) ** (1 / t), "these do not sum to 1: after the power, divide by the sum."),
+        *two(lambda x, t: (x / t).log_softmax(-1), "these are log-probabilities; asked are probabilities."),
+        *two(lambda x, t: x / t, "these are logits; a softmax makes probabilities of them."),
+        (lambda x, t: right(x, 0), "you always take the likeliest token; that is temperature 0 only."),
+        (lambda x, t: (x / t).softmax(-1) if t else x.argmax(), "at temperature 0 you return the token; "
+         "asked is a distribution (V,), 1 on that token."),
+    ])
+    return "right at 5 temperatures, 0 among them"
+
+
+@check
+def check_top_k(fn, g):
+    """fn(logits (V,), k) -> probabilities (V,): the k likeliest, scaled up to sum to 1; k may be above V."""
+    def right(logits, k):
+        return truncate(logits[None], k, None).softmax(-1)[0]
+
+    kept = lambda x, k: torch.isfinite(truncate(x[None], k, None)[0])
+    inputs = [(_apart_logits(g, V), k) for V, k in ((5, 2), (7, 3), (6, 1), (6, 6), (4, 9), (9, 4))]
+    compare(fn, right, inputs, [
+        (lambda x, k: x.softmax(-1) * kept(x, k), "these do not sum to 1: what was cut off must be shared "
+         "out. Set the cut logits to −inf before the softmax, or divide by the sum."),
+        (lambda x, k: (x * kept(x, k)).softmax(-1), "a cut logit is 0 with you, and exp(0) = 1 is not "
+         "nothing; set it to −inf."),
+        (lambda x, k: right(x, k + 1), "you keep k + 1 tokens: look at < and <=."),
+        (lambda x, k: right(-x, k) * 0 + (x.masked_fill(~kept(-x, k), -math.inf)).softmax(-1),
+         "you keep the k smallest; sort(descending=True)."),
+        (lambda x, k: right(x, k).sort(descending=True).values, "the result is sorted; give it in the order "
+         "of the vocabulary."),
+        (lambda x, k: x.topk(min(k, len(x))).values.softmax(-1), "only the kept ones are there, sorted; put "
+         "them back in their places, 0 elsewhere."),
+        (lambda x, k: right(x, k) if k <= len(x) else x.topk(k), "k may be larger than V: then all are kept, "
+         "min(k, V)."),
+        (lambda x, k: x.softmax(-1), "nothing is cut off."),
+    ])
+    return "right on 6 random distributions, k above V among them"
+
+
+@check
+def check_top_p(fn, g):
+    """fn(logits (V,), p) -> probabilities (V,); the token that crosses p is kept."""
+    def right(logits, p):
+        return truncate(logits[None], None, p).softmax(-1)[0]
+
+    def keeping(keep, renormalise=True, descending=True):
+        """keep(sorted probabilities, their sums up to and with each, p) -> which stay."""
+        def cut(logits, p):
+            probs, order = logits.softmax(-1).sort(descending=descending)
+            probs = probs * keep(probs, probs.cumsum(-1), p)
+            return torch.zeros_like(probs).scatter(0, order, probs / probs.sum() if renormalise else probs)
+        return cut
+
+    # Probabilities 0.5, 0.3, 0.15, 0.05 in some order, so that the example can be followed by hand.
+    example = torch.tensor([0.5, 0.3, 0.15, 0.05])[torch.randperm(4, generator=g)].log()
+    inputs = [(example, 0.6), (example, 0.3)]
+    inputs += [(_apart_logits(g, 8) * 0.6, p) for p in (0.9, 0.7, 0.5, 0.2, 0.95)]
+    dropped = ("the token that crosses p is cut off with you; it stays, so that the kept ones hold at least p. "
+               "Compare p with the mass *before* each token (the sum less the token itself).")
+    first = lambda s: torch.arange(len(s)) == 0
+    compare(fn, right, inputs, [
+        (keeping(lambda q, s, p: s <= p), dropped + " As it is, nothing stays where the first token has more."),
+        (keeping(lambda q, s, p: (s <= p) | first(s)), dropped),
+        (keeping(lambda q, s, p: s - q < p, renormalise=False), "these do not sum to 1: divide by their "
+         "sum."),
+        (keeping(lambda q, s, p: s <= p, renormalise=False), dropped + " And the kept ones must sum to 1."),
+        (keeping(lambda q, s, p: (s - q - q.roll(1) * (s > q) < p)), "one token too many stays: none after "
+         "the one that crosses p."),
+        (keeping(lambda q, s, p: q >= p), "p is the mass of all kept tokens together, not the least "
+         "probability of one (that is another rule, like min-p)."),
+        (keeping(lambda q, s, p: s - q < p, descending=False), "you begin with the unlikeliest tokens; sort "
+         "descending."),
+        (lambda x, p: right(x, p).sort(descending=True).values, "the result is still sorted; undo the "
+         "sorting: result[order] = sorted ones."),
+        (lambda x, p: x.softmax(-1), "nothing is cut off."),
+    ])
+    return "right on 7 distributions, the crossing token kept"
+
+
+@check
+def check_left_padding(fn, g):
+    """fn(prompts: id lists, pad_id) -> ids (B, T), mask (B, T), positions (B, T), any ≥ 0 at padding."""
+    def table(prompts, fill, make):
+        T = max(map(len, prompts))
+        return torch.tensor([[fill] * (T - len(p)) + list(make(p)) for p in prompts])
+
+    def right(prompts, pad_id, start=0):
+        mask = table(prompts, 0, lambda p: [1] * len(p))
+        positions = table(prompts, 0, lambda p: range(start, start + len(p)))
+        return table(prompts, pad_id, lambda p: p), mask.float(), positions
+
+    def with_mask(change):
+        def other(prompts, pad_id):
+            ids, mask, _ = right(prompts, pad_id)
+            mask = change(ids, mask, pad_id)
+            return ids, mask, (mask.cumsum(1) - 1).clamp(min=0).long()
+        return other
+
+    def everywhere(prompts, pad_id):
+        ids, mask, positions = right(prompts, pad_id)
+        return ids, mask, torch.arange(ids.size(1)).expand_as(ids)
+
+    def on_the_right(prompts, pad_id):
+        mask, positions = [[1] * len(p) for p in prompts], [list(range(len(p))) for p in prompts]
+        return data.pad_right(prompts, pad_id), data.pad_right(mask, 0), data.pad_right(positions, 0)
+
+    def judged(found):
+        """Positions at padding mean nothing: set them to 0, so that any number from 0 on is right there."""
+        ids, mask, positions = parts(found, 3)
+        where, places = numbers(mask), numbers(positions)
+        if places is not None and where is not None and where.shape == places.shape:
+            if (places < 0).any():
+                raise Wrong("there is a position below 0 at the padding. It means nothing there, but a table is "
+                            "read with it, and −1 reads the last row or fails: .clamp(min=0).")
+            whole_numbers(positions, torch.tensor(0))
+            positions = places * (where != 0)
+        return ids, mask, positions
+
+    inputs = [([[5, 6, 7], [8]], 0)]
+    for n in (3, 4, 5):
+        pad = whole(g, 0, 3)
+        lengths = (torch.randperm(7, generator=g)[:n] + 1).tolist()
+        rows = [[whole(g, 1, 20) for _ in range(length)] for length in lengths]
+        longest = max(rows, key=len)  # the pad id also stands in prompts, first, inside and last
+        longest[0], longest[-1], longest[len(longest) // 2] = pad, pad, pad
+        inputs.append((rows, pad))
+    view = lambda function: wraps(function)(lambda prompts, pad_id: judged(function(prompts, pad_id)))
+    compare(view(fn), right, inputs, [(view(wrong), text) for wrong, text in (
+        (with_mask(lambda ids, mask, pad_id: (ids != pad_id).float()), "padding is known by its place, not "
+         "by its id: a real token of a prompt may have the id pad_id. Make the mask from the lengths."),
+        (on_the_right, "you pad on the right. The next token of every row must come in the last column, so "
+         "pad on the left."),
+        (everywhere, "your positions count the padding. The first real token has position 0."),
+        (lambda prompts, pad_id: right(prompts, pad_id, start=1), "your positions begin at 1; the first real "
+         "token has 0."),
+        (with_mask(lambda ids, mask, pad_id: 1 - mask), "the mask is inverted: 1 is a real token, 0 is "
+         "padding."),
+        (with_mask(lambda ids, mask, pad_id: torch.ones_like(mask)), "the mask is 1 everywhere; it is 0 at "
+         "padding."),
+        (lambda prompts, pad_id: (right(prompts, 0)[0], *right(prompts, pad_id)[1:]),
+         "you fill with 0; fill with pad_id."),
+    )], tol=0)
+    return "right on 4 batches, the pad id inside the prompts"
+
+
+@check
+def check_cached_attention(fn, g):
+    """fn(q (B, H, 1, D), k_new, v_new, cache: dict or None) -> (y (B, H, 1, D), cache): one new token."""
+    def right(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def in_steps(step):
+        """Feed the tokens one by one and put the outputs together."""
+        def all_steps(q, k, v):
+            cache, found = None, []
+            for t in range(q.size(2)):
+                y, cache = parts(step(*(x[:, :, t:t + 1].clone() for x in (q, k, v)), cache), 2)
+                if numbers(y) is None or numbers(y).shape != tuple(q[:, :, :1].shape):
+                    raise Wrong(f"at token {t}, y is {show(y)}; expected the shape {tuple(q[:, :, :1].shape)}, "
+                                "one output for the one new token.")
+                found.append(torch.as_tensor(numbers(y)))
+            return torch.cat(found, 2)
+        return wraps(step)(all_steps)
+
+    def seeing(which):
+        """Token t attends to the tokens which(t), an index."""
+        return lambda q, k, v: torch.cat([F.scaled_dot_product_attention(
+            q[:, :, t:t + 1], k[:, :, which(t)], v[:, :, which(t)]) for t in range(q.size(2))], 2)
+
+    def scaled(by):
+        return lambda q, k, v: right(q * by(q) * math.sqrt(q.size(-1)), k, v)
+
+    inputs = [tuple(normal(g, 3, *shape)) for shape in ((1, 1, 3, 2), (2, 2, 6, 4), (1, 3, 5, 6))]
+    compare(in_steps(fn), right, inputs, [
+        (seeing(lambda t: slice(0, 1)), "every token sees the first token only. Which keys may the newest "
+         "one see?"),
+        (seeing(lambda t: slice(t, t + 1)), "every token sees itself only: the cache does not come into the "
+         "attention, or it is new at each call."),
+        (seeing(lambda t: slice(max(0, t - 1), t + 1)), "a token sees itself and the one before it: does the "
+         "cache hold all tokens so far, or only the last?"),
+        (seeing(lambda t: slice(0, max(1, t))), "a token does not see itself: put the new key and value into "
+         "the cache first, then attend."),
+        (seeing(lambda t: [0] if t == 0 else [0, t]), "a token sees itself and the first: is the grown cache "
+         "returned, or the old one?"),
+        (scaled(lambda q: 1.0), "the scores are not divided by √D."),
+        (scaled(lambda q: 1 / q.size(-1)), "you divide by D; it is √D."),
+        (lambda q, k, v: v, "you return the new value; with a cache there are more than one to weigh."),
+    ])
+    return "token by token as all at once, on 3 random inputs"
+
+
+# ---- 05: supervised fine-tuning ------------------------------------------------------------------
+
+@cache
+def _tokenizer():
+    return train_bpe(["the cat sat on the mat, and the dog sat on the log.\n"] * 3, 290)
+
+
+@check
+def check_sft_mask(fn, g):
+    """fn(tokenizer, messages) -> (ids, mask), as tokenizer.render_chat: 1 on what the assistant says."""
+    def right(tokenizer, messages):
+        return tuple(render_chat(tokenizer, messages))
+
+    def render(header=0, end=None, newline=0, roles=("assistant",), last_only=False, closing=True, line=True):
+        """The template with parts of its mask exchanged; `end` None: as the content."""
+        def other(tokenizer, messages):
+            ids, mask = [], []
+            for n, message in enumerate(messages):
+                ours = message["role"] in roles and (not last_only or n == len(messages) - 1)
+                head = [tokenizer.im_start_id, *tokenizer.encode(message["role"] + "\n")]
+                for tokens, value in ((head, header * ours), (tokenizer.encode(message["content"]), ours),
+                                      ([tokenizer.im_end_id] * closing, ours if end is None else end),
+                                      (tokenizer.encode("\n") * line, newline * ours)):
+                    ids += tokens
+                    mask += [int(value)] * len(tokens)
+            return ids, mask
+        return other
+
+    def shifted(by):
+        def other(tokenizer, messages):
+            ids, mask = render_chat(tokenizer, messages)
+            return ids, (mask[by:] + [0] * by if by > 0 else [0] * -by + mask[:by])
+        return other
+
+    def from_the_first(tokenizer, messages):
+        ids, _ = render_chat(tokenizer, messages)
+        n = [message["role"] for message in messages].index("assistant")
+        start = len(render_chat(tokenizer, messages[:n])[0])
+        return ids, [0] * start + [1] * (len(ids) - start)
+
+    def written_out(tokenizer, messages):
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return tokenizer.encode(text)
+
+    words = "the cat dog mat log sat on and".split()
+    say = lambda role: {"role": role, "content": " ".join(words[i] for i in whole(g, 0, 7, 3).tolist())}
+    inputs = [(_tokenizer(), [say({"s": "system", "u": "user", "a": "assistant"}[role]) for role in roles])
+              for roles in ("ua", "suaua", "uau")]
+    everyone = ("system", "user", "assistant")
+    ids_alone = wraps(fn)(lambda *args: parts(fn(*args), 2)[0])
+    if same(attempt(ids_alone, inputs[0]), written_out(*inputs[0]), 0):
+        raise Wrong("<|im_start|> and <|im_end|> are spelt out in many tokens: encode() never makes special tokens "
+                    "of a text, so that no user can forge one. Put in tokenizer.im_start_id and .im_end_id.")
+    compare(fn, right, inputs, [
+        (render(end=0), "<|im_end|> after the assistant's words has mask 0. A model whose end token is never "
+         "learned never stops."),
+        (render(end=1), "<|im_end|> has mask 1 after every message; only the assistant's own is to be "
+         "learned."),
+        (render(newline=1), "the newline after <|im_end|> has mask 1. It comes after the answer is over."),
+        (render(header=1), "the header <|im_start|>assistant⏎ has mask 1. It is given to the model, not "
+         "written by it."),
+        (render(header=1, newline=1), "the whole turn has mask 1; learned are the content and its <|im_end|> "
+         "only."),
+        (render(roles=everyone), "other roles have mask 1 too. The model would learn to ask the user's "
+         "questions."),
+        (render(roles=everyone, header=1, newline=1), "mask 1 everywhere: learned are the assistant's "
+         "content and its <|im_end|> only."),
+        (render(roles=("user",)), "the mask stands on the user's words; it belongs on the assistant's."),
+        (render(last_only=True), "only the last turn has mask 1; all answers of the assistant are learned."),
+        (shifted(1), "the mask is shifted by one place. Entry i belongs to ids[i]; the loss does the shift."),
+        (from_the_first, "from the first answer on you learn all: headers, line breaks, and what the user says "
+         "next. Each message has its own begin and end."),
+        (shifted(-1), "the mask is shifted by one place. Entry i belongs to ids[i]."),
+        (render(closing=False), "<|im_end|> is missing after the content."),
+        (render(line=False), "the newline after <|im_end|> is missing."),
+        (lambda tokenizer, messages: tuple(x[:-1] for x in render_chat(tokenizer, messages)),
+         "the newline after the last <|im_end|> is missing."),
+    ], tol=0)
+    return "right on 3 conversations"
+
+
+@check
+def check_sft_loss(fn, g):
+    """fn(logits (B, T, V), ids (B, T), mask (B, T)) -> scalar, mean over the batch's supervised tokens."""
+    def right(logits, ids, mask):
+        return -masked_mean(token_logprobs(logits[:, :-1], ids[:, 1:]), mask[:, 1:])
+
+    nll = lambda logits, ids: -token_logprobs(logits[:, :-1], ids[:, 1:])
+    inputs = []
+    for B, T, V in ((2, 7, 4), (3, 9, 6), (4, 10, 5)):
+        inputs.append((2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T).long()))
+    compare(fn, right, inputs, [
+        (lambda logits, ids, mask: masked_mean(nll(logits, ids), mask[:, :-1]), "the mask is one place off: "
+         "entry t belongs to ids[:, t], and you cut the ids to [:, 1:], so cut the mask the same way."),
+        (lambda logits, ids, mask: nll(logits, ids).mean(), "the mask does nothing: you average over all "
+         "tokens."),
+        (lambda logits, ids, mask: ((nll(logits, ids) * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).mean(),
+         "you average within each row, then over rows. Asked is the mean over all supervised tokens: a long "
+         "answer weighs more."),
+        (lambda logits, ids, mask: (nll(logits, ids) * mask[:, 1:]).mean(), "you divide by all tokens, also "
+         "the masked ones; divide by mask.sum()."),
+        (lambda logits, ids, mask: (nll(logits, ids) * mask[:, 1:]).sum(), "that is the sum; divide by the "
+         "number of supervised tokens."),
+        (lambda logits, ids, mask: (nll(logits, ids) * mask[:, 1:]).sum(1).mean(), "you sum over the answer "
+         "and average over rows; divide by the number of supervised tokens of the batch."),
+        (lambda logits, ids, mask: -masked_mean(token_logprobs(logits, ids), mask), "you do not shift: the "
+         "logits at place t predict the token at t + 1."),
+        (lambda logits, ids, mask: masked_mean(nll(logits, ids), 1 - mask[:, 1:]), "you learn what is *not* "
+         "supervised."),
+    ], grad=True)
+    return "value and gradient are right on 3 random batches"
+
+
+@check
+def check_pad_right(fn, g):
+    """fn(rows: id lists, pad_id) -> ids (B, T) int64, mask (B, T), T the longest row."""
+    def right(rows, pad_id):
+        return data.pad_right(rows, pad_id), data.pad_right([[1] * len(row) for row in rows], 0).float()
+
+    inputs = [([[5, 6, 7], [8]], 0)]
+    for _ in range(4):
+        pad = whole(g, 0, 3)
+        lengths = (torch.randperm(6, generator=g)[:4] + 1).tolist()
+        rows = [[whole(g, 1, 20) for _ in range(n)] for n in lengths]
+        longest = max(rows, key=len)  # the pad id also stands inside a row
+        longest[0], longest[-1] = pad, pad
+        inputs.append((rows, pad))
+    flip = lambda table: table.flip(1)
+    compare(fn, right, inputs, [
+        (lambda rows, pad_id: tuple(map(flip, right([row[::-1] for row in rows], pad_id))),
+         "you pad on the left; in training we pad on the right, where causal attention hides it."),
+        (lambda rows, pad_id: (right(rows, pad_id)[0], (right(rows, pad_id)[0] != pad_id).float()),
+         "padding is known by its place, not by its id: a real token may have the id pad_id. Make the mask "
+         "from the lengths."),
+        (lambda rows, pad_id: (right(rows, pad_id)[0], 1 - right(rows, pad_id)[1]), "the mask is inverted: 1 "
+         "is real."),
+        (lambda rows, pad_id: (right(rows, 0)[0], right(rows, pad_id)[1]), "you fill with 0; fill with "
+         "pad_id."),
+        (lambda rows, pad_id: tuple(x[:, :min(map(len, rows))] for x in right(rows, pad_id)),
+         "you cut to the shortest row; fill up to the longest."),
+    ], tol=0)
+    return "right on 5 batches, the pad id inside the rows"
+
+
+# ---- 06: the reward model ------------------------------------------------------------------------
+
+@check
+def check_preference_loss(fn, g):
+    """fn(chosen (B,), rejected (B,)) -> scalar, mean −log σ(chosen − rejected); ValueError if shapes differ."""
+    right = reward.preference_loss
+    inputs = [tuple(normal(g, 2, 3)), tuple(2 * normal(g, 2, 8)), (torch.zeros(4), torch.zeros(4))]
+    extreme = (torch.tensor([-200.0, 1.0]), torch.tensor([0.0, 0.0]))
+    gap = lambda c, r: c - r
+    compare(fn, right, [*inputs, extreme], [
+        (lambda c, r: -torch.sigmoid(c - r).log().mean(), "at a margin of −200, sigmoid is 0 in float32 and "
+         "its log −inf. F.logsigmoid computes both together, and safely."),
+        (lambda c, r: right(r, c), "the sign of the margin: it is chosen − rejected. This model learns to "
+         "prefer what people reject."),
+        (lambda c, r: right(c, r) * len(c), "that is the sum; take the mean over pairs."),
+        (lambda c, r: -torch.sigmoid(c - r).mean(), "the logarithm is missing: −log σ, and not −σ."),
+        (lambda c, r: -F.logsigmoid((c - r).mean()), "you average the margins before the logarithm; the loss "
+         "comes first, the mean over pairs last."),
+        (lambda c, r: -(F.logsigmoid(c) + F.logsigmoid(-r)).mean(), "you judge each answer by itself; only "
+         "the *difference* of the two means something (InstructGPT, arXiv 2203.02155, eq. 1)."),
+        (lambda c, r: (r - c).mean(), "the log σ is missing."),
+    ], grad=True)
+    # (B,) minus (B, 1) would silently compare every answer with every other.
+    if not isinstance(attempt(fn, (torch.zeros(3), torch.zeros(3, 1))), ValueError):
+        raise Wrong("the values are right, but chosen (3,) and rejected (3, 1) pass: broadcasting compares every "
+                    "answer with every other, and nothing warns. Raise a ValueError where the shapes differ.")
+    return "value and gradient are right, at a margin of −200 too; unequal shapes are refused"
+
+
+@check
+def check_read_last(fn, g):
+    """fn(values (B, T), mask (B, T)) -> (B,), values at the last real tokens; padding on either side."""
+    def right(values, mask):
+        return values[torch.arange(len(values)), last_token(mask)]
+
+    at = lambda where: lambda values, mask: values.gather(1, where(values, mask)[:, None])[:, 0]
+    inputs = []
+    for T in (5, 8, 9):
+        lengths = 1 + torch.randperm(T - 1, generator=g)[:3, None]  # all different, none of them full
+        lengths[0] = max(2, lengths[0].item())
+        on_the_right = (torch.arange(T) < lengths).long()
+        both = on_the_right.clone()
+        both[0, 0] = 0  # a place of padding on the left of the first row too
+        inputs += [(normal(g, 3, T), mask) for mask in (on_the_right, on_the_right.flip(1), both)]
+    compare(fn, right, inputs, [
+        (at(lambda v, m: m.sum(1) - 1), "you count the real tokens, which is a place only where padding is "
+         "on the right. With padding on the left the last one lies further on: find the last 1 itself."),
+        (lambda values, mask: values[:, -1], "you read the last column. With padding on the right that is "
+         "padding."),
+        (at(lambda v, m: (last_token(m) - 1).clamp(min=0)), "you read one token too early."),
+        (at(lambda v, m: m.argmax(1)), "that is the first real token (argmax finds the first 1); the last "
+         "one has seen the whole answer."),
+        (at(lambda v, m: m.flip(1).argmax(1)), "after flip the place counts from the right: T − 1 − it."),
+        (lambda values, mask: (values * mask).sum(1) / mask.sum(1), "you average over the tokens; only the "
+         "last one has seen the whole answer."),
+        (lambda values, mask: values[:, last_token(mask)], "you take every column for every row, (B, B): "
+         "pair them, values[torch.arange(B), last]."),
+    ])
+    return "right on 9 tables, padding on the right, on the left, and on both sides"
+
+
+@check
+def check_noise_ceiling(fn, g):
+    """fn(p (N,)) -> scalar, the best accuracy that can be expected where p are the chances of `chosen`."""
+    def right(p):
+        return torch.maximum(p, 1 - p).mean()
+
+    inputs = [(torch.rand(n, generator=g) * 0.9 + 0.05,) for n in (4, 10, 50, 200)]
+    compare(fn, right, inputs, [
+        (lambda p: p.mean(), "that is how often `chosen` is chosen again. The best model picks the likelier "
+         "side, also where p is below one half."),
+        (lambda p: torch.maximum(p.mean(), 1 - p.mean()), "you average first; choose the likelier side of "
+         "every pair, then average."),
+        (lambda p: torch.minimum(p, 1 - p).mean(), "that is the least error; the ceiling of the accuracy is "
+         "1 minus it."),
+        (lambda p: (p**2 + (1 - p)**2).mean(), "that is how often two people agree. The best model is no "
+         "second person: it always says the likelier side."),
+        (lambda p: (p > 0.5).double().mean(), "that is how often the likelier side was chosen: the labels "
+         "are not sure, so weigh each pair by its chance."),
+        (lambda p: torch.maximum(p, 1 - p), "that is one number per pair; take their mean."),
+        (lambda p: -(p * p.log() + (1 - p) * (1 - p).log()).mean(), "that is the least *loss* (the "
+         "entropy)."),
+    ])
+    return "right on 4 random samples"
+
+
+@check
+def check_normalise_reward(fn, g):
+    """fn(scores (N,)) -> (shift, scale), so that scores / scale − shift has mean 0 and std 1, see reward.py."""
+    def right(scores):
+        return scores.mean() / scores.std(), scores.std()
+
+    inputs = [(uniform(g, 1.5, 4) * normal(g, n) + uniform(g, 2, 6),) for n in (5, 40, 200)]
+    compare(fn, right, inputs, [
+        (lambda s: (s.mean(), s.std()), "your shift is in raw units. In reward.py the head is divided by "
+         "`scale` first, and `shift` is subtracted from what comes out: scores / scale − shift, so the shift "
+         "is mean / std."),
+        (lambda s: (s.mean(), 1 / s.std()), "that is (scores − shift) · scale. Our convention is scores / "
+         "scale − shift: scale is the std itself, and the shift is in units of it."),
+        (lambda s: (s.mean() / s.std(), 1 / s.std()), "scale is the std, by which is divided, and not 1 / "
+         "std."),
+        (lambda s: (s.mean() / s.var(), s.var()), "you divide by the variance; the unit is the standard "
+         "deviation."),
+        (lambda s: (-s.mean() / s.std(), s.std()), "the sign of the shift: it is subtracted."),
+        (lambda s: (s - s.mean()) / s.std(), "you return the normalised scores; asked are the two numbers "
+         "(shift, scale)."),
+    ], also=[lambda s: (s.mean() / s.std(correction=0), s.std(correction=0))])
+    return "scores / scale − shift has mean 0 and standard deviation 1, on 3 random samples"
+
+
+@check
+def check_calibration(fn, g):
+    """fn(p (N,), outcome (N,), bins) -> the expected calibration error with `bins` equal bins from 0 to 1."""
+    def gaps(p, outcome, bins, middle=False, place=None):
+        """(shares, mean claim − mean outcome) of the bins that hold something."""
+        which = (p * bins).long().clamp(max=bins - 1) if place is None else place(p, bins)
+        held = [which == b for b in range(bins) if (which == b).any()]
+        claim = [(which[h][0] + 0.5) / bins if middle else p[h].mean() for h in held]
+        return (torch.stack([h.double().mean() for h in held]),
+                torch.stack([c - outcome[h].mean() for c, h in zip(claim, held)]))
+
+    def ece(weigh=lambda share, gap, bins: (share * gap.abs()).sum(), **options):
+        return lambda p, outcome, bins: weigh(*gaps(p, outcome, bins, **options), bins)
+
+    def right(p, outcome, bins):
+        return ece()(p, outcome, bins)
+
+    def folded(p, outcome, bins):
+        sure = torch.maximum(p, 1 - p)
+        return right(sure, torch.where(p >= 0.5, outcome, 1 - outcome), bins)
+
+    def equal_counts(p, outcome, bins):
+        order = p.argsort()
+        chunks = [part for part in order.tensor_split(bins) if len(part)]
+        return sum(len(c) / len(p) * abs(p[c].mean() - outcome[c].mean()) for c in chunks)
+
+    inputs = []
+    for n, bins in ((6, 2), (60, 5), (80, 10), (40, 8)):  # claims squeezed together: some bins are empty
+        p = 0.02 + 0.75 * torch.rand(n, generator=g) ** 1.5
+        p[:2] = torch.tensor([0.0, 1.0]) if n > 6 else p[:2]  # they belong to the first and the last bin
+        inputs.append((p, (torch.rand(n, generator=g) < 0.2 + 0.5 * p).float(), bins))
+        inputs[-1][1][:2] = torch.tensor([1.0, 0.0])
+    beyond = lambda p, bins: (p * bins).long()
+    from_above = lambda p, bins: (p * bins).ceil().long() - 1
+    compare(fn, right, inputs, [
+        (ece(lambda share, gap, bins: gap.abs().mean()), "you average the bins alike; weigh each by its "
+         "share of the claims."),
+        (ece(lambda share, gap, bins: gap.abs().sum() / bins), "you average the bins alike, empty ones too; "
+         "weigh each by its share of the claims."),
+        (ece(lambda share, gap, bins: gap.abs().max()), "that is the largest gap (MCE); asked is the mean, "
+         "weighed by the bins' shares."),
+        (ece(lambda share, gap, bins: (share * gap**2).sum()), "you square the gaps; take their absolute "
+         "values."),
+        (ece(lambda share, gap, bins: (share * gap).sum().abs()), "gaps of opposite sign cancel: take the "
+         "absolute value of each bin's gap before you add them."),
+        (ece(place=beyond), "a claim of exactly 1 falls out of your bins; it belongs to the last."),
+        (ece(place=from_above), "a claim of exactly 0 falls out of your bins; it belongs to the first."),
+        (ece(middle=True), "you compare with the middle of the bin; compare with the mean claim in it."),
+        (folded, "you fold p and 1 − p together (confidence); here p from 0 to 1 is binned as it is."),
+        (lambda p, outcome, bins: ((p - outcome)**2).mean(), "that is the Brier score."),
+    ], tol=1e-3)
+    return "right on 4 random samples, with empty bins and claims of 0 and 1"
+
+
+# ---- 07: PPO -------------------------------------------------------------------------------------
+
+@check
+def check_token_rewards(fn, g):
+    """fn(score (B,), logp, ref_logp, mask (B, T), beta) -> (B, T); log-probs are 0 outside the mask."""
+    def rewards(score, logp, ref_logp, mask, beta, last=None):
+        table = -beta * (logp - ref_logp)
+        table[torch.arange(len(score)), last_token(mask) if last is None else last] += score
+        return table
+
+    def right(score, logp, ref_logp, mask, beta):
+        return rewards(score, logp, ref_logp, mask, beta)
+
+    def one_sum(score, logp, ref_logp, mask, beta):
+        table = torch.zeros_like(logp)
+        table[torch.arange(len(score)), last_token(mask)] = score - beta * (logp - ref_logp).sum(1)
+        return table
+
+    inputs = []
+    for B, T in ((2, 7), (3, 9), (4, 12)):
+        mask = answers(g, B, T)
+        inputs.append((normal(g, B) + 2, -mask * 3 * torch.rand(B, T, generator=g),
+                       -mask * 3 * torch.rand(B, T, generator=g), mask, uniform(g, 0.1, 0.5)))
+    args = "score, logp, ref_logp, mask, beta"
+    compare(fn, right, inputs, [
+        (lambda s, lp, ref, m, b: right(s, ref, lp, m, b), "the sign of the price: −β (log π − log π_ref). "
+         "As it is, you pay the policy for leaving the reference."),
+        (lambda s, lp, ref, m, b: -b * (lp - ref) + s[:, None] * m, "the score stands on every token; it "
+         "belongs on the last one of the answer only."),
+        (lambda s, lp, ref, m, b: rewards(s, lp, ref, m, b, -1), "the score stands in the last column, which "
+         "is padding; it belongs on the last 1 of the mask."),
+        (lambda s, lp, ref, m, b: rewards(s, lp, ref, m, b, m.sum(1).long() - 1), "mask.sum(1) − 1 is not "
+         "the last token of the answer: the prompt stands before it, and has mask 0."),
+        (lambda s, lp, ref, m, b: rewards(s, lp, ref, m, b, m.argmax(1)), "the score stands on the first "
+         "token of the answer; it is known at the last."),
+        (one_sum, "the whole price stands on the last token; every token pays its own."),
+        (lambda s, lp, ref, m, b: right(s, lp, ref, m, 1.0), "β is missing."),
+        (lambda s, lp, ref, m, b: right(s * 0, lp, ref, m, b), "the score is missing."),
+        (lambda s, lp, ref, m, b: right(s, lp, lp, m, b), "the price for leaving the reference is missing."),
+        (lambda s, lp, ref, m, b: right(s, lp.exp(), ref.exp(), m, b), "the price is a difference of "
+         "*log*-probabilities."),
+    ])
+    return "right on 3 random rollouts"
+
+
+def _gae(delta=None, masked=True, stop=True, returns=None, after=None, decay=None):
+    """rlhf.gae with one part exchanged: the TD error `delta`(r, v, next v, γ), no mask on `values`, none on
+    what is carried over (`stop`), other `returns`, something done `after`, another `decay`(γ, λ)."""
+    def other(rewards, values, mask, gamma, lam):
+        v = values * mask if masked else values
+        out, carry, following = torch.zeros_like(v), torch.zeros(len(v)), torch.zeros(len(v))
+        for t in reversed(range(v.size(1))):
+            d = (delta or (lambda r, v, n, gamma: r + gamma * n - v))(rewards[:, t], v[:, t], following, gamma)
+            carry = d + (decay(gamma, lam) if decay else gamma * lam) * carry
+            carry = carry * mask[:, t] if stop else carry
+            following, out[:, t] = v[:, t], carry
+        out = out * mask
+        out = after(out, mask) if after else out
+        return out, (returns(out, v, values, mask) if returns else (out + v) * mask)
+    return other
+
+
+@check
+def check_gae(fn, g):
+    """fn(rewards, values, mask (B, T), gamma, lam) -> (advantages, returns), both 0 outside the mask."""
+    right = rlhf.gae
+
+    def monte_carlo(rewards, values, mask, gamma, lam):
+        return right(rewards, values, mask, gamma, lam)[0], right(rewards, values * 0, mask, gamma, 1.0)[0]
+
+    def forwards(rewards, values, mask, gamma, lam):
+        flipped = [x.flip(1) for x in (rewards, values, mask)]
+        return tuple(x.flip(1) for x in right(*flipped, gamma, lam))
+
+    inputs = []
+    for B, T in ((1, 6), (2, 7), (2, 8), (3, 9)) * 2:
+        # Numbers stand outside the mask too: none of them may come in.
+        inputs.append((normal(g, B, T), normal(g, B, T) + 1, answers(g, B, T), uniform(g, 0.7, 0.95),
+                       uniform(g, 0.5, 0.9)))
+    leak = "Numbers at padding come in"
+    compare(fn, right, inputs, [
+        (_gae(lambda r, v, n, gamma: r + gamma * v - v), "in δ_t stands γ V_t − V_t: the first of the two is "
+         "the value of what *follows*, V_{t+1}."),
+        (_gae(lambda r, v, n, gamma: r - v), "γ V_{t+1} is missing in δ_t."),
+        (_gae(lambda r, v, n, gamma: r + gamma * n), "− V_t is missing in δ_t: an advantage is what is "
+         "better than expected."),
+        (_gae(lambda r, v, n, gamma: r + n - v), "γ is missing in δ_t = r_t + γ V_{t+1} − V_t."),
+        (_gae(decay=lambda gamma, lam: lam), "your sum falls by λ per step; it falls by γλ."),
+        (lambda r, v, m, gamma, lam: right(r, v, m, gamma, 0.0), "only δ_t is there, the case λ = 0: add γλ "
+         "A_{t+1}."),
+        (lambda r, v, m, gamma, lam: right(r, v, m, gamma, 1.0), "λ does nothing: that is the case λ = 1."),
+        (lambda r, v, m, gamma, lam: right(r, v, m, 1.0, lam), "γ does nothing: that is the case γ = 1."),
+        (_gae(after=lambda a, m: rlhf.whiten(a, m)), "your advantages look whitened. That comes later; "
+         "returns need them raw."),
+        (lambda r, v, m, *rest: (rlhf.whiten(right(r, v, m, *rest)[0], m), right(r, v, m, *rest)[1]),
+         "your advantages look whitened. That comes later, in a step of its own."),
+        (_gae(masked=False, returns=lambda a, v, raw, m: (a + raw) * m), f"{leak}: the value of what follows the "
+         "last token of the answer is 0, for the answer is over. You take the value at the padding."),
+        (_gae(masked=False, returns=lambda a, v, raw, m: a + raw), f"{leak}: the value of what follows the last "
+         "token is 0, for the answer is over; and the returns are not 0 outside the mask."),
+        (_gae(stop=False), f"{leak}: the sum δ + γλ A carries their rewards over. Multiply it by mask[:, t] at "
+         "each step."),
+        (_gae(masked=False, stop=False), f"{leak}: their rewards and values. The mask must be 0 for the values "
+         "before the loop and for the sum at each step, not only at the end."),
+        (lambda r, v, m, *rest: right(r, v, torch.ones_like(m), *rest), f"{leak}: the mask does nothing."),
+        (_gae(returns=lambda a, v, raw, m: a + raw), "the returns are not 0 outside the mask: a + values · "
+         "mask."),
+        (monte_carlo, "your returns are the discounted rewards; here they are advantages + values."),
+        (_gae(returns=lambda a, v, raw, m: a), "you return the advantages twice; returns = advantages + "
+         "values."),
+        (forwards, "you walk from the first token to the last; each advantage needs the one after it."),
+    ])
+    return "agrees with rlhf.gae on 8 random tables"
+
+
+@check
+def check_whiten(fn, g):
+    """fn(x (B, T), mask (B, T)) -> (B, T), mean 0 and variance 1 over the mask, 0 outside it."""
+    right = rlhf.whiten
+
+    def by(mean=masked_mean, spread=None, outside=True):
+        def other(x, mask):
+            centred = x - mean(x, mask)
+            size = spread(x, mask) if spread else masked_mean((x - masked_mean(x, mask))**2, mask).sqrt()
+            return centred / size * (mask if outside else 1)
+        return other
+
+    rows = lambda x, mask: (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    deviation = lambda x, mask: masked_mean((x - masked_mean(x, mask))**2, mask).sqrt()
+    all_mean, zero, one = (lambda x, mask: x.mean()), (lambda x, mask: 0.0), (lambda x, mask: 1.0)
+    unbiased = by(spread=lambda x, mask: x[mask > 0].std())
+    inputs = [(3 * normal(g, B, T) + 2, answers(g, B, T)) for B, T in ((2, 7), (3, 9), (5, 14))]
+    compare(fn, right, inputs, [
+        (by(all_mean, lambda x, mask: x.std()), "padding is in your mean and standard deviation. Take both "
+         "over the places where the mask is 1."),
+        (by(all_mean, lambda x, mask: x.std(correction=0)), "padding is in your mean and standard deviation. "
+         "Take both over the places where the mask is 1."),
+        (by(lambda x, mask: (x * mask).mean(), lambda x, mask: (x * mask).std()), "the zeros of the padding "
+         "are in your mean and standard deviation: divide by mask.sum(), not by B·T."),
+        (by(lambda x, mask: (x * mask).mean(), lambda x, mask: (x * mask).std(correction=0)),
+         "the zeros of the padding are in your mean and standard deviation: divide by mask.sum(), not by "
+         "B·T."),
+        (by(all_mean), "padding is in your mean."),
+        (by(spread=lambda x, mask: ((x - masked_mean(x, mask)) * mask).square().mean().sqrt()),
+         "your variance is divided by B·T; divide by mask.sum()."),
+        (by(outside=False), "the places outside the mask must be 0: multiply by the mask at the end."),
+        (by(spread=one), "you only shift; divide by the standard deviation too."),
+        (by(mean=zero), "you only scale; subtract the mean too."),
+        (by(spread=lambda x, mask: deviation(x, mask)**2), "you divide by the variance; divide by its root."),
+        (by(rows, lambda x, mask: rows((x - rows(x, mask))**2, mask).sqrt()), "you whiten each row by "
+         "itself. Then a good answer looks no better than a bad one; take mean and variance over the whole "
+         "batch."),
+    ], also=[unbiased], tol=1e-3)
+    return "mean 0 and variance 1 over the mask, on 3 random tables"
+
+
+@check
+def check_ppo_loss(fn, g):
+    """fn(logp, old_logp, advantages, mask (B, T), clip) -> scalar, minus the surrogate's masked mean."""
+    def surrogate(f, mean=masked_mean, ratio=lambda logp, old: (logp - old).exp()):
+        """−mean of f(ratio, clipped ratio, advantages)."""
+        def loss(logp, old_logp, advantages, mask, clip):
+            r = ratio(logp, old_logp)
+            return -mean(f(r, r.clamp(1 - clip, 1 + clip), advantages), mask)
+        return loss
+
+    both = lambda r, c, a: torch.min(r * a, c * a)
+
+    def right(logp, old_logp, advantages, mask, clip):
+        zero = torch.zeros_like(logp)
+        return rlhf.ppo_loss(logp, old_logp, advantages, zero, zero, zero, mask, clip)[0]
+
+    inputs = []
+    for B, T, clip in ((2, 7, 0.2), (3, 10, 0.1), (4, 12, 0.3)):
+        old = -3 * torch.rand(B, T, generator=g)
+        inputs.append((old + 0.5 * normal(g, B, T), old, normal(g, B, T) + 0.2, answers(g, B, T), clip))
+    compare(fn, right, inputs, [
+        (surrogate(lambda r, c, a: torch.min(r, c) * a), "where advantages are negative your minimum is not "
+         "the pessimistic one: it is of the two *products*, min(ρ A, clip(ρ) A), and A may turn the order "
+         "round (eq. 7 of arXiv 1707.06347)."),
+        (surrogate(lambda r, c, a: torch.max(r * a, c * a)), "you take the larger of the two; the smaller, "
+         "the pessimistic one, counts."),
+        (surrogate(lambda r, c, a: -torch.min(-r * a, -c * a)), "−min(x, y) is max(−x, −y) and not min(−x, "
+         "−y)."),
+        (surrogate(lambda r, c, a: c * a), "that is the clipped part only: a token that moved the wrong way "
+         "loses its gradient. Take the minimum with ρ A."),
+        (surrogate(lambda r, c, a: r * a), "nothing is clipped."),
+        (surrogate(both, ratio=lambda lp, old: (old - lp).exp()), "your ratio is π_old / π; it is π / "
+         "π_old."),
+        (surrogate(both, ratio=lambda lp, old: lp - old), "your ratio is still a logarithm: exp(logp − "
+         "old_logp)."),
+        (surrogate(both, mean=lambda x, m: x.mean()), "padding is in your mean: multiply by the mask and "
+         "divide by mask.sum()."),
+        (surrogate(both, mean=lambda x, m: (x * m).mean()), "you divide by B·T; divide by mask.sum()."),
+        (surrogate(both, mean=lambda x, m: (x * m).sum()), "that is the sum; divide by mask.sum()."),
+        (surrogate(both, mean=lambda x, m: ((x * m).sum(1) / m.sum(1)).mean()), "you average within each "
+         "row, then over rows; here all tokens count alike."),
+        (lambda *args: surrogate(lambda r, c, a: torch.min(r * a, r.clamp(-args[4], args[4]) * a))(*args),
+         "you clip to ±ε; the ratio is clipped to 1 ± ε."),
+        (lambda *args: surrogate(lambda r, c, a: torch.min(r * a, r.clamp(max=1 + args[4]) * a))(*args),
+         "the lower end of the clip, 1 − ε, is missing."),
+    ], grad=True, general="none of the mistakes that we know. Take one token with A = 1 and ρ = 1.5, then "
+                          "A = −1 and ρ = 1.5: which of the two products counts?")
+    return "value and gradient agree with rlhf.ppo_loss on 3 random batches"
+
+
+@check
+def check_kl_estimate(fn, g):
+    """fn(logp (B, T), ref_logp (B, T)) -> (k1, k3), estimators of KL(policy || reference)."""
+    def right(logp, ref_logp):
+        log_ratio = ref_logp - logp
+        return -log_ratio, log_ratio.exp() - 1 - log_ratio
+
+    other = lambda logp, ref: right(logp, ref)[1]
+    inputs = [tuple(-3 * torch.rand(2, B, T, generator=g)) for B, T in ((1, 3), (2, 5), (3, 7))]
+    compare(fn, right, inputs, [
+        (lambda lp, ref: right(ref, lp), "both are turned round, estimates of KL(reference || policy). The "
+         "tokens come from the policy: k1 = log π − log π_ref."),
+        (lambda lp, ref: (ref - lp, other(lp, ref)), "the sign of k1: it is log π − log π_ref. The reference "
+         "is what is subtracted."),
+        (lambda lp, ref: (lp - ref, other(ref, lp)), "in k3 the ratio is π_ref / π, since the tokens come "
+         "from π: ρ − 1 − log ρ with ρ = π_ref / π. Yours is not unbiased."),
+        (lambda lp, ref: (lp - ref, 0.5 * (lp - ref)**2), "your second is k2, half the square; k3 is ρ − 1 − "
+         "log ρ."),
+        (lambda lp, ref: (lp - ref, (ref - lp).exp() - (ref - lp)), "− 1 is missing in k3: it must be 0 "
+         "where the two agree."),
+        (lambda lp, ref: (lp - ref, (ref - lp).exp() - 1), "− log ρ is missing in k3."),
+        (lambda lp, ref: (lp.exp() * (lp - ref), other(lp, ref)), "you weigh k1 by π. The tokens were "
+         "*drawn* from π, so each counts once."),
+    ])
+    return "right on 3 random tables"
+
+
+# ---- 08: DPO and GRPO ----------------------------------------------------------------------------
+
+@check
+def check_sequence_logprob(fn, g):
+    """fn(logits (B, T, V), ids (B, T), mask (B, T)) -> (B,), the log-probs of the masked tokens, summed."""
+    def right(logits, ids, mask):
+        return (token_logprobs(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]).sum(1)
+
+    every = lambda logits, ids: token_logprobs(logits[:, :-1], ids[:, 1:])
+    inputs = [(2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T)) for B, T, V in
+              ((2, 7, 4), (3, 9, 6), (4, 11, 5))]
+    compare(fn, right, inputs, [
+        (lambda logits, ids, mask: (every(logits, ids) * mask[:, :-1]).sum(1), "the first token of the "
+         "answer is not counted and one after its end is: the mask must be cut like the ids that it belongs "
+         "to."),
+        (lambda logits, ids, mask: (token_logprobs(logits, ids) * mask).sum(1), "you do not shift: the "
+         "logits at place t predict the token at t + 1."),
+        (lambda logits, ids, mask: (token_logprobs(logits[:, 1:], ids[:, :-1]) * mask[:, :-1]).sum(1),
+         "you shift the wrong way: logits[:, :-1] predict ids[:, 1:]."),
+        (lambda logits, ids, mask: right(logits, ids, mask) / mask[:, 1:].sum(1), "you divide by the length. "
+         "DPO needs the log-probability of the whole answer, a sum (eq. 7 of arXiv 2305.18290)."),
+        (lambda logits, ids, mask: every(logits, ids).sum(1), "the prompt and the padding are in your sum; "
+         "multiply by the mask."),
+        (lambda logits, ids, mask: (logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1),
+         "these are raw logits; a log_softmax over the vocabulary makes log-probabilities of them."),
+        (lambda logits, ids, mask: every(logits, ids) * mask[:, 1:], "that is a number per token; sum over "
+         "the answer."),
+        (lambda logits, ids, mask: (every(logits, ids) * (1 - mask[:, 1:])).sum(1), "the mask is inverted: 1 "
+         "is the answer."),
+    ], grad=False)
+    return "right on 3 random batches"
+
+
+@check
+def check_dpo_loss(fn, g):
+    """fn(policy_chosen, policy_rejected, ref_chosen, ref_rejected (B,), beta) -> scalar."""
+    def loss(of_margin=lambda z: -F.logsigmoid(z).mean(),
+             margin=lambda pc, pr, rc, rr, b: b * ((pc - rc) - (pr - rr))):
+        return lambda pc, pr, rc, rr, b: of_margin(margin(pc, pr, rc, rr, b))
+
+    def right(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+        return rlhf.dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)[0]
+
+    inputs = [(*(3 * normal(g, 4, B) - 20), uniform(g, 0.1, 0.6)) for B in (2, 5, 8)]
+    far = (torch.tensor([-900.0, -20.0]), *[torch.tensor([-30.0, -21.0])] * 3, 0.5)  # a margin of −435
+    compare(fn, right, [*inputs, far], [
+        (loss(margin=lambda pc, pr, rc, rr, b: b * (pc - pr)), "the reference is missing: each "
+         "log-probability is measured from the reference's (eq. 7 of arXiv 2305.18290)."),
+        (loss(margin=lambda pc, pr, rc, rr, b: b * ((pr - rr) - (pc - rc))), "the sign of the margin: it is "
+         "chosen minus rejected. Yours pushes the chosen answers down."),
+        (loss(margin=lambda pc, pr, rc, rr, b: (pc - rc) - (pr - rr)), "β is missing in the margin."),
+        (lambda pc, pr, rc, rr, b: b * loss()(pc, pr, rc, rr, 1.0), "β stands outside of σ; it multiplies "
+         "the margin."),
+        (loss(margin=lambda pc, pr, rc, rr, b: b * ((pc - pr) + (rc - rr))), "a sign of the reference: it is "
+         "(π_c − π_r) minus (ref_c − ref_r)."),
+        (loss(margin=lambda pc, pr, rc, rr, b: b * (pc - pr) - (rc - rr)), "β multiplies the policy's part "
+         "only; it multiplies all."),
+        (loss(margin=lambda pc, pr, rc, rr, b: b * ((pc - rr) - (pr - rc))), "the references are crossed: "
+         "chosen is measured from ref_chosen, rejected from ref_rejected."),
+        (loss(lambda z: -F.logsigmoid(z).sum()), "that is the sum over pairs; take the mean."),
+        (loss(lambda z: -torch.sigmoid(z).log().mean()), "at a margin of −435, sigmoid is 0 in float32 and "
+         "its log −inf. F.logsigmoid computes both together, and safely."),
+        (loss(lambda z: -torch.sigmoid(z).mean()), "the logarithm is missing: −log σ."),
+        (loss(lambda z: -z.mean()), "the log σ is missing: without it, pairs already right pull as hard as "
+         "the others."),
+        (loss(lambda z: -F.logsigmoid(z.mean())), "you average the margins before log σ; the mean over pairs "
+         "comes last."),
+        (lambda pc, pr, rc, rr, b: (((pc - rc) - (pr - rr) - 1 / (2 * b))**2).mean(),
+         "that is IPO; DPO has −log σ."),
+    ], grad=True)
+    return "value and gradient agree with rlhf.dpo_loss on 4 batches, one with a margin of −435"
+
+
+@check
+def check_implicit_reward(fn, g):
+    """fn(policy (B,), ref (B,), beta) -> (B,), β log(π / π_ref) from log-probabilities."""
+    def right(policy, ref, beta):
+        return beta * (policy - ref)
+
+    inputs = [(*(2 * normal(g, 2, B) - 15), uniform(g, 0.1, 0.6)) for B in (2, 5, 8)]
+    compare(fn, right, inputs, [
+        (lambda p, ref, b: p - ref, "β is missing."),
+        (lambda p, ref, b: b * p, "the reference is missing."),
+        (lambda p, ref, b: b * p - ref, "β multiplies the difference, not the first part alone."),
+        (lambda p, ref, b: b * (p / ref), "a ratio of *log*-probabilities; log(π/π_ref) is their "
+         "difference."),
+        (lambda p, ref, b: b * (p - ref).exp(), "that is the ratio itself, π/π_ref; the reward is its "
+         "logarithm."),
+        (lambda p, ref, b: b * (p.exp() / ref.exp()), "that is the ratio itself, π/π_ref; the reward is its "
+         "logarithm."),
+    ], tol=1e-6)
+    return "right on 3 random batches"
+
+
+@check
+def check_grpo_advantages(fn, g):
+    """fn(rewards (prompts, group)) -> the same shape: standardised in each group; 0 where all are equal."""
+    right = rlhf.grpo_advantages
+    mean = lambda r: r.mean(1, keepdim=True)
+
+    def by(middle=mean, spread=lambda r: r.std(1, keepdim=True) + 1e-4, first=lambda r: r):
+        return lambda rewards: (first(rewards) - middle(rewards)) / spread(rewards)
+
+    inputs = []
+    for P, G in ((4, 4), (2, 6), (3, 5)):  # as many prompts as answers: a wrong broadcast raises no error
+        rewards = 2 * normal(g, P, G) + 3 * normal(g, P, 1)
+        rewards[-1] = float(whole(g, 0, 1))  # all right or all wrong
+        inputs.append((rewards,))
+    compare(fn, right, inputs, [
+        (by(spread=lambda r: r.std(1) + 1e-4), "std(1) has the shape (prompts,), and broadcasting lays it "
+         "along the *answers*: each column is divided by another prompt's std. keepdim=True."),
+        (by(middle=lambda r: r.mean(1)), "mean(1) has the shape (prompts,), and broadcasting lays it along "
+         "the *answers*: keepdim=True."),
+        (by(middle=lambda r: r.mean(1), spread=lambda r: r.std(1) + 1e-4), "mean(1) and std(1) have the "
+         "shape (prompts,), and broadcasting lays them along the *answers*: keepdim=True."),
+        (by(spread=lambda r: r.std(1, keepdim=True)), "a group of equal rewards has std 0, and 0/0 is NaN, "
+         "which spreads to all weights. Add a small number to the std."),
+        (by(spread=lambda r: r.std(1, keepdim=True, correction=0)), "a group of equal rewards has std 0, and "
+         "0/0 is NaN, which spreads to all weights. Add a small number to the std."),
+        (by(spread=lambda r: 1.0), "you only subtract the mean (as Dr. GRPO does); here it is divided by the "
+         "group's std too."),
+        (by(middle=lambda r: r.mean(), spread=lambda r: r.std() + 1e-4), "you standardise over all prompts: "
+         "an answer is to be compared with those to the *same* prompt, for prompts are unequally hard."),
+        (by(middle=lambda r: r.mean(0, keepdim=True), spread=lambda r: r.std(0, keepdim=True) + 1e-4),
+         "you standardise over the prompts (dim 0); the group is dim 1."),
+        (by(spread=lambda r: r.std() + 1e-4), "you divide by the std of the whole table; each group has its "
+         "own."),
+        (by(spread=lambda r: r.var(1, keepdim=True) + 1e-4), "you divide by the variance; divide by the "
+         "std."),
+        (by(middle=lambda r: 0.0), "the group's mean is not subtracted."),
+    ], also=[by(spread=lambda r: r.std(1, keepdim=True, correction=0) + 1e-6)], tol=1e-3)
+    return "agrees with rlhf.grpo_advantages on 3 tables; groups of equal rewards give 0"
+
+
+@check
+def check_dpo_gradient_weight(fn, g):
+    """fn(policy_chosen, policy_rejected, ref_chosen, ref_rejected (B,), beta) -> (B,), σ(−margin)."""
+    def weight(f=lambda z: torch.sigmoid(-z), margin=lambda pc, pr, rc, rr, b: b * ((pc - rc) - (pr - rr))):
+        return lambda pc, pr, rc, rr, b: f(margin(pc, pr, rc, rr, b))
+
+    def right(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+        return weight()(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+
+    inputs = [(*(3 * normal(g, 4, B) - 20), uniform(g, 0.1, 0.6)) for B in (2, 5, 8)]
+    compare(fn, right, inputs, [
+        (weight(torch.sigmoid), "σ(margin) is large for pairs that are right already; those that are wrong "
+         "pull most, σ(−margin)."),
+        (weight(lambda z: torch.sigmoid(z) * torch.sigmoid(-z)), "that is the slope of σ; asked is that of "
+         "−log σ."),
+        (lambda pc, pr, rc, rr, b: b * right(pc, pr, rc, rr, b), "the factor β stands before the weight in "
+         "the gradient; the weight itself is σ(−margin), between 0 and 1."),
+        (weight(margin=lambda pc, pr, rc, rr, b: (pc - rc) - (pr - rr)), "β is missing in the margin."),
+        (weight(margin=lambda pc, pr, rc, rr, b: b * (pc - pr)), "the reference is missing in the margin."),
+        (weight(margin=lambda pc, pr, rc, rr, b: b * ((pc - pr) + (rc - rr))), "a sign of the reference: "
+         "(π_c − π_r) minus (ref_c − ref_r)."),
+        (weight(lambda z: -F.logsigmoid(z)), "that is the loss of each pair; the weight is how steep it is."),
+        (weight(lambda z: z), "that is the margin; the weight is σ of minus it."),
+    ])
+    return "right on 3 random batches"
+
+
+# ---- 09: choosing, measuring ---------------------------------------------------------------------
+
+@check
+def check_best_of_n(fn, g):
+    """fn(scores (prompts, n)) -> index (prompts,) of the best answer to each prompt."""
+    def right(scores):
+        return scores.argmax(1)
+
+    inputs = [(normal(g, *shape),) for shape in ((2, 3), (5, 5), (4, 8), (6, 2))]
+    compare(fn, right, inputs, [
+        (lambda s: s.max(1).values, "these are the best scores; asked are their places, argmax."),
+        (lambda s: s.argmin(1), "these are the worst answers."),
+        (lambda s: s.argmax(0), "you choose along the prompts (dim 0); the answers to one prompt are dim 1."),
+        (lambda s: s.argmax(), "that is the one best of all; asked is one per prompt (dim 1)."),
+        (lambda s: s.argsort(1)[:, 0], "argsort goes upwards: these are the worst answers."),
+        (lambda s: s.abs().argmax(1), "you take the largest absolute value; a very low score is not good."),
+    ], tol=0)
+    return "right on 4 random tables"
+
+
+@check
+def check_best_of_n_kl(fn, g):
+    """fn(n) -> log n − (n − 1)/n, the most that best-of-n can leave the policy, in nats."""
+    def right(n):
+        return math.log(n) - (n - 1) / n
+
+    inputs = [(n,) for n in (1, 2, 4, whole(g, 5, 99), 1000)]
+    compare(fn, right, inputs, [
+        (lambda n: math.log(n), "(n − 1)/n is missing: the best of n is not *one* answer sought among n, but "
+         "may be any."),
+        (lambda n: math.log(n) + (n - 1) / n, "a sign: (n − 1)/n is subtracted."),
+        (lambda n: math.log2(n) - (n - 1) / n, "you take log2; these are nats, math.log."),
+        (lambda n: math.log(n) - (n - 1), "you subtract n − 1; it is (n − 1)/n."),
+        (lambda n: math.log(n) - n - 1 / n, "brackets: (n − 1)/n."),
+        (lambda n: math.log(n) - 1 / n, "you subtract 1/n; it is (n − 1)/n = 1 − 1/n. At n = 1 all must be "
+         "0."),
+        (lambda n: math.log(n) - 1, "you subtract 1, the limit for large n; it is (n − 1)/n. At n = 1 all "
+         "must be 0."),
+    ])
+    return "right for n from 1 to 1000"
+
+
+@check
+def check_expected_best(fn, g):
+    """fn(gold (N,), scores (N,), n) -> expected gold of the best-scored of n drawn from N, none twice."""
+    def expected(values, order, n):
+        """The sorted value of rank i, from 0, is the best of n with probability C(i, n − 1) / C(N, n)."""
+        chance = torch.tensor([math.comb(i, n - 1) / math.comb(len(values), n) for i in range(len(values))])
+        return (values[order] * chance).sum()
+
+    def right(gold, scores, n):
+        return expected(gold, scores.argsort(), n)
+
+    def replaced(gold, scores, n):
+        below = (torch.arange(len(gold) + 1) / len(gold))**n
+        return (gold[scores.argsort()] * below.diff()).sum()
+
+    def off_by(shift, size):
+        def other(gold, scores, n):
+            chance = [math.comb(i + shift, size(n)) / math.comb(len(gold), n) for i in range(len(gold))]
+            return (gold[scores.argsort()] * torch.tensor(chance)).sum()
+        return other
+
+    inputs = [(normal(g, N), normal(g, N), n) for N, n in ((4, 2), (5, 1), (6, 6), (8, 3), (12, 5), (40, 8))]
+    compare(fn, right, inputs, [
+        (replaced, "you draw with replacement, (i/N)^n; here no answer is drawn twice: C(i, n − 1) / C(N, "
+         "n)."),
+        (lambda gold, scores, n: expected(gold, gold.argsort(), n), "you choose by the gold score. The "
+         "choice is by `scores`; gold only judges it."),
+        (lambda gold, scores, n: expected(scores, scores.argsort(), n), "that is the expected *score*; asked "
+         "is the gold of the answer that the score chooses."),
+        (lambda gold, scores, n: expected(gold, scores.argsort(descending=True), n), "you sort downwards: "
+         "that is the worst-scored of n."),
+        (lambda gold, scores, n: expected(gold, torch.arange(len(gold)), n), "gold is not put in the order "
+         "of the scores: gold[scores.argsort()]."),
+        (lambda gold, scores, n: expected(gold, scores.argsort().argsort(), n), "argsort twice gives ranks; "
+         "to reorder gold, take it once: gold[scores.argsort()]."),
+        (off_by(1, lambda n: n), "C(i + 1, n) / C(N, n) is the chance that the best is among the lowest i + "
+         "1; the one *at* rank i has C(i, n − 1) / C(N, n)."),
+        (off_by(0, lambda n: n), "C(i, n): the other n − 1 come from the i below, so C(i, n − 1)."),
+        (lambda gold, scores, n: gold.mean(), "that is n = 1, any answer."),
+        (lambda gold, scores, n: gold[scores.argmax()], "that is the best of all N; asked is the best of n, "
+         "on average."),
+        (lambda gold, scores, n: gold[scores.topk(n).indices].mean(), "that is the mean of the n "
+         "best-scored; only the best of a random n counts."),
+    ], general="none of the mistakes that we know. If you draw at random: compute it exactly, every choice of n "
+               "is equally likely.")
+    return "exact on 6 random samples, n = 1 and n = N among them"
+
+
+@check
+def check_bootstrap(fn, g):
+    """fn(values (N,) NumPy, seed) -> (mean, low, high), 95 %, by resampling; 200 resamples or more."""
+    ratios, N, names = [], 100, ["values", "seed"]
+    for i in range(6):
+        values = uniform(g, 1, 3) * normal(g, N).double().numpy() + uniform(g, -2, 2)
+        seed, error = whole(g, 0, 10**6), values.std() / math.sqrt(N)
+        result = outcome(fn, (values, seed), names)
+        if complaint(result, (0.0, 0.0, 0.0)):
+            raise Wrong(f"not right yet.\n  likely:    {complaint(result, (0.0, 0.0, 0.0))}")
+        mean, low, high = (float(numbers(part)) for part in result)
+        told = (f"not right yet.\n  in:        {N} values of mean {values.mean():.4g}, standard deviation "
+                f"{values.std():.4g}; seed {seed}\n  out:       ({mean:.4g}, {low:.4g}, {high:.4g})\n  likely:    ")
+        if not low <= mean <= high:
+            one_side = low <= high and "Both ends lie on one side of it: np.percentile wants percents, 2.5 and 97.5; "\
+                "np.quantile wants shares, 0.025 and 0.975."
+            raise Wrong(f"{told}the mean does not lie between low and high. "
+                        f"{one_side or 'Asked is (mean, low, high), in this order.'}")
+        if abs(mean - values.mean()) > 0.25 * error:
+            raise Wrong(f"{told}the mean is not that of the values.")
+        if high - low < 0.01 * error:
+            raise Wrong(f"{told}the interval has no width. Draw *with* replacement (rng.integers or rng.choice): "
+                        "without it, every resample holds the same values.")
+        ratios.append((high - low) / (2 * 1.96 * error))
+    if not same(tuple(outcome(fn, (values, seed), names)), tuple(result), 0):
+        raise Wrong(f"{told}the same seed gives another interval: make the generator from the seed, inside.")
+    if same(tuple(outcome(fn, (values, seed + 1), names)), tuple(result), 0):
+        raise Wrong(f"{told}another seed gives the same interval. Is the seed used, and is it resampling at all?")
+    ratio = sum(ratios) / len(ratios)
+    between = "95 % lie between the percentiles 2.5 and 97.5."
+    known = [(math.sqrt(N), "It covers the *values*, not their mean: average every resample, then take percentiles."),
+             (1.64 / 1.96, f"That is a 90 % interval: {between}"),
+             (2.58 / 1.96, f"That is a 99 % interval: {between}"),
+             (1 / 1.96, f"That is one standard error on each side, 68 %: {between}"),
+             (math.sqrt(2), "Your resamples look half as large as the sample: draw N values, as many as there are."),
+             (ratio, "Draw N values with replacement, average, do this 1000 times, take the percentiles 2.5 and 97.5 "
+              "of the averages. With under 200 resamples the ends are too noisy.")]
+    if not 0.91 < ratio < 1.09:
+        hint = next(text for usual, text in known if abs(math.log(usual / ratio)) < 0.08)
+        raise Wrong(f"{told}the interval is {ratio:.2f} times as wide as it should be. {hint}")
+    return "mean, width, and seed are right on 6 random samples"
+
+
+__all__ = ["Wrong", *(name for name in dir() if name.startswith("check_"))]

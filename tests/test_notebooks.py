@@ -1,0 +1,122 @@
+"""notebooks/: the two editions are one, the checks know right from wrong, and (slow) everything runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+
+import build
+import checks
+
+SOLVED = build.solved()
+NAMES = [path.stem for path in SOLVED]
+CHECKS = [name for name in dir(checks) if name.startswith("check_")]
+
+
+def text_of(path):
+    return "\n".join(build.source_of(cell) for cell in build.read(path)["cells"])
+
+
+@pytest.mark.parametrize("path", SOLVED, ids=NAMES)
+def test_the_student_edition_is_made_from_the_solved_one(path, tmp_path):
+    build.write(tmp_path / "made.ipynb", build.student_edition(build.read(path)))
+    assert (tmp_path / "made.ipynb").read_text() == (NOTEBOOKS / path.name).read_text(), "run build.py student"
+
+
+@pytest.mark.parametrize("path", SOLVED, ids=NAMES)
+def test_a_notebook_has_what_every_notebook_has(path):
+    cells, text = build.read(path)["cells"], text_of(path)
+    assert len(cells) <= 30
+    assert "from start import *" in text
+    for kind in ("derive", "implement", "hunt", "measure"):
+        assert re.search(rf"### Exercise [\d.]+ \({kind}", text), kind
+    assert set(re.findall(r"\bcheck_\w+", text)) <= {*CHECKS, *re.findall(r"def (check_\w+)", text)}
+    assert not re.search(r"/(home|root|tmp|work|Users)/", json.dumps(cells)), "a path of one machine"
+    assert "SOLUTION" not in text_of(NOTEBOOKS / path.name)
+
+
+def test_solutions_become_gaps_and_bugs():
+    code = ("# EXERCISE 7.2 · hunt\ndef f(x):\n    ### BEGIN SOLUTION: add one\n    return x + 1\n    ### END SOLUTION\n"
+            "### BEGIN SOLUTION\nguess = 3\n### STUDENT\n# guess = None  # yours\n### END SOLUTION\nf(2)")
+    assert build.student_code(code) == ('# EXERCISE 7.2 · hunt\ndef f(x):\n    todo("7.2", "add one")\n'
+                                        "guess = None  # yours\nf(2)")
+    with pytest.raises(ValueError, match="unpaired"):
+        build.student_code("### BEGIN SOLUTION\nx = 1")
+
+
+def known_mistakes(name, monkeypatch):
+    """(right function, [(wrong function, what the check should say)]) of a check."""
+    found, compare = [], checks.compare
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "compare", lambda fn, right, inputs, hints=(), **more: (
+            found.append((right, list(hints))), compare(fn, right, inputs, hints, **more))[1])
+        with pytest.raises(checks.Wrong):
+            getattr(checks, name)(lambda *arguments: None)
+    return found[0] if found else (None, [])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_tells_right_from_wrong(name, monkeypatch, capsys):
+    """Each known mistake is refused, and nearly all with their own hint: on some inputs two mistakes agree."""
+    check = getattr(checks, name)
+    with pytest.raises(checks.Wrong):
+        check(lambda *arguments: None)
+    if name in ("check_bootstrap", "check_cached_attention"):
+        return  # they call the function several times, not through one table of mistakes
+    right, mistakes = known_mistakes(name, monkeypatch)
+    for seed in range(3):
+        check(right, seed=seed)
+    assert "✓" in capsys.readouterr().out
+    own = 0
+    for wrong, hint in mistakes:
+        with pytest.raises(checks.Wrong) as refused:
+            check(wrong, seed=0)
+        own += hint in str(refused.value)
+    assert len(mistakes) >= 3 and own >= len(mistakes) - 1
+
+
+def test_a_check_lets_an_unfilled_exercise_speak_for_itself():
+    class Unfilled(NotImplementedError):
+        pass
+
+    def stub(*arguments):
+        raise Unfilled("exercise 7.2 waits for you")
+
+    with pytest.raises(Unfilled):
+        checks.check_gae(stub)
+
+
+def execute(path):
+    """Run a notebook with few steps, on what is in out/ or $RUN -> the finished process."""
+    return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", path], capture_output=True, text=True,
+                          env={**os.environ, "FAST": "1"}, timeout=600)
+
+
+@pytest.fixture
+def trained():
+    folder = Path(os.environ.get("RUN", NOTEBOOKS.parent / "out"))
+    if not (folder / "report" / "report.json").exists():
+        pytest.skip(f"{folder} holds no finished run: `make` first, or RUN=out/quick")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SOLVED, ids=NAMES)
+def test_the_solved_edition_runs(path, trained):
+    ran = execute(path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("✓") >= len(re.findall(r"^check_", text_of(path), re.M))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SOLVED, ids=NAMES)
+def test_the_student_edition_stops_at_its_first_gap(path, trained):
+    ran = execute(NOTEBOOKS / path.name)
+    assert ran.returncode != 0
+    assert "waits for you" in ran.stderr or "Wrong" in ran.stderr, ran.stderr[-3000:]
