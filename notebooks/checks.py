@@ -102,7 +102,7 @@ def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=False, general=
 SLIPS = [
     (lambda y: -torch.as_tensor(y), "a sign: minus this would be right."),
     (lambda y: y[::-1] if isinstance(y, tuple) else None, "the results are right, but exchanged."),
-    (lambda y: torch.as_tensor(y) / math.log(2), "these are bits (log2); asked are nats, natural logarithms."),
+    (lambda y: torch.as_tensor(y) / math.log(2), "these are bits (log2); asked are nats (natural log)."),
     (lambda y: torch.as_tensor(y).exp(), "that is exp(…) of what is asked; stay with the logarithm."),
     (lambda y: torch.as_tensor(y).mean(), "that is the mean of what is asked: no mean here."),
     (lambda y: torch.as_tensor(y).sum(), "that is the sum of what is asked: no sum here."),
@@ -193,6 +193,8 @@ def complaint(found, expected):
         return f"the shape is {f.shape}, expected {e.shape or '() (one number)'}."
     if np.isnan(f).any() and not np.isnan(e).any():
         return "there is NaN in it: from 0/0, from inf − inf, or from a softmax over nothing but −inf."
+    if np.isinf(f).any() and not np.isinf(e).any():
+        return "there is an infinity in it: from log 0, from a division by 0, or from exp of a large number."
     return None
 
 
@@ -259,7 +261,7 @@ def uniform(g, low, high):
 
 
 def answers(g, rows, length):
-    """Masks (rows, length) of answers: 0 on a prompt, 1 on the answer, 0 on the padding; all lengths differ."""
+    """Masks (rows, length): 0 on a prompt, 1 on the answer, 0 on the padding; no two of equal length."""
     place = torch.arange(length)
     first = whole(g, 1, 2, rows, 1)
     count = 2 + torch.randperm(length - 4, generator=g)[:rows, None]  # never to the end
@@ -593,7 +595,8 @@ def check_swiglu(fn, g):
 def check_parameter_count(fn, g):
     """fn(config: GPTConfig) -> int, for tied or untied heads and any kv_heads (qk_norm False)."""
     def right(config):
-        return sum(p.numel() for p in GPT(config).parameters())
+        with torch.random.fork_rng(devices=[]):  # GPT draws its weights
+            return sum(p.numel() for p in GPT(config).parameters())
 
     def attention(c, kv=None, D=None):
         return (2 * c.heads + 2 * (kv or c.kv_heads)) * (D or c.head_dim) * c.width
@@ -654,8 +657,8 @@ def check_learning_rate(fn, g):
          "the step *after* the last has 0, so the fall is (steps − step) / decay."),
         (rule(falling=lambda i, n, w, d: (n - i) / (n - w)), "your fall begins right after the warm-up; it "
          "takes the last `decay` steps, and before it the rate is flat."),
-        (rule(falling=lambda i, n, w, d: 1 - (i - w) / d), "your fall begins when the warm-up is over, and is over "
-         "after `decay` steps. What should the rate do between the two?"),
+        (rule(falling=lambda i, n, w, d: 1 - (i - w) / d), "your fall begins when the warm-up is over, and "
+         "has ended after `decay` steps. What should the rate do between the two?"),
         (rule(falling=lambda i, n, w, d: 1.0), "there is no decay at the end."),
         (rule(rising=lambda i, n, w, d: 1.0), "there is no warm-up at the beginning."),
         (rule(join=lambda a, b: a * b), "you multiply rise and fall; the smaller of the two counts."),
@@ -830,9 +833,9 @@ def check_temperature(fn, g):
         *two(lambda x, t: (x * t).softmax(-1), "you multiply the logits by the temperature; divide. A high "
              "temperature makes the distribution flatter."),
         *two(lambda x, t: x.softmax(-1), "the temperature does nothing."),
-        *two(lambda x, t: x.softmax(-1) / t, "you divide probabilities, which then do not sum to 1; divide the "
-             "logits."),
-        *two(lambda x, t: x.softmax(-1) ** (1 / t), "these do not sum to 1: after the power, divide by the sum."),
+        *two(lambda x, t: x.softmax(-1) / t, "you divide probabilities, which then do not sum to 1; divide "
+             "the logits."),
+        *two(lambda x, t: x.softmax(-1)**(1 / t), "these do not sum to 1: divide by the sum at last."),
         *two(lambda x, t: (x / t).log_softmax(-1), "these are log-probabilities; asked are probabilities."),
         *two(lambda x, t: x / t, "these are logits; a softmax makes probabilities of them."),
         (lambda x, t: right(x, 0), "you always take the likeliest token; that is temperature 0 only."),
@@ -887,11 +890,11 @@ def check_top_p(fn, g):
     example = torch.tensor([0.5, 0.3, 0.15, 0.05])[torch.randperm(4, generator=g)].log()
     inputs = [(example, 0.6), (example, 0.3)]
     inputs += [(_apart_logits(g, 8) * 0.6, p) for p in (0.9, 0.7, 0.5, 0.2, 0.95)]
-    dropped = ("the token that crosses p is cut off with you; it stays, so that the kept ones hold at least p. "
+    dropped = ("the token that crosses p is cut off with you; it stays, so that those kept hold at least p. "
                "Compare p with the mass *before* each token (the sum less the token itself).")
     first = lambda s: torch.arange(len(s)) == 0
     compare(fn, right, inputs, [
-        (keeping(lambda q, s, p: s <= p), dropped + " As it is, nothing stays where the first token has more."),
+        (keeping(lambda q, s, p: s <= p), dropped + " As it is, nothing stays if the first token has more."),
         (keeping(lambda q, s, p: (s <= p) | first(s)), dropped),
         (keeping(lambda q, s, p: s - q < p, renormalise=False), "these do not sum to 1: divide by their "
          "sum."),
@@ -988,8 +991,8 @@ def check_cached_attention(fn, g):
             for t in range(q.size(2)):
                 y, cache = parts(step(*(x[:, :, t:t + 1].clone() for x in (q, k, v)), cache), 2)
                 if numbers(y) is None or numbers(y).shape != tuple(q[:, :, :1].shape):
-                    raise Wrong(f"at token {t}, y is {show(y)}; expected the shape {tuple(q[:, :, :1].shape)}, "
-                                "one output for the one new token.")
+                    raise Wrong(f"at token {t}, y is {show(y)}; expected the shape of q, "
+                                f"{tuple(q[:, :, :1].shape)}, one output for the one new token.")
                 found.append(torch.as_tensor(numbers(y)))
             return torch.cat(found, 2)
         return wraps(step)(all_steps)
@@ -1072,8 +1075,8 @@ def check_sft_mask(fn, g):
     everyone = ("system", "user", "assistant")
     ids_alone = wraps(fn)(lambda *args: parts(fn(*args), 2)[0])
     if same(attempt(ids_alone, inputs[0]), written_out(*inputs[0]), 0):
-        raise Wrong("<|im_start|> and <|im_end|> are spelt out in many tokens: encode() never makes special tokens "
-                    "of a text, so that no user can forge one. Put in tokenizer.im_start_id and .im_end_id.")
+        raise Wrong("<|im_start|> and <|im_end|> are spelt out in many tokens: encode() never makes special "
+                    "tokens of a text, so that no user can forge one. Put in tokenizer.im_start_id, .im_end_id.")
     compare(fn, right, inputs, [
         (render(end=0), "<|im_end|> after the assistant's words has mask 0. A model whose end token is never "
          "learned never stops."),
@@ -1091,8 +1094,8 @@ def check_sft_mask(fn, g):
         (render(roles=("user",)), "the mask stands on the user's words; it belongs on the assistant's."),
         (render(last_only=True), "only the last turn has mask 1; all answers of the assistant are learned."),
         (shifted(1), "the mask is shifted by one place. Entry i belongs to ids[i]; the loss does the shift."),
-        (from_the_first, "from the first answer on you learn all: headers, line breaks, and what the user says "
-         "next. Each message has its own begin and end."),
+        (from_the_first, "from the first answer on you learn all: headers, line breaks, and what the user "
+         "says next. Each message has a begin and an end of its own."),
         (shifted(-1), "the mask is shifted by one place. Entry i belongs to ids[i]."),
         (render(closing=False), "<|im_end|> is missing after the content."),
         (render(line=False), "the newline after <|im_end|> is missing."),
@@ -1169,7 +1172,7 @@ def check_pad_right(fn, g):
 
 @check
 def check_preference_loss(fn, g):
-    """fn(chosen (B,), rejected (B,)) -> scalar, mean −log σ(chosen − rejected); ValueError if shapes differ."""
+    """fn(chosen, rejected (B,)) -> scalar, mean −log σ(chosen − rejected); ValueError for unequal shapes."""
     right = reward.preference_loss
     inputs = [tuple(normal(g, 2, 3)), tuple(2 * normal(g, 2, 8)), (torch.zeros(4), torch.zeros(4))]
     extreme = (torch.tensor([-200.0, 1.0]), torch.tensor([0.0, 0.0]))
@@ -1189,8 +1192,8 @@ def check_preference_loss(fn, g):
     ], grad=True)
     # (B,) minus (B, 1) would silently compare every answer with every other.
     if not isinstance(attempt(fn, (torch.zeros(3), torch.zeros(3, 1))), ValueError):
-        raise Wrong("the values are right, but chosen (3,) and rejected (3, 1) pass: broadcasting compares every "
-                    "answer with every other, and nothing warns. Raise a ValueError where the shapes differ.")
+        raise Wrong("the values are right, but chosen (3,) and rejected (3, 1) pass: broadcasting compares "
+                    "every answer with every other, without a warning. Raise a ValueError then.")
     return "value and gradient are right, at a margin of −200 too; unequal shapes are refused"
 
 
@@ -1253,7 +1256,7 @@ def check_noise_ceiling(fn, g):
 
 @check
 def check_normalise_reward(fn, g):
-    """fn(scores (N,)) -> (shift, scale), so that scores / scale − shift has mean 0 and std 1, see reward.py."""
+    """fn(scores (N,)) -> (shift, scale), so that scores / scale − shift has mean 0 and std 1 (reward.py)."""
     def right(scores):
         return scores.mean() / scores.std(), scores.std()
 
@@ -1374,6 +1377,10 @@ def check_token_rewards(fn, g):
     return "right on 3 random rollouts"
 
 
+def _delta(r, v, following, gamma):
+    return r + gamma * following - v
+
+
 def _gae(delta=None, masked=True, stop=True, returns=None, after=None, decay=None):
     """rlhf.gae with one part exchanged: the TD error `delta`(r, v, next v, γ), no mask on `values`, none on
     what is carried over (`stop`), other `returns`, something done `after`, another `decay`(γ, λ)."""
@@ -1381,7 +1388,7 @@ def _gae(delta=None, masked=True, stop=True, returns=None, after=None, decay=Non
         v = values * mask if masked else values
         out, carry, following = torch.zeros_like(v), torch.zeros(len(v)), torch.zeros(len(v))
         for t in reversed(range(v.size(1))):
-            d = (delta or (lambda r, v, n, gamma: r + gamma * n - v))(rewards[:, t], v[:, t], following, gamma)
+            d = (delta or _delta)(rewards[:, t], v[:, t], following, gamma)
             carry = d + (decay(gamma, lam) if decay else gamma * lam) * carry
             carry = carry * mask[:, t] if stop else carry
             following, out[:, t] = v[:, t], carry
@@ -1425,14 +1432,14 @@ def check_gae(fn, g):
          "returns need them raw."),
         (lambda r, v, m, *rest: (rlhf.whiten(right(r, v, m, *rest)[0], m), right(r, v, m, *rest)[1]),
          "your advantages look whitened. That comes later, in a step of its own."),
-        (_gae(masked=False, returns=lambda a, v, raw, m: (a + raw) * m), f"{leak}: the value of what follows the "
-         "last token of the answer is 0, for the answer is over. You take the value at the padding."),
-        (_gae(masked=False, returns=lambda a, v, raw, m: a + raw), f"{leak}: the value of what follows the last "
-         "token is 0, for the answer is over; and the returns are not 0 outside the mask."),
-        (_gae(stop=False), f"{leak}: the sum δ + γλ A carries their rewards over. Multiply it by mask[:, t] at "
-         "each step."),
-        (_gae(masked=False, stop=False), f"{leak}: their rewards and values. The mask must be 0 for the values "
-         "before the loop and for the sum at each step, not only at the end."),
+        (_gae(masked=False, returns=lambda a, v, raw, m: (a + raw) * m), f"{leak}: the value of what follows "
+         "the last token of the answer is 0, for the answer is over. You take the value at the padding."),
+        (_gae(masked=False, returns=lambda a, v, raw, m: a + raw), f"{leak}: the value of what follows the "
+         "last token is 0, for the answer is over; and the returns are not 0 outside the mask."),
+        (_gae(stop=False), f"{leak}: the sum δ + γλ A carries their rewards over. Multiply it by mask[:, t] "
+         "at each step."),
+        (_gae(masked=False, stop=False), f"{leak}: their rewards and values. The mask must be 0 for the "
+         "values before the loop and for the sum at each step, not only at the end."),
         (lambda r, v, m, *rest: right(r, v, torch.ones_like(m), *rest), f"{leak}: the mask does nothing."),
         (_gae(returns=lambda a, v, raw, m: a + raw), "the returns are not 0 outside the mask: a + values · "
          "mask."),
@@ -1808,8 +1815,8 @@ def check_expected_best(fn, g):
          "on average."),
         (lambda gold, scores, n: gold[scores.topk(n).indices].mean(), "that is the mean of the n "
          "best-scored; only the best of a random n counts."),
-    ], general="none of the mistakes that we know. If you draw at random: compute it exactly, every choice of n "
-               "is equally likely.")
+    ], general="none of the mistakes that we know. If you draw at random: compute it exactly, every choice "
+               "of n is equally likely.")
     return "exact on 6 random samples, n = 1 and n = N among them"
 
 
@@ -1825,34 +1832,38 @@ def check_bootstrap(fn, g):
             raise Wrong(f"not right yet.\n  likely:    {complaint(result, (0.0, 0.0, 0.0))}")
         mean, low, high = (float(numbers(part)) for part in result)
         told = (f"not right yet.\n  in:        {N} values of mean {values.mean():.4g}, standard deviation "
-                f"{values.std():.4g}; seed {seed}\n  out:       ({mean:.4g}, {low:.4g}, {high:.4g})\n  likely:    ")
+                f"{values.std():.4g}; seed {seed}\n  out:       ({mean:.4g}, {low:.4g}, {high:.4g})\n"
+                "  likely:    ")
         if not low <= mean <= high:
-            one_side = low <= high and "Both ends lie on one side of it: np.percentile wants percents, 2.5 and 97.5; "\
-                "np.quantile wants shares, 0.025 and 0.975."
-            raise Wrong(f"{told}the mean does not lie between low and high. "
-                        f"{one_side or 'Asked is (mean, low, high), in this order.'}")
+            why = "Asked is (mean, low, high), in this order."
+            if low <= high:
+                why = ("Both ends lie on one side of it: np.percentile wants percents, 2.5 and 97.5; "
+                       "np.quantile wants shares, 0.025 and 0.975.")
+            raise Wrong(f"{told}the mean does not lie between low and high. {why}")
         if abs(mean - values.mean()) > 0.25 * error:
             raise Wrong(f"{told}the mean is not that of the values.")
         if high - low < 0.01 * error:
-            raise Wrong(f"{told}the interval has no width. Draw *with* replacement (rng.integers or rng.choice): "
+            raise Wrong(f"{told}the interval has no width. Draw *with* replacement (rng.choice): "
                         "without it, every resample holds the same values.")
         ratios.append((high - low) / (2 * 1.96 * error))
+    ratio = sum(ratios) / len(ratios)
+    between = "95 % lie between the percentiles 2.5 and 97.5."
+    known = [(1.64 / 1.96, f"That is a 90 % interval: {between}"),
+             (2.58 / 1.96, f"That is a 99 % interval: {between}"),
+             (1 / 1.96, f"That is one standard error on each side, 68 %: {between}"),
+             (math.sqrt(2), "Your resamples look half as large as the sample: draw N values.")]
+    if not 0.91 < ratio < 1.09:
+        usual, hint = min(known, key=lambda item: abs(math.log(item[0] / ratio)))
+        if ratio > 5:
+            hint = "It covers the *values*, not their mean: average every resample, then take percentiles."
+        elif abs(math.log(usual / ratio)) > 0.08:
+            hint = ("Draw N values with replacement, average, do this 1000 times, and take the percentiles "
+                    "2.5 and 97.5 of the averages. With under 200 resamples the ends are too noisy.")
+        raise Wrong(f"{told}the interval is {ratio:.2f} times as wide as it should be. {hint}")
     if not same(tuple(outcome(fn, (values, seed), names)), tuple(result), 0):
         raise Wrong(f"{told}the same seed gives another interval: make the generator from the seed, inside.")
     if same(tuple(outcome(fn, (values, seed + 1), names)), tuple(result), 0):
-        raise Wrong(f"{told}another seed gives the same interval. Is the seed used, and is it resampling at all?")
-    ratio = sum(ratios) / len(ratios)
-    between = "95 % lie between the percentiles 2.5 and 97.5."
-    known = [(math.sqrt(N), "It covers the *values*, not their mean: average every resample, then take percentiles."),
-             (1.64 / 1.96, f"That is a 90 % interval: {between}"),
-             (2.58 / 1.96, f"That is a 99 % interval: {between}"),
-             (1 / 1.96, f"That is one standard error on each side, 68 %: {between}"),
-             (math.sqrt(2), "Your resamples look half as large as the sample: draw N values, as many as there are."),
-             (ratio, "Draw N values with replacement, average, do this 1000 times, take the percentiles 2.5 and 97.5 "
-              "of the averages. With under 200 resamples the ends are too noisy.")]
-    if not 0.91 < ratio < 1.09:
-        hint = next(text for usual, text in known if abs(math.log(usual / ratio)) < 0.08)
-        raise Wrong(f"{told}the interval is {ratio:.2f} times as wide as it should be. {hint}")
+        raise Wrong(f"{told}another seed gives the same interval. Is the seed used, and is it resampling?")
     return "mean, width, and seed are right on 6 random samples"
 
 
