@@ -945,8 +945,8 @@ def check_left_padding(fn, g):
         where, places = numbers(mask), numbers(positions)
         if places is not None and where is not None and where.shape == places.shape:
             if (places < 0).any():
-                raise Wrong("there is a position below 0 at the padding. It means nothing there, but a table is "
-                            "read with it, and −1 reads the last row or fails: .clamp(min=0).")
+                raise Wrong("there is a position below 0 at the padding. It means nothing there, but a "
+                            "table is read with it, and −1 reads the last row or fails: .clamp(min=0).")
             whole_numbers(positions, torch.tensor(0))
             positions = places * (where != 0)
         return ids, mask, positions
@@ -1076,7 +1076,7 @@ def check_sft_mask(fn, g):
     ids_alone = wraps(fn)(lambda *args: parts(fn(*args), 2)[0])
     if same(attempt(ids_alone, inputs[0]), written_out(*inputs[0]), 0):
         raise Wrong("<|im_start|> and <|im_end|> are spelt out in many tokens: encode() never makes special "
-                    "tokens of a text, so that no user can forge one. Put in tokenizer.im_start_id, .im_end_id.")
+                    "tokens of a text, so that no user can forge one. Use tokenizer.im_start_id, .im_end_id.")
     compare(fn, right, inputs, [
         (render(end=0), "<|im_end|> after the assistant's words has mask 0. A model whose end token is never "
          "learned never stops."),
