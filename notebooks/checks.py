@@ -189,6 +189,8 @@ def complaint(found, expected):
     f, e = numbers(found), numbers(expected)
     if f is None:
         return f"expected numbers, found {type(found).__name__}."
+    if f.shape != e.shape and f.ndim == e.ndim == 1:
+        return f"{len(f)} numbers came out, expected {len(e)}."
     if f.shape != e.shape:
         return f"the shape is {f.shape}, expected {e.shape or '() (one number)'}."
     if np.isnan(f).any() and not np.isnan(e).any():
@@ -239,10 +241,10 @@ def show(value):
         if array.size > 40:
             return f"a table of shape {array.shape}"
         text = np.array2string(array, precision=4, separator=", ", suppress_small=True, max_line_width=10**4)
-        return " ".join(text.split()).replace("[ ", "[")
+        return " ".join(text.split()).replace("[ ", "[").replace(" ,", ",").replace(" ]", "]")
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = repr(value)
+    text = repr(value) if type(value).__repr__ is not object.__repr__ else f"a {type(value).__name__}"
     return text if len(text) < 300 else f"{text[:300]} …"
 
 
@@ -286,6 +288,8 @@ def check_win_rate(fn, g):
         (lambda a, b: right(b, a), "you count how often b beats a."),
         (lambda a, b: (a > b).double().sum() / (a != b).sum(), "you leave the ties out of the number of "
          "prompts; they count one half, and N stays N."),
+        (lambda a, b: (a - b).sign().double().mean(), "your number lies between −1 and 1, like a difference; "
+         "a win rate lies between 0 and 1. What should a model against itself have?"),
         (lambda a, b: (a - b).mean(), "that is the mean difference of the marks. How much better an answer "
          "is does not matter here, only whether it is."),
     ])
@@ -373,6 +377,8 @@ def check_bpe_merge(fn, g):
          "part of a pair. Your loop ends one id too early."),
         (lambda ids, pair, new_id: _merge(ids, pair, new_id, step=1), "after a merge you go on by one id; "
          "the second half of the pair is used up too, so go on by two."),
+        (lambda ids, *pair: _merge(ids, *pair, stop=1) + [ids[-1]], "wrong where the pair stands at the very "
+         "end, and for an empty list."),
         (first_only, "you merge the first occurrence only."),
         (lambda ids, pair, new_id: _merge(ids[::-1], pair[::-1], new_id)[::-1], "you merge from the right; "
          "in a a a it is the first two that become one."),
@@ -396,6 +402,10 @@ def check_next_token_loss(fn, g):
          "token at t + 1. Trained so, a model learns to repeat the token that it reads."),
         (lambda logits, ids: nll(logits[:, 1:], ids[:, :-1]).mean(), "you shift the wrong way: your logits "
          "predict the token *before*. The model has just read that one, so the loss soon falls to 0."),
+        (lambda logits, ids: nll(logits, ids.roll(1, 1)).mean(), "take one row and write down which token your "
+         "loss asks for at each place. Has the model read it already?"),
+        (lambda logits, ids: nll(logits, ids.roll(-1, 1)).mean(), "the last place of a row asks for the row's "
+         "first token: roll goes round. Leave that place out."),
         (lambda logits, ids: nll(logits[:, :-1], ids[:, :-1]).mean(), "you cut both at the same end, so "
          "nothing is shifted: the logits at t should meet the token at t + 1."),
         (lambda logits, ids: nll(logits[:, 1:], ids[:, 1:]).mean(), "you cut both at the same end, so "
@@ -574,9 +584,8 @@ def check_swiglu(fn, g):
     inputs = [(normal(g, *shape, C), normal(g, W, C), normal(g, W, C), normal(g, C, W))
               for shape, C, W in (((1,), 2, 3), ((2, 3), 4, 6), ((5,), 3, 8))]
     compare(fn, right, inputs, [
-        (lambda x, gate, up, down: right(x, up, gate, down), "gate and up are exchanged: the SiLU is on the "
-         "side of `gate`. A new model would learn either way, but trained weights of others would make no "
-         "sense."),
+        (lambda x, gate, up, down: right(x, up, gate, down), "the two sides play each other's part. A new "
+         "model would learn either way, but trained weights of others make no sense so."),
         (lambda x, gate, up, down: F.silu((x @ gate.T) * (x @ up.T)) @ down.T, "you take the SiLU of the "
          "product; it is of the gate alone."),
         (gated(lambda h: h), "the SiLU is missing."),
@@ -737,8 +746,8 @@ def check_adamw_step(fn, g):
         (adamw(lambda m, v, t, b: (m, v / (1 - b[1]**t))), "m is not corrected: divide it by 1 − β1^step "
          "before use."),
         (adamw(shift(1)), "you correct with step + 1; here steps count from 1 already."),
-        (adamw(l2=True), "the decay goes into the gradient, which is Adam with L2. In AdamW it shrinks p "
-         "directly, past m and v: p · (1 − lr · weight_decay)."),
+        (adamw(l2=True), "the decay passes through m and v, and √v divides it like a gradient: that is Adam "
+         "with L2. What does AdamW do with p and weight_decay instead?"),
         (adamw(decay=lambda lr, wd: wd), "you decay by weight_decay; it is lr · weight_decay."),
         (adamw(decay=lambda lr, wd: 0.0), "the weight decay is missing."),
         (adamw(after=True), "you shrink p after the step, and the step with it; shrink the old p."),
@@ -1156,8 +1165,8 @@ def check_pad_right(fn, g):
         (lambda rows, pad_id: tuple(map(flip, right([row[::-1] for row in rows], pad_id))),
          "you pad on the left; in training we pad on the right, where causal attention hides it."),
         (lambda rows, pad_id: (right(rows, pad_id)[0], (right(rows, pad_id)[0] != pad_id).float()),
-         "padding is known by its place, not by its id: a real token may have the id pad_id. Make the mask "
-         "from the lengths."),
+         "a real token is taken for padding: in this batch the pad id stands in rows too. What else tells "
+          "the two apart?"),
         (lambda rows, pad_id: (right(rows, pad_id)[0], 1 - right(rows, pad_id)[1]), "the mask is inverted: 1 "
          "is real."),
         (lambda rows, pad_id: (right(rows, 0)[0], right(rows, pad_id)[1]), "you fill with 0; fill with "
@@ -1213,8 +1222,8 @@ def check_read_last(fn, g):
         both[0, 0] = 0  # a place of padding on the left of the first row too
         inputs += [(normal(g, 3, T), mask) for mask in (on_the_right, on_the_right.flip(1), both)]
     compare(fn, right, inputs, [
-        (at(lambda v, m: m.sum(1) - 1), "you count the real tokens, which is a place only where padding is "
-         "on the right. With padding on the left the last one lies further on: find the last 1 itself."),
+        (at(lambda v, m: m.sum(1) - 1), "right with padding on the right, wrong with padding on the left. "
+         "There, what does the *number* of real tokens tell of the *place* of the last one?"),
         (lambda values, mask: values[:, -1], "you read the last column. With padding on the right that is "
          "padding."),
         (at(lambda v, m: (last_token(m) - 1).clamp(min=0)), "you read one token too early."),
@@ -1262,9 +1271,8 @@ def check_normalise_reward(fn, g):
 
     inputs = [(uniform(g, 1.5, 4) * normal(g, n) + uniform(g, 2, 6),) for n in (5, 40, 200)]
     compare(fn, right, inputs, [
-        (lambda s: (s.mean(), s.std()), "your shift is in raw units. In reward.py the head is divided by "
-         "`scale` first, and `shift` is subtracted from what comes out: scores / scale − shift, so the shift "
-         "is mean / std."),
+        (lambda s: (s.mean(), s.std()), "the scale is right, the shift is not. Our convention is scores / "
+         "scale − shift (reward.py divides the head first): in which unit is what is subtracted?"),
         (lambda s: (s.mean(), 1 / s.std()), "that is (scores − shift) · scale. Our convention is scores / "
          "scale − shift: scale is the std itself, and the shift is in units of it."),
         (lambda s: (s.mean() / s.std(), 1 / s.std()), "scale is the std, by which is divided, and not 1 / "
@@ -1469,10 +1477,10 @@ def check_whiten(fn, g):
     unbiased = by(spread=lambda x, mask: x[mask > 0].std())
     inputs = [(3 * normal(g, B, T) + 2, answers(g, B, T)) for B, T in ((2, 7), (3, 9), (5, 14))]
     compare(fn, right, inputs, [
-        (by(all_mean, lambda x, mask: x.std()), "padding is in your mean and standard deviation. Take both "
-         "over the places where the mask is 1."),
-        (by(all_mean, lambda x, mask: x.std(correction=0)), "padding is in your mean and standard deviation. "
-         "Take both over the places where the mask is 1."),
+        (by(all_mean, lambda x, mask: x.std()), "numbers outside the mask change your result: put others "
+         "there, and look where they come in."),
+        (by(all_mean, lambda x, mask: x.std(correction=0)), "numbers outside the mask change your result: "
+         "put others there, and look where they come in."),
         (by(lambda x, mask: (x * mask).mean(), lambda x, mask: (x * mask).std()), "the zeros of the padding "
          "are in your mean and standard deviation: divide by mask.sum(), not by B·T."),
         (by(lambda x, mask: (x * mask).mean(), lambda x, mask: (x * mask).std(correction=0)),
@@ -1513,9 +1521,9 @@ def check_ppo_loss(fn, g):
         old = -3 * torch.rand(B, T, generator=g)
         inputs.append((old + 0.5 * normal(g, B, T), old, normal(g, B, T) + 0.2, answers(g, B, T), clip))
     compare(fn, right, inputs, [
-        (surrogate(lambda r, c, a: torch.min(r, c) * a), "where advantages are negative your minimum is not "
-         "the pessimistic one: it is of the two *products*, min(ρ A, clip(ρ) A), and A may turn the order "
-         "round (eq. 7 of arXiv 1707.06347)."),
+        (surrogate(lambda r, c, a: torch.min(r, c) * a), "right where the advantage is positive, wrong at "
+         "some tokens where it is negative. Of which two things does eq. 7 of arXiv 1707.06347 take the "
+         "minimum, and which is smaller when A < 0?"),
         (surrogate(lambda r, c, a: torch.max(r * a, c * a)), "you take the larger of the two; the smaller, "
          "the pessimistic one, counts."),
         (surrogate(lambda r, c, a: -torch.min(-r * a, -c * a)), "−min(x, y) is max(−x, −y) and not min(−x, "
@@ -1678,8 +1686,9 @@ def check_grpo_advantages(fn, g):
         rewards[-1] = float(whole(g, 0, 1))  # all right or all wrong
         inputs.append((rewards,))
     compare(fn, right, inputs, [
-        (by(spread=lambda r: r.std(1) + 1e-4), "std(1) has the shape (prompts,), and broadcasting lays it "
-         "along the *answers*: each column is divided by another prompt's std. keepdim=True."),
+        (by(spread=lambda r: r.std(1) + 1e-4), "in a table with as many prompts as answers nothing fails, "
+         "but your column j is divided by the std of *prompt* j. Look at the shapes on both sides of the "
+         "division."),
         (by(middle=lambda r: r.mean(1)), "mean(1) has the shape (prompts,), and broadcasting lays it along "
          "the *answers*: keepdim=True."),
         (by(middle=lambda r: r.mean(1), spread=lambda r: r.std(1) + 1e-4), "mean(1) and std(1) have the "
@@ -1761,7 +1770,7 @@ def check_best_of_n_kl(fn, g):
         (lambda n: math.log(n), "(n − 1)/n is missing: the best of n is not *one* answer sought among n, but "
          "may be any."),
         (lambda n: math.log(n) + (n - 1) / n, "a sign: (n − 1)/n is subtracted."),
-        (lambda n: math.log2(n) - (n - 1) / n, "you take log2; these are nats, math.log."),
+        (lambda n: math.log2(n) - (n - 1) / n, "the first term is not in nats: which logarithm is it?"),
         (lambda n: math.log(n) - (n - 1), "you subtract n − 1; it is (n − 1)/n."),
         (lambda n: math.log(n) - n - 1 / n, "brackets: (n − 1)/n."),
         (lambda n: math.log(n) - 1 / n, "you subtract 1/n; it is (n − 1)/n = 1 − 1/n. At n = 1 all must be "
@@ -1834,11 +1843,11 @@ def check_bootstrap(fn, g):
         told = (f"not right yet.\n  in:        {N} values of mean {values.mean():.4g}, standard deviation "
                 f"{values.std():.4g}; seed {seed}\n  out:       ({mean:.4g}, {low:.4g}, {high:.4g})\n"
                 "  likely:    ")
-        if not low <= mean <= high:
+        if not low - 1e-6 * error <= mean <= high + 1e-6 * error:
             why = "Asked is (mean, low, high), in this order."
             if low <= high:
-                why = ("Both ends lie on one side of it: np.percentile wants percents, 2.5 and 97.5; "
-                       "np.quantile wants shares, 0.025 and 0.975.")
+                why = ("Both ends lie on one side of it. In which unit does your function for percentiles "
+                 "want them?")
             raise Wrong(f"{told}the mean does not lie between low and high. {why}")
         if abs(mean - values.mean()) > 0.25 * error:
             raise Wrong(f"{told}the mean is not that of the values.")
