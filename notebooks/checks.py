@@ -402,10 +402,10 @@ def check_next_token_loss(fn, g):
          "token at t + 1. Trained so, a model learns to repeat the token that it reads."),
         (lambda logits, ids: nll(logits[:, 1:], ids[:, :-1]).mean(), "you shift the wrong way: your logits "
          "predict the token *before*. The model has just read that one, so the loss soon falls to 0."),
-        (lambda logits, ids: nll(logits, ids.roll(1, 1)).mean(), "take one row and write down which token your "
-         "loss asks for at each place. Has the model read it already?"),
-        (lambda logits, ids: nll(logits, ids.roll(-1, 1)).mean(), "the last place of a row asks for the row's "
-         "first token: roll goes round. Leave that place out."),
+        (lambda logits, ids: nll(logits, ids.roll(1, 1)).mean(), "take one row and write down which token "
+         "your loss asks for at each place. Has the model read it already?"),
+        (lambda logits, ids: nll(logits, ids.roll(-1, 1)).mean(), "the last place of a row asks for the "
+         "row's first token: roll goes round. Leave that place out."),
         (lambda logits, ids: nll(logits[:, :-1], ids[:, :-1]).mean(), "you cut both at the same end, so "
          "nothing is shifted: the logits at t should meet the token at t + 1."),
         (lambda logits, ids: nll(logits[:, 1:], ids[:, 1:]).mean(), "you cut both at the same end, so "
@@ -970,8 +970,8 @@ def check_left_padding(fn, g):
         inputs.append((rows, pad))
     view = lambda function: wraps(function)(lambda prompts, pad_id: judged(function(prompts, pad_id)))
     compare(view(fn), right, inputs, [(view(wrong), text) for wrong, text in (
-        (with_mask(lambda ids, mask, pad_id: (ids != pad_id).float()), "padding is known by its place, not "
-         "by its id: a real token of a prompt may have the id pad_id. Make the mask from the lengths."),
+        (with_mask(lambda ids, mask, pad_id: (ids != pad_id).float()), "a real token is taken for padding: "
+         "in this batch the pad id stands in prompts too. What else tells the two apart?"),
         (on_the_right, "you pad on the right. The next token of every row must come in the last column, so "
          "pad on the left."),
         (everywhere, "your positions count the padding. The first real token has position 0."),
@@ -1244,7 +1244,10 @@ def check_noise_ceiling(fn, g):
     def right(p):
         return torch.maximum(p, 1 - p).mean()
 
-    inputs = [(torch.rand(n, generator=g) * 0.9 + 0.05,) for n in (4, 10, 50, 200)]
+    inputs = []
+    for n, high in ((4, True), (10, False), (50, True), (200, False)):  # a mean above one half, or below
+        p = torch.rand(n, generator=g) * 0.9 + 0.05
+        inputs.append((p if (p.mean() > 0.5) == high else 1 - p,))
     compare(fn, right, inputs, [
         (lambda p: p.mean(), "that is how often `chosen` is chosen again. The best model picks the likelier "
          "side, also where p is below one half."),
@@ -1589,9 +1592,9 @@ def check_sequence_logprob(fn, g):
     inputs = [(2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T)) for B, T, V in
               ((2, 7, 4), (3, 9, 6), (4, 11, 5))]
     compare(fn, right, inputs, [
-        (lambda logits, ids, mask: (every(logits, ids) * mask[:, :-1]).sum(1), "the first token of the "
-         "answer is not counted and one after its end is: the mask must be cut like the ids that it belongs "
-         "to."),
+        (lambda logits, ids, mask: (every(logits, ids) * mask[:, :-1]).sum(1), "one token of the answer "
+         "is missing in your sum, and one is in it that is none. To which token does entry t of the mask "
+         "belong, and which one do you meet at t?"),
         (lambda logits, ids, mask: (token_logprobs(logits, ids) * mask).sum(1), "you do not shift: the "
          "logits at place t predict the token at t + 1."),
         (lambda logits, ids, mask: (token_logprobs(logits[:, 1:], ids[:, :-1]) * mask[:, :-1]).sum(1),
