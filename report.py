@@ -154,7 +154,7 @@ def notes(report):
         "intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
         "equally many prompts of each family.",
         f"Accuracy counts {counted} (best-of-n: its choice); all else counts one sample per prompt "
-        f"at temperature 1, at most {settings['max_new_tokens']} tokens.",
+        f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
         f"Best-of-{settings['best_of']}, KL and the needless “I do not know” are measured on "
         f"{report['best_of_prompts']:,} of them; the KL of best-of-n is log n − (n − 1)/n.",
         "A base model reads plain text, the instruction and a line break; what it writes up to the "

@@ -489,7 +489,8 @@ STATE = "training_state.pt"
 
 def settings_of(config):
     """What must be equal for a resumed run to be the same run."""
-    free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute")
+    free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
+            "compile")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 

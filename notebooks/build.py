@@ -19,6 +19,7 @@ number in the cell's line `# EXERCISE 7.2 …`. A markdown cell that begins with
 """
 
 import json
+import linecache
 import os
 import re
 import sys
@@ -122,7 +123,6 @@ def run(path):
             file = f"{Path(path).name}[{i}]"
             code = source_of(cell)
             # So that inspect.getsource works on the reader's own functions, as it does in Jupyter.
-            import linecache
             linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
             exec(compile(code, file, "exec"), space)
 
@@ -136,8 +136,7 @@ def main():
         for path in solved(names):
             execute(path)
     elif what == "run" and len(names) == 1:
-        path = Path(names[0]).resolve()
-        run(path)
+        run(Path(names[0]).resolve())
     else:
         print(__doc__)
 

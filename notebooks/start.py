@@ -5,7 +5,7 @@ It gives torch, np, plt, F and Path, the checks of checks.py, and
     RUN        the folder of trained models that `make` left: out/, or what the environment variable RUN names
     few(n)     n; a few when the tests run the notebooks ($FAST=1), where nothing has to be learned
     todo(...)  stands where you fill something in, and says so
-    show_table, show_code, side_by_side    tables, our source, texts next to each other
+    show_table, show_code    tables, our source
 
 and makes `import model, rlhf, …` find the code of the repository.
 """
@@ -101,8 +101,3 @@ def show_code(function, start=None, lines=None):
     where = f"{Path(inspect.getsourcefile(function)).name}, line {inspect.getsourcelines(function)[1] + first}"
     return Shown(f'<div style="color:#666">{where}</div><pre style="background:#f6f6f6; color:#111; '
                  f'padding:0.6em; line-height:1.35">{html.escape(shown)}</pre>', f"{where}\n{shown}")
-
-
-def side_by_side(**texts):
-    """side_by_side(base="…", SFT="…"): answers in columns."""
-    return show_table([list(texts.values())], list(texts))
