@@ -51,6 +51,40 @@ def test_solutions_become_gaps_and_bugs():
         build.student_code("### BEGIN SOLUTION\nx = 1")
 
 
+def grade(submission):
+    """-> (the finished process, {exercise and function: "✓", "✗" or "–"})."""
+    ran = subprocess.run([sys.executable, "-m", "pytest", NOTEBOOKS / "grade.py", submission], capture_output=True,
+                         text=True)
+    return ran, {f"{number} {name}": sign for sign, number, name in
+                 re.findall(r"^  ([✓✗–]) ([\d.]+) +(\w+)", ran.stdout, re.M)}
+
+
+def test_grading_passes_the_solved_edition_and_nothing_of_the_students():
+    ran, solved = grade(NOTEBOOKS / "solved")
+    assert ran.returncode == 0 and set(solved.values()) == {"✓"}, ran.stdout
+    ran, unsolved = grade(NOTEBOOKS)
+    assert ran.returncode == 1 and set(unsolved.values()) == {"✗", "–"}, ran.stdout
+    assert list(unsolved) == list(solved)
+    assert len({name for path in SOLVED for name in re.findall(r"^(check_\w+)", text_of(path), re.M)
+                if name in CHECKS}) == len(CHECKS), "a check that no notebook uses"
+
+
+def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
+    file = tmp_path / "solutions.py"
+    file.write_text("import math\nraise SystemExit('not run')\n"
+                    "def noise_ceiling(labels):\n    return undefined\n"
+                    "def best_of_n_kl(n):\n    return math.log2(n) - (n - 1) / n\n"
+                    "def training_flops(parameters, tokens):\n    return 6 * parameters * tokens\n")
+    ran, found = grade(file)
+    assert {name: sign for name, sign in found.items() if sign != "–"} == {
+        "3.8 training_flops": "✓", "6.4 noise_ceiling": "✗", "9.3 best_of_n_kl": "✗"}, ran.stdout
+    assert "which logarithm" in ran.stdout and "NameError" in ran.stdout
+    file.write_text("def noise_ceiling(:\n")
+    assert "the cell is not Python" in grade(file)[0].stdout
+    for wrong in (tmp_path / "nothing", ""):
+        assert "expected one folder of notebooks" in grade(wrong)[0].stderr
+
+
 def execute(path):
     """Run a notebook with few steps, on what is in out/ or $RUN -> the finished process."""
     return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", path], capture_output=True, text=True,

@@ -1,0 +1,99 @@
+"""Grade a student's notebooks: every check of the course, and a table of scores.
+
+    pytest notebooks/grade.py SUBMISSION        SUBMISSION: a folder of notebooks, one notebook, or a solutions.py
+    pytest notebooks/grade.py SUBMISSION -k 07  only one notebook's exercises
+
+No notebook is run. Of its cells only imports and the definitions of functions and classes are taken, in order, so
+that it takes a minute, needs no trained models, and does not stop at the first gap. It is still the
+student's code: grade strangers' work where it can do no harm. A function that needs a variable of another
+cell fails here; in the course none does. In a solutions.py the functions have the notebooks' names.
+"""
+
+import ast
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+import pytest
+
+import build
+import checks
+from start import Unfilled
+
+
+class Task(NamedTuple):
+    notebook: str
+    exercise: str
+    check: str
+    function: str
+
+
+def cells(path):
+    """[(number of the cell's exercise or None, its code)] of a notebook, or of a Python file as one cell."""
+    if path.suffix == ".py":
+        return [(None, path.read_text(encoding="utf-8"))]
+    codes = [build.source_of(cell) for cell in build.read(path)["cells"] if cell["cell_type"] == "code"]
+    return [(number[1] if (number := re.search(r"# EXERCISE ([\d.]+)", code)) else None, code) for code in codes]
+
+
+def tasks():
+    """Every check of checks.py that the solved notebooks call, in their order."""
+    return [Task(path.stem, exercise, *call) for path in build.solved() for exercise, code in cells(path)
+            for call in re.findall(r"^(check_\w+)\((\w+)\)", code, re.M) if hasattr(checks, call[0])]
+
+
+def definitions(path):
+    """What a submission's cells define: {name: function}, and {name: why its cell could not be read}."""
+    space, broken = {"__name__": "submission"}, {}
+    exec("from start import *", space)
+    for _, code in cells(path):
+        code = re.sub(r"^[%!].*$", "", code, flags=re.M)  # Jupyter's own commands
+        try:
+            statements = ast.parse(code).body
+        except SyntaxError as error:
+            names = re.findall(r"^def (\w+)", code, re.M)
+            broken |= dict.fromkeys(names, f"the cell is not Python: {error.msg}, line {error.lineno} of the cell")
+            continue
+        for statement in statements:
+            if isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+                try:
+                    exec(compile(ast.Module([statement], []), str(path), "exec"), space)
+                except Exception as error:
+                    broken[getattr(statement, "name", "")] = f"its definition fails: {type(error).__name__}: {error}"
+    return space, broken
+
+
+@pytest.fixture(scope="session")
+def submitted(pytestconfig):
+    """find(task) -> (the namespace of the file it should be in, that file's broken definitions)."""
+    root, kept = pytestconfig.submission, {}
+
+    def find(task):
+        path = root / f"{task.notebook}.ipynb" if root.is_dir() else root
+        if root.is_dir() and not path.exists():
+            path = root / "solutions.py"
+        if not path.exists() or (path.suffix == ".ipynb" and path.stem != task.notebook and not root.is_dir()):
+            pytest.skip("not handed in")
+        if path not in kept:
+            kept[path] = definitions(path)
+        return kept[path]
+    return find
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: f"{task.notebook[:2]}-{task.exercise}-{task.function}")
+def test_exercise(task, submitted):
+    space, broken = submitted(task)
+    if task.function in broken:
+        pytest.fail(broken[task.function])
+    if task.function not in space:
+        pytest.skip("not handed in")
+    try:
+        getattr(checks, task.check)(space[task.function])
+    except Unfilled:
+        pytest.skip("not filled in")
+    except checks.Wrong as wrong:
+        if "waits for you" in str(wrong):
+            pytest.skip("not filled in")
+        pytest.fail(re.sub(r"^✗ \w+: |\n  The same numbers again.*", "", str(wrong)))
