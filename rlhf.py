@@ -33,7 +33,7 @@ grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO
 
 Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
 token ids[:, t], as the state before it foresaw it, and is 0 outside the response. Log-probs are in
-nats and in float32 throughout. Left out: an entropy bonus, an adaptive β, whitening of rewards,
+nats, and their softmax is in float32 always. Left out: an entropy bonus, an adaptive β, whitening of rewards,
 critic and policy in one network, and DAPO's unequal clips and drawing again of groups of one mind.
 """
 
@@ -145,13 +145,17 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
                                    mask)
     loss = policy_loss + value_coef * value_loss
     with torch.no_grad():
-        surprise = returns - old_values
-        spread = masked_mean((returns - masked_mean(returns, mask))**2, mask)
-        left = masked_mean((surprise - masked_mean(surprise, mask))**2, mask)
         stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(),
-                 **step_statistics(log_ratio, mask, clip),
-                 "explained_variance": 1 - left / (spread + 1e-8)}
+                 **step_statistics(log_ratio, mask, clip)}
     return loss, stats
+
+
+def explained_variance(values, returns, mask):
+    """What share of the variance of `returns` over the mask the critic's `values` foretold: 1 all, 0 none."""
+    surprise = returns - values
+    spread = masked_mean((returns - masked_mean(returns, mask))**2, mask)
+    left = masked_mean((surprise - masked_mean(surprise, mask))**2, mask)
+    return 1 - left / (spread + 1e-8)
 
 
 def grpo_advantages(rewards, standardise=True):
@@ -224,6 +228,13 @@ def read_all(function, ids, mask, chunk=64):
         longest = int(lengths[rows].max())
         table[rows, :longest] = function(ids[rows, :longest], mask[rows, :longest])
     return table
+
+
+def parts_by_length(minibatch, lengths, size):
+    """[(rows, length of the longest)]: a minibatch in parts of `size` rows of like length, which need little
+    padding. The gradients of a part's mean loss times its share add up to the minibatch's."""
+    ordered = minibatch[lengths[minibatch].argsort()]
+    return [(rows, int(lengths[rows].max())) for rows, _ in micro_batches(ordered, size)]
 
 
 def last_token(mask):
@@ -389,12 +400,15 @@ class RolloutConfig:
                                       "nan keeps the score it was given")
     epochs: int = flag(2, "passes over the episodes per iteration")
     minibatches: int = flag(4, "updates per pass")
+    micro_batch: int | None = flag(16, "responses read at a time: less memory and padding, the same gradient")
     ratio_clip: float = flag(0.2, "how far a token's probability ratio may move per iteration")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
                          "exceeds this: little of the reference is left then")
     lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; wants a rate "
                             "about ten times as high")
+    dtype: str = flag("float32", "arithmetic of policy, reference and critic in the updates (the sampler keeps to "
+                      "float32); bfloat16 is faster where a device has units for it", choices=["float32", "bfloat16"])
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
     clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it")
     samples_every: int = flag(10, "iterations between tables of three samples")
@@ -541,9 +555,10 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     ids = data.pad_right(rows, tokenizer.pad_id).to(device)  # (B, T)
     mask = data.pad_right([[0] * len(p.ids) + [1] * len(response)
                            for p, response in zip(prompts, responses)], 0).to(device)
-    logp, ref_logp = (read_all(lambda i, m: response_logprobs(model, i, m, config.temperature),
-                               ids, mask) for model in (policy, reference))
-    check_recorded(recorded, logp, mask)
+    with autocast(device, config.dtype):  # as in the updates, or their first ratio would not be 1
+        logp, ref_logp = (read_all(lambda i, m: response_logprobs(model, i, m, config.temperature),
+                                   ids, mask) for model in (policy, reference))
+    check_recorded(recorded, logp, mask, 1e-4 if config.dtype == "float32" else 0.5)
 
     # 3. Score the whole response, as the reward model saw it in training: at the last real token.
     scores = score_responses(prompts, responses)  # (B,)
@@ -611,6 +626,7 @@ def ppo():
         shift, config.critic_lr, config.lam = 0.0, 0.0, 1.0
     if config.lora:
         add_lora(policy, config.lora)
+    precision = autocast(device, config.dtype)
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
 
@@ -657,10 +673,12 @@ def ppo():
         # 5. Rewards per token: the price of leaving the reference, and the score at the end.
         rewards = token_rewards(rollout, config.beta)  # (B, T)
         # 6. Values, from a separate network, of the state *before* each token.
-        old_values = read_all(lambda i, m: response_values(critic, i, m, shift), ids, mask)
+        with precision:
+            old_values = read_all(lambda i, m: response_values(critic, i, m, shift), ids, mask)
         # 7. Advantages. The critic learns returns in the unit of the score, so these come from the
         #    raw advantages; the policy gets whitened ones, whose size the learning rate can trust.
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+        summary["explained_variance"] = explained_variance(old_values, returns, mask).item()
         if config.whiten:
             advantages = whiten(advantages, mask)
 
@@ -669,29 +687,33 @@ def ppo():
         seen, updates, enough = {}, 0, False
         for _ in range(config.epochs):
             order = torch.randperm(config.episodes, generator=generator, device=device)
-            for rows in order.chunk(config.minibatches):
-                longest = int(lengths[rows].max())  # padding beyond it is only work
-                i, m, *tables = (table[rows, :longest] for table in (
-                    ids, mask, old_logp, advantages, old_values, returns))
-                old, advantage, old_value, target = tables
-                logp = response_logprobs(policy, i, m, config.temperature)
-                values = response_values(critic, i, m, shift)
-                loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, m,
-                                       config.ratio_clip, config.value_clip)
-                check_finite(step, config, loss=loss)
-                enough = stats["approx_kl"].item() > config.stop_kl
-                if enough:
-                    break
+            for minibatch in order.chunk(config.minibatches):
                 policy_optimiser.zero_grad(set_to_none=True)
                 critic_optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                means = {}
+                for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
+                    weight = (mask[rows].sum() / mask[minibatch].sum()).item()  # every mean is over tokens
+                    i, m, old, advantage, old_value, target = (table[rows, :longest] for table in (
+                        ids, mask, old_logp, advantages, old_values, returns))
+                    with precision:
+                        logp = response_logprobs(policy, i, m, config.temperature)
+                        values = response_values(critic, i, m, shift)
+                    loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, m,
+                                           config.ratio_clip, config.value_clip)
+                    check_finite(step, config, loss=loss)
+                    (weight * loss).backward()
+                    for name, value in stats.items():
+                        means[name] = means.get(name, 0) + weight * value.item()
+                enough = means["approx_kl"] > config.stop_kl
+                if enough:
+                    break
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
                 critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip)
                 check_finite(step, config, gradient=norm, critic_gradient=critic_norm)
                 policy_optimiser.step()
                 critic_optimiser.step()
                 updates += 1
-                seen = {name: seen.get(name, 0) + value.item() for name, value in stats.items()}
+                seen = {name: seen.get(name, 0) + value for name, value in means.items()}
             if enough:
                 break
         step += 1
@@ -764,6 +786,7 @@ def grpo():
     score_responses, _, _ = load_reward_source(config.reward, policy, tokenizer, device)
     if config.lora:
         add_lora(policy, config.lora)
+    precision = autocast(device, config.dtype)
     optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
 
     def roll(prompts, generator):
@@ -815,24 +838,32 @@ def grpo():
         seen, updates, enough = {}, 0, False
         for _ in range(config.epochs):
             order = torch.randperm(config.episodes, generator=generator, device=device)
-            for rows in order.chunk(config.minibatches):
-                longest = int(lengths[rows].max())
-                i, m, old, ref = (table[rows, :longest]
-                                  for table in (ids, mask, old_logp, rollout.ref_logp))
-                logp = response_logprobs(policy, i, m, config.temperature)
-                loss, stats = grpo_loss(logp, old, ref, advantages[rows], m, config.ratio_clip,
-                                        config.beta, config.aggregation)
-                check_finite(step, config, loss=loss)
-                enough = stats["approx_kl"].item() > config.stop_kl
+            for minibatch in order.chunk(config.minibatches):
+                optimiser.zero_grad(set_to_none=True)
+                means = {}
+                for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
+                    weight = tokens = (mask[rows].sum() / mask[minibatch].sum()).item()
+                    if config.aggregation == "sequence":
+                        weight = len(rows) / len(minibatch)
+                    i, m, old, ref = (table[rows, :longest]
+                                      for table in (ids, mask, old_logp, rollout.ref_logp))
+                    with precision:
+                        logp = response_logprobs(policy, i, m, config.temperature)
+                    loss, stats = grpo_loss(logp, old, ref, advantages[rows], m, config.ratio_clip,
+                                            config.beta, config.aggregation)
+                    check_finite(step, config, loss=loss)
+                    (weight * loss).backward()
+                    for name, value in stats.items():
+                        share = weight if name == "policy_loss" else tokens
+                        means[name] = means.get(name, 0) + share * value.item()
+                enough = means["approx_kl"] > config.stop_kl
                 if enough:
                     break
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
                 check_finite(step, config, gradient=norm)
                 optimiser.step()
                 updates += 1
-                seen = {name: seen.get(name, 0) + value.item() for name, value in stats.items()}
+                seen = {name: seen.get(name, 0) + value for name, value in means.items()}
             if enough:
                 break
         step += 1

@@ -333,7 +333,7 @@ def ppo(bench, iterations=3, episodes=64):
     def theirs():
         with quiet():
             tokenizer.padding_side = "left"
-            settings = bench.trainer_settings() | {"per_device_train_batch_size": episodes, "bf16": False}
+            settings = bench.trainer_settings() | {"per_device_train_batch_size": episodes}
             settings = PPOConfig(response_length=48, num_ppo_epochs=4, num_mini_batches=4, temperature=1.0,
                                  total_episodes=iterations * episodes, num_sample_generations=0,
                                  learning_rate=3e-4, **settings)
@@ -349,7 +349,7 @@ def ppo(bench, iterations=3, episodes=64):
     def ours():
         script(rlhf.ppo, "--init", bench.folder(), "--reward", reward, "--data", path, "--holdout", 16,
                "--eval-prompts", 16, "--iterations", iterations, "--episodes", episodes, "--epochs", 4,
-               "--minibatches", 4, "--max-new-tokens", 48, "--stop-kl", 1000, "--max-kl", 1e6, "--samples-every", 1000,
+               "--minibatches", 4, "--dtype", "bfloat16" if bench.bf16() else "float32", "--max-new-tokens", 48, "--stop-kl", 1000, "--max-kl", 1e6, "--samples-every", 1000,
                "--out", bench.work / "ppo")
     torch.manual_seed(1)
     return compare(iterations * episodes, rounds=3, **{"TRL": theirs, "ours": ours})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import (GPT, GPTConfig, KVCache, ScalarModel, config_from_hf, deepen, from_hf, generate,
+from model import (GPT, GPTConfig, KVCache, ScalarModel, attend, config_from_hf, deepen, from_hf, generate,
                    hf_config, sample, stream, to_hf, token_logprobs)
 
 
@@ -138,6 +138,33 @@ def test_padding_is_safe_in_any_attention_kernel(monkeypatch):
     expected = model(ids, mask)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", textbook)
     torch.testing.assert_close(model(ids, mask), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_written_out_is_the_fused_one(kv_heads):
+    """In bfloat16 on a CPU: to its rounding, values and gradients, of the past only."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 40, 8).bfloat16().requires_grad_() for heads in (4, kv_heads, kv_heads))
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    ours, fused = attend(q, k, v, None), attend(*exact, None)
+    assert ours.dtype == torch.bfloat16 and (ours.float() - fused).abs().max() < 0.03
+    weights = torch.randn(fused.shape)
+    (ours.float() * weights).sum().backward(), (fused * weights).sum().backward()
+    for x, y in zip((q, k, v), exact):
+        assert (x.grad.float() - y.grad).abs().max() < 0.02 * y.grad.abs().max()
+
+
+def test_bfloat16_forward_is_the_float32_one_to_its_rounding():
+    """With a length that is rounded up inside, up to the whole context, and one token more refused."""
+    for qk_norm in (False, True):
+        model, ids = tiny(context_length=21, qk_norm=qk_norm), random_ids(2, 21)
+        exact = model(ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(ids)
+            assert rounded.shape == exact.shape
+            assert 0 < (rounded - exact).abs().max() < 0.06 * exact.abs().max()
+            with pytest.raises(ValueError, match="22 tokens, but context_length 21"):
+                model(random_ids(2, 22))
 
 
 def test_scalar_model_ignores_padding():

@@ -164,7 +164,7 @@ def test_ppo_loss_is_a_mean_over_tokens_and_sees_no_padding():
     assert loss.item() == pytest.approx(flat_loss.item(), rel=1e-5)
     for name, value in stats.items():
         assert value.item() == pytest.approx(flat_stats[name].item(), rel=1e-4), name
-    assert stats["explained_variance"].item() == pytest.approx(
+    assert rlhf.explained_variance(old_values, returns, mask).item() == pytest.approx(
         (1 - (returns - old_values)[real].var() / returns[real].var()).item(), rel=1e-4)
     logp.requires_grad_(), values.requires_grad_()
     loss, _ = rlhf.ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask)
@@ -453,7 +453,7 @@ def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
         monkeypatch.setattr(rlhf, name, lambda *args: (
             seen.setdefault(name, []).append(args[place]), loss(*args))[1])
     watch("ppo_loss", 2), watch("grpo_loss", 3)
-    short = ["--iterations", 1, "--epochs", 1, "--minibatches", 1, "--stop-kl", 9]
+    short = ["--iterations", 1, "--epochs", 1, "--minibatches", 1, "--micro-batch", 64, "--stop-kl", 9]
     for stage, flag in (("ppo", "--no-whiten"), ("grpo", "--no-standardise")):
         for extra in ([], [flag]):
             toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, *short, *extra)
@@ -461,6 +461,33 @@ def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
     assert white.std() > 2 * raw.std() > 0  # rewards here differ by less than 1
     standard, centred = seen["grpo_loss"]
     assert standard.std() > 0.8 and 0 < centred.std() < 0.4
+
+
+@pytest.mark.parametrize("stage, settings", [("ppo", []), ("grpo", []), ("grpo", ["--aggregation", "token"])])
+def test_parts_of_a_minibatch_give_its_gradient_and_statistics(stage, settings, monkeypatch, tmp_path, tokenizer):
+    """Of unlike length, so that a part's share of the rows is not its share of the tokens."""
+    found = {}
+    for size in (64, 5):
+        out = tmp_path / f"{stage}{size}"
+        _, rows = toy(stage, monkeypatch, tmp_path, tokenizer, out, *settings, "--iterations", 2, "--epochs", 1,
+                      "--minibatches", 2, "--stop-kl", 9, "--micro-batch", size)
+        found[size] = load_policy(out)[0].state_dict(), rows[0]
+    start = load_policy(tmp_path / "sft")[0].state_dict()
+    for name, whole in found[64][0].items():
+        moved = (whole - start[name]).abs().max()
+        assert (found[5][0][name] - whole).abs().max() < 0.05 * moved, name
+    for name in {"policy_loss", "approx_kl", "clip_fraction", "value_loss", "k3"} & set(found[64][1]):
+        assert found[5][1][name] == pytest.approx(found[64][1][name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_bfloat16_learns_and_its_first_ratio_is_1(stage, monkeypatch, tmp_path, tokenizer):
+    out, half = tmp_path / stage, ["--dtype", "bfloat16"]
+    _, rows = toy(stage, monkeypatch, tmp_path, tokenizer, out, *half, "--iterations", 1, "--epochs", 1,
+                  "--minibatches", 1)
+    assert rows[0]["ratio"] == pytest.approx(1, abs=0.01) and abs(rows[0]["kl"]) < 1e-3
+    done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, out, *half, "--iterations", 15)
+    assert done["heldout_score"] > done["heldout_score_before"] + 0.2
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
