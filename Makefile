@@ -6,6 +6,7 @@
 #   make real DATA=FOLDER   the same scripts on real files, into out/real
 #   make test     the tests
 #   make test-all the slow ones too: killed runs, planted mistakes (tests/README.md)
+#   make notebooks  what is missing of `make`, then both editions of the course, from top to bottom
 #   make venv     only install, into .venv
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
@@ -33,7 +34,7 @@ WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # a stage uses every core; two at once would wait for each other
-.PHONY: all quick long real study test test-all venv ablation clean FORCE
+.PHONY: all quick long real study notebooks test test-all venv ablation clean FORCE
 
 all: $(OUT)/report/report.json
 
@@ -122,6 +123,10 @@ real: .venv/installed
 	$(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
 		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
 		--out $(REAL)/ppo --resume
+
+# The solved edition has to end with every check passed, the student's to stop at its first gap.
+notebooks: all
+	$(PY) -m pytest -q --slow tests/test_notebooks.py
 
 test: .venv/installed
 	$(PY) -m pytest -q

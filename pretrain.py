@@ -187,7 +187,8 @@ def main():
         loss, stopping = agree(loss, stop, processes)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         check_finite(step, config, loss=loss, gradient=norm)
-        muon.step()
+        with precision:
+            muon.step()
         adam.step()
         step += 1
 

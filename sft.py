@@ -168,7 +168,8 @@ def main():
                     answer_loss(model, *(part.to(device) for part in text)).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             check_finite(step, config, loss=loss, gradient=norm)
-            muon.step()
+            with precision:
+                muon.step()
             adam.step()
             step += 1
 

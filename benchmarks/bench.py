@@ -181,8 +181,8 @@ def train(bench):
         "transformers compiled bfloat16": theirs(bf16, True)})
 
 
-SHAKESPEARE = ("--vocab-size 260 --context-length 64 --layers 4 --width 120 --heads 4 --kv-heads 4 --ffn-width 320 "
-               "--batch-size 32 --steps 700 --lr 0.02 --warmup 20 --decay 0.6 --tied").split()
+SHAKESPEARE = ("--vocab-size 260 --context-length 64 --layers 3 --width 96 --heads 3 --kv-heads 3 --ffn-width 256 "
+               "--batch-size 16 --steps 280 --warmup 10 --tied").split()
 
 
 def shakespeare(bench):

@@ -59,7 +59,8 @@ def stepper(loss_of, optimisers, parameters, ids):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimiser in optimisers:
-            optimiser.step()
+            with torch.autocast("cuda", dtype=torch.bfloat16):  # for Muon
+                optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return loss.item()
 

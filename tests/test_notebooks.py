@@ -42,6 +42,20 @@ def test_a_notebook_has_what_every_notebook_has(path):
     assert "SOLUTION" not in text_of(NOTEBOOKS / path.name)
 
 
+def test_the_index_of_exercises_is_that_of_the_notebooks():
+    there = re.findall(r"^### Exercise ([\d.]+) \((\w+), (\d+) minutes, (\w+)\)", "\n".join(map(text_of, SOLVED)), re.M)
+    readme = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([\d.]+) \| (\w+) \| (\d+) \| (\w+) \|", readme, re.M) == there
+
+
+def test_what_the_map_names_is_there():
+    root, readme = NOTEBOOKS.parent, (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    for file, first, more in re.findall(r"`((?:\w+/)?\w+\.py): (\w+)`((?:, `\w+`)*)", readme):
+        path = root / ("tests" if file.startswith("test_") else ".") / file
+        for name in [first, *re.findall(r"\w+", more)]:
+            assert re.search(rf"(def|class) {name}\b|{name}:", path.read_text(encoding="utf-8")), (file, name)
+
+
 def test_solutions_become_gaps_and_bugs():
     code = ("# EXERCISE 7.2 · hunt\ndef f(x):\n    ### BEGIN SOLUTION: add one\n    return x + 1\n    ### END SOLUTION\n"
             "### BEGIN SOLUTION\nguess = 3\n### STUDENT\n# guess = None  # yours\n### END SOLUTION\nf(2)")

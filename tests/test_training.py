@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,22 +130,50 @@ def test_optimisers_step_without_the_compiler_and_as_torch_does():
     assert ours[0] == "False" and ours[1] == plain[1]
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """torchrun over gloo: the losses of one process, stopped and gone on with one process more or less."""
-    text = tmp_path / "text.txt"
+def start_pretraining(folder, out, processes, *more):
+    """pretrain.py on a small text in `folder`, alone or under torchrun over gloo -> the process."""
+    text = folder / "text.txt"
     text.write_text("<|endoftext|>".join(f"Line {n} tells of {n * n} birds." for n in range(300)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "pretrain.py"), "--data", str(text), "--layers", "1",
+                             "--width", "16", "--heads", "2", "--kv-heads", "2", "--ffn-width", "32", "--vocab-size",
+                             "300", "--context-length", "32", "--batch-size", "4", "--device", "cpu", "--dtype",
+                             "float32", "--out", str(folder / out), *more], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def train(out, processes, *more):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        subprocess.run([sys.executable, *launcher, str(ROOT / "pretrain.py"), "--data", str(text), "--layers", "1",
-                        "--width", "16", "--heads", "2", "--kv-heads", "2", "--ffn-width", "32", "--vocab-size",
-                        "300", "--context-length", "32", "--batch-size", "4", "--device", "cpu", "--dtype",
-                        "float32", "--out", str(tmp_path / out), "--steps", "30", *more], check=True,
-                       capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-    one, two = train("one", 1), train("two", 2)
-    assert len(one) == len(two) == 4
+
+def logged(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def same_losses(one, two, tolerance):
+    assert [row["step"] for row in one] == [row["step"] for row in two]
     for alone, together in zip(one, two):
         for name in {"loss", "gradient_norm", "heldout_loss"} & alone.keys():
-            assert together[name] == pytest.approx(alone[name], rel=1e-4)
+            assert together[name] == pytest.approx(alone[name], rel=tolerance), (name, alone["step"])
     assert one[0]["loss"] > one[-2]["loss"] + 0.5  # and there was something to learn
+
+
+def test_two_processes_train_as_one(tmp_path):
+    for out, processes in (("one", 1), ("two", 2)):
+        assert start_pretraining(tmp_path, out, processes, "--steps", "30").wait() == 0
+    same_losses(logged(tmp_path / "one"), logged(tmp_path / "two"), 1e-4)
+
+
+def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
+    """Stopped twice: two processes, then one, then two again, end where one would have."""
+    steps = ["--steps", "900", "--resume"]
+    for processes in (2, 1):
+        before = len(logged(tmp_path / "changing"))
+        run = start_pretraining(tmp_path, "changing", processes, *steps)
+        while run.poll() is None and len(logged(tmp_path / "changing")) < before + 5:
+            time.sleep(0.02)
+        run.terminate()
+        said = run.communicate()[1]
+        assert run.returncode != 0 and "stopped and saved" in said, said
+    reached = logged(tmp_path / "changing")[-1]["step"]
+    assert 80 < reached < 900
+    for out, processes in (("changing", 2), ("one", 1)):
+        assert start_pretraining(tmp_path, out, processes, *steps).wait() == 0
+    same_losses(logged(tmp_path / "one"), logged(tmp_path / "changing"), 0.02)
