@@ -163,17 +163,16 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
     """Stopped twice: two processes, then one, then two again, end where one would have."""
-    steps = ["--steps", "900", "--resume"]
+    steps = ["--steps", "70", "--resume", "--batch-size", "64", "--width", "64"]  # slow enough to be stopped
     for processes in (2, 1):
         before = len(logged(tmp_path / "changing"))
         run = start_pretraining(tmp_path, "changing", processes, *steps)
-        while run.poll() is None and len(logged(tmp_path / "changing")) < before + 5:
+        while run.poll() is None and len(logged(tmp_path / "changing")) < before + 2:
             time.sleep(0.02)
         run.terminate()
         said = run.communicate()[1]
         assert run.returncode != 0 and "stopped and saved" in said, said
-    reached = logged(tmp_path / "changing")[-1]["step"]
-    assert 80 < reached < 900
+    assert 30 < logged(tmp_path / "changing")[-1]["step"] < 70
     for out, processes in (("changing", 2), ("one", 1)):
         assert start_pretraining(tmp_path, out, processes, *steps).wait() == 0
-    same_losses(logged(tmp_path / "one"), logged(tmp_path / "changing"), 0.02)
+    same_losses(logged(tmp_path / "one"), logged(tmp_path / "changing"), 1e-3)
