@@ -126,7 +126,7 @@ real: .venv/installed
 
 # The solved edition has to end with every check passed, the student's to stop at its first gap.
 notebooks: all
-	$(PY) -m pytest -q --slow tests/test_notebooks.py
+	$(PY) -m pytest -q tests/test_notebooks.py
 
 test: .venv/installed
 	$(PY) -m pytest -q

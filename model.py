@@ -81,14 +81,13 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config):
-    """-> cos, sin (context_length rounded up, D) of the angles position * theta^(-2i/D) (arXiv 2104.09864).
+    """-> cos, sin (context_length, D) of the angles position * theta^(-2i/D) (arXiv 2104.09864).
 
     The halves (x1, x2) of a head turn together: (x1 cos - x2 sin, x2 cos + x1 sin). That is
     x * cos + swap(x) * sin if the table carries the minus sign of sin's first half.
     """
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-    places = config.context_length + -config.context_length % SHAPE_STEP
-    angles = torch.arange(places)[:, None] * frequencies  # (places, D/2)
+    angles = torch.arange(config.context_length)[:, None] * frequencies  # (context, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -208,7 +207,7 @@ class GPT(nn.Module):
         mask = None
         if attention_mask is None and cache is None and ids.is_cpu and torch.is_autocast_enabled("cpu"):
             # A CPU makes its bf16 kernels anew for every shape, so let there be few: 14 % of SFT.
-            ids = F.pad(ids, (0, -T % SHAPE_STEP))
+            ids = F.pad(ids, (0, min(-T % SHAPE_STEP, self.config.context_length - T)))
         T, asked = ids.size(1), T
         if attention_mask is None:
             positions = slice(past, past + T)
