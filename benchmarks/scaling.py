@@ -167,6 +167,8 @@ def main():
                    capsize=4, label="foretold")
     right.loglog([LARGER], [measured], "X", ms=9, color="C3", label="measured")
     left.set(xlabel="weights", ylabel="held-out loss, nats per token")
+    left.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    left.set_xticks([5e4, 1e5, 2e5, 4e5], ["50 k", "100 k", "200 k", "400 k"])
     right.set(xlabel="compute, FLOPs", ylabel="held-out loss, nats per token")
     for panel in (left, right):
         panel.legend(fontsize=8, frameon=False)
