@@ -4,8 +4,8 @@ Files are .txt, .json (a list of objects) or .jsonl (one object a line), each al
 tell what they hold:
 
     texts          plain text with <|endoftext|> between documents, or {"text"}
-    conversations  {"messages": [{"role", "content"}, ...]}, or Alpaca {"instruction", "input"?,
-                   "output"}
+    conversations  {"messages": [{"role", "content"}, ...]}, Alpaca {"instruction", "input"?,
+                   "output"}, or Dolly {"instruction", "context"?, "response"}
     preferences    {"prompt", "chosen", "rejected"} (strings or message lists), Anthropic HH
                    {"chosen", "rejected"} dialogues, or Alpaca keys with "chosen" and "rejected"
 
@@ -35,7 +35,7 @@ from training import InputError, write_atomic, writing
 
 SEPARATOR = "<|endoftext|>"
 IGNORE = -100  # what torch's cross_entropy skips
-CONVERSATIONS = '{"messages"} or {"instruction", "output"}'
+CONVERSATIONS = '{"messages"}, {"instruction", "output"} or {"instruction", "response"}'
 PREFERENCES = '"chosen" and "rejected", with a "prompt" or "instruction" or as whole dialogues'
 
 
@@ -201,8 +201,9 @@ def _documents(row, where):
 def _conversation(row, where):
     if "messages" in row:
         return _usable(_messages(row, "messages", where))
-    if "instruction" in row and "output" in row:
-        return _usable([*_alpaca(row, where), _turn("assistant", _string(row, "output", where))])
+    for answer in ("output", "response"):
+        if "instruction" in row and answer in row:
+            return _usable([*_alpaca(row, where), _turn("assistant", _string(row, answer, where))])
     hint = "; this is a row of preferences" if _is_preference(row) else ""
     raise _no_format(row, where, CONVERSATIONS + hint)
 
@@ -246,7 +247,8 @@ def _dialogue(row, key, where):
 
 
 def _alpaca(row, where):
-    extra = "" if row.get("input") is None else _string(row, "input", where)
+    key = "input" if "input" in row else "context"  # Dolly's name for the same
+    extra = "" if row.get(key) is None else _string(row, key, where)
     question = _string(row, "instruction", where)
     return [_turn("user", f"{question}\n\n{extra}" if extra.strip() else question)]
 

@@ -118,7 +118,7 @@ def main():
     import matplotlib.pyplot as plt
     training.keep_freed_memory()
     path = HERE / "scaling.jsonl"
-    done = {tuple(row["run"]): row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    done = {tuple(row["run"]): row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())} if path.exists() else {}
     tokenizer = train_bpe(world.documents(5000, "scaling tokenizer"), VOCABULARY)
     heldout = pack_documents(world.documents(400, "scaling heldout"), tokenizer)
 
@@ -128,7 +128,7 @@ def main():
             start = time.perf_counter()
             loss = train(width, layers, budget, tokenizer, heldout, seed)
             done[key] = {"run": key, "loss": loss, "seconds": round(time.perf_counter() - start)}
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[key]) + "\n")
         return done[key]["loss"]
 

@@ -62,6 +62,14 @@ def test_conversations_in_both_formats(write, name):
         [{"role": "user", "content": "Sum\n\n1 2"}, {"role": "assistant", "content": "3"}]]
 
 
+def test_conversations_with_the_keys_of_dolly(write):
+    row = {"instruction": "Sum", "response": "3", "category": "open_qa"}
+    path = write("a.jsonl", {**row, "context": "1 2"}, {**row, "context": ""}, row)
+    answer = {"role": "assistant", "content": "3"}
+    assert data.load_conversations([path]) == [
+        [{"role": "user", "content": question}, answer] for question in ("Sum\n\n1 2", "Sum", "Sum")]
+
+
 @pytest.mark.parametrize("row", [
     GOOD,
     {"prompt": HI, "chosen": "Hello", "rejected": "Go"},
