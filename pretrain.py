@@ -81,6 +81,17 @@ class Config:
     show_batch: bool = flag(False, "print one decoded training window, then exit")
 
 
+def shape_of(config, vocab_size):
+    """The GPTConfig that the flags ask for. InputError where its numbers do not fit together."""
+    try:
+        return GPTConfig(
+            vocab_size=vocab_size, context_length=config.context_length, layers=config.layers, width=config.width,
+            heads=config.heads, kv_heads=config.kv_heads, ffn_width=config.ffn_width, qk_norm=config.qk_norm,
+            tied=config.tied)
+    except ValueError as error:  # it says which numbers
+        raise InputError(error) from error
+
+
 def next_token_loss(network, inputs, targets):
     """Mean negative log-likelihood, in nats, of targets (B, T) after inputs (B, T): the L(θ) above."""
     logits = network(inputs)  # (B, T, V)
@@ -112,6 +123,7 @@ def heldout_loss(model, tokens, text_bytes, batch_size=32):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, vocab_size=(260, 10**7), context_length=(2, 10**6))
+    shape_of(config, config.vocab_size)  # rather refused now than when all text is tokenised
     device = pick_device(config.device)
     rank, processes = join_processes(device)
     if config.batch_size % processes:
@@ -140,14 +152,7 @@ def main():
         return
 
     # 2. Model and optimiser.
-    try:
-        shape = GPTConfig(
-            vocab_size=tokenizer.vocab_size, context_length=config.context_length,
-            layers=config.layers, width=config.width, heads=config.heads, kv_heads=config.kv_heads,
-            ffn_width=config.ffn_width, qk_norm=config.qk_norm, tied=config.tied)
-    except ValueError as error:  # it says which numbers do not fit together
-        raise InputError(error) from error
-    model = GPT(shape).to(device)
+    model = GPT(shape_of(config, tokenizer.vocab_size)).to(device)
     model.recompute = config.recompute
     network = DistributedDataParallel(model) if processes > 1 else model  # it averages the gradients
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,

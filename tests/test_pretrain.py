@@ -1,15 +1,18 @@
 """pretrain.py: its measure, counted directly. That it learns is test_pipeline.py's business."""
 
 import math
+import sys
 
 import pytest
 import torch
 
 import data
+import pretrain
 import training
 from model import GPT, GPTConfig
 from pretrain import heldout_loss
 from tokenizer import train_bpe
+from training import InputError
 
 DOCUMENTS = ["The cat sat on the mat.", "Where is Zürich?\nIt is in Switzerland.", "Yes."]
 
@@ -47,3 +50,9 @@ def test_compiling_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: lambda *arguments: "compiled")
     assert training.compiled(len, False, "cpu") is len
     assert training.compiled(len, True, "cpu")([]) == "compiled"
+
+
+def test_a_shape_that_does_not_fit_is_refused_before_the_text_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(tmp_path / "none.txt"), "--heads", "2"])
+    with pytest.raises(InputError, match="heads 2 is not a multiple of kv_heads 4"):
+        pretrain.main()
