@@ -209,6 +209,8 @@ def main():
             bar.close()
             leave(config)
     bar.close()
+    if processes > 1:  # before any of them ends, or its open connections may take it down at exit
+        torch.distributed.destroy_process_group()
     if rank > 0:
         return
 

@@ -157,7 +157,9 @@ def same_losses(one, two, tolerance):
 
 def test_two_processes_train_as_one(tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
-        assert start_pretraining(tmp_path, out, processes, "--steps", "30").wait() == 0
+        run = start_pretraining(tmp_path, out, processes, "--steps", "30")
+        said = run.communicate()[1]
+        assert run.returncode == 0, said[-3000:]
     same_losses(logged(tmp_path / "one"), logged(tmp_path / "two"), 1e-4)
 
 
