@@ -63,9 +63,6 @@ class GPTConfig:
 # ------------------------------------------------------------------------------ the network
 
 
-SHAPE_STEP = 8  # in bf16 on a CPU, lengths are rounded up to multiples of it, see GPT.hidden
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019): LayerNorm without the mean and the bias."""
 
@@ -105,8 +102,9 @@ def attend(q, k, v, mask):
     Without a mask, a query sees the keys up to its own place, and a lone one sees all.
     """
     (B, H, T, D), K = q.shape, k.size(1)
-    if mask is None and 1 < T <= 512 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # Written out: in bf16 on a CPU less than half the time of the fused kernel.
+    if mask is None and 1 < T <= 512 and q.dtype == torch.bfloat16 and q.is_cpu:
+        # Written out: in bf16 on a CPU less than half the time of the fused kernel. That one never
+        # holds the table of scores, which grows with T², so it keeps the long texts.
         later = q.new_full((T, T), -math.inf).triu(1)
         k, v = (t.repeat_interleave(H // K, dim=1).reshape(B * H, T, D) for t in (k, v))
         scores = torch.baddbmm(later, q.reshape(B * H, T, D), k.mT, alpha=D**-0.5)  # (B*H, T, T)
@@ -206,8 +204,9 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens, but context_length {self.config.context_length}")
         mask = None
         if attention_mask is None and cache is None and ids.is_cpu and torch.is_autocast_enabled("cpu"):
-            # A CPU makes its bf16 kernels anew for every shape, so let there be few: 14 % of SFT.
-            ids = F.pad(ids, (0, min(-T % SHAPE_STEP, self.config.context_length - T)))
+            # A CPU makes its bf16 kernels anew for every shape, so let lengths be multiples of 8: 14 %
+            # of SFT. What is added stands on the right, where no token sees it, and goes at the end.
+            ids = F.pad(ids, (0, min(-T % 8, self.config.context_length - T)))
         T, asked = ids.size(1), T
         if attention_mask is None:
             positions = slice(past, past + T)

@@ -349,8 +349,8 @@ def ppo(bench, iterations=3, episodes=64):
     def ours():
         script(rlhf.ppo, "--init", bench.folder(), "--reward", reward, "--data", path, "--holdout", 16,
                "--eval-prompts", 16, "--iterations", iterations, "--episodes", episodes, "--epochs", 4,
-               "--minibatches", 4, "--dtype", "bfloat16" if bench.bf16() else "float32", "--max-new-tokens", 48, "--stop-kl", 1000, "--max-kl", 1e6, "--samples-every", 1000,
-               "--out", bench.work / "ppo")
+               "--minibatches", 4, "--dtype", "bfloat16" if bench.bf16() else "float32", "--max-new-tokens", 48,
+               "--stop-kl", 1000, "--max-kl", 1e6, "--samples-every", 1000, "--out", bench.work / "ppo")
     torch.manual_seed(1)
     return compare(iterations * episodes, rounds=3, **{"TRL": theirs, "ours": ours})
 

@@ -1,6 +1,6 @@
 """How cost grows: seconds and memory per token against parameters, context and batch, training and decoding.
 
-    python benchmarks/growth.py            # 5 to 10 minutes, nothing else running; prints tables, draws growth.png
+    python benchmarks/growth.py            # a minute or two, nothing else running; prints tables, draws growth.png
 
 Expected is the slope, on the same points, of the work that has to be done. Training: 6 N + 6 L T C floating-point
 operations a token (N weights, of L layers of width C; a token attends to T/2 others on average), at the rate of a
@@ -47,7 +47,7 @@ def best(run):
 
 
 def train(size=BASE, context=256, batch=8):
-    """-> (microseconds per token, expected share of work, bytes of activations kept per token)."""
+    """-> (microseconds per token, operations per token, bytes of activations kept per token)."""
     model, precision = build(size, context), training.autocast(torch.device("cpu"))
     optimiser = training.adamw(model, 1e-3)
     ids = torch.randint(2048, (batch, context + 1))

@@ -118,7 +118,8 @@ def main():
     import matplotlib.pyplot as plt
     training.keep_freed_memory()
     path = HERE / "scaling.jsonl"
-    done = {tuple(row["run"]): row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())} if path.exists() else {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    done = {tuple(row["run"]): row for row in map(json.loads, lines)}
     tokenizer = train_bpe(world.documents(5000, "scaling tokenizer"), VOCABULARY)
     heldout = pack_documents(world.documents(400, "scaling heldout"), tokenizer)
 

@@ -1,5 +1,6 @@
 """Makes `pytest notebooks/grade.py SUBMISSION` work: SUBMISSION is not a test, and a score table ends the run."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def pytest_runtest_makereport(item, call):
     if call.when == "call" and results in item.config.stash:
         task = item.callspec.params["task"]
         said = str(call.excinfo.value) if call.excinfo else ""
-        hint = said.split("likely: ")[-1].split("\n")[0].strip()
+        hint = re.sub(r"^✗ \w+: ", "", said.split("likely: ")[-1].split("\n")[0].strip())
         item.config.stash[results][task] = (report.outcome, hint)
     return report
 

@@ -94,6 +94,4 @@ def test_exercise(task, submitted):
     except Unfilled:
         pytest.skip("not filled in")
     except checks.Wrong as wrong:
-        if "waits for you" in str(wrong):
-            pytest.skip("not filled in")
-        pytest.fail(re.sub(r"^✗ \w+: |\n  The same numbers again.*", "", str(wrong)))
+        pytest.fail(str(wrong))

@@ -106,6 +106,9 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     # ---- DPO
     ("DPO without its reference", "rlhf.py", "chosen = beta * (policy_chosen - ref_chosen)",
      "chosen = beta * policy_chosen", "test_rlhf.py"),
+    ("lengths rounded up stay so", "model.py", "self.norm(x[:, :asked])", "self.norm(x)", "test_model.py"),
+    ("a rollout in float32, its updates in bfloat16", "rlhf.py", "    with autocast(device, config.dtype):  #",
+     "    with autocast(device, 'float32'):  #", "test_rlhf.py"),
     ("a part of a minibatch weighs by its rows", "rlhf.py", "weight = (mask[rows].sum() / mask[minibatch].sum()).item()",
      "weight = len(rows) / len(minibatch)", "test_rlhf.py"),
     ("DPO with a mean over tokens", "rlhf.py", "mask.to(device)).sum(1)", "mask.to(device)).mean(1)", "test_rlhf.py"),
