@@ -12,7 +12,8 @@ gives, it tells you which. Plain numbers, lists, NumPy arrays and tensors are al
 where a gradient has to flow (a loss) or ids are looked up (whole numbers). An input must not be changed.
 
 How it is made: each check is `compare(fn, right, inputs, hints)`, where `hints` is a list of
-(wrong function, what to say if yours does the same). A hint is given only if it explains *all* results.
+(wrong function, or a tuple of them, what to say if yours does the same). A hint is given only if a function
+explains *all* results.
 """
 
 import copy
@@ -22,6 +23,7 @@ import random
 import sys
 import traceback
 from collections import Counter
+from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
 
@@ -88,7 +90,7 @@ def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=False, general=
                 same_gradient(fn, right, args, tol)
         return
     bad = next(i for i, (f, e) in enumerate(zip(found, expected)) if not same(f, e, tol))
-    hint = next((text for function, text in hints if explains(function)), None)
+    hint = next((text for functions, text in hints if any(map(explains, either(functions)))), None)
     hint = hint or next((text for slip, text in SLIPS if all(
         same(f, attempt(slip, [e]), tol) for f, e in zip(found, expected))), None)
     hint = hint or complaint(found[bad], expected[bad]) or general
@@ -96,6 +98,10 @@ def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=False, general=
     into = "".join(f"\n    {name} = {show(value)}" for name, value in zip(names, inputs[bad]))
     out = "" if isinstance(found[bad], Exception) else f"\n  out:       {show(found[bad])}"
     raise Wrong(f"not right yet.\n  in:{into}{out}\n  expected:  {show(expected[bad])}\n  likely:    {hint}")
+
+
+def either(functions):
+    return functions if isinstance(functions, tuple) else (functions,)
 
 
 # What can happen to any right result.
@@ -193,6 +199,8 @@ def complaint(found, expected):
         return f"{len(f)} numbers came out, expected {len(e)}."
     if f.shape != e.shape:
         return f"the shape is {f.shape}, expected {e.shape or '() (one number)'}."
+    if e.ndim == 1 and abs(e.sum() - 1) < 1e-5 and (e >= 0).all() and abs(f.sum() - 1) > 1e-3:
+        return f"your numbers sum to {f.sum():.3g}; probabilities sum to 1."
     if np.isnan(f).any() and not np.isnan(e).any():
         return "there is NaN in it: from 0/0, from inf − inf, or from a softmax over nothing but −inf."
     if np.isinf(f).any() and not np.isinf(e).any():
@@ -205,7 +213,7 @@ def whole_numbers(found, expected):
         for f, e in zip(found, expected):
             whole_numbers(f, e)
     elif isinstance(expected, torch.Tensor) and not expected.is_floating_point():
-        if isinstance(found, torch.Tensor) and found.is_floating_point():
+        if isinstance(found, torch.Tensor) and found.dtype != torch.int64:
             raise Wrong(f"the numbers are right but of type {found.dtype}. Ids and places must be int64, or "
                         "nothing can be looked up with them.")
 
@@ -290,6 +298,11 @@ def check_win_rate(fn, g):
          "prompts; they count one half, and N stays N."),
         (lambda a, b: (a - b).sign().double().mean(), "your number lies between −1 and 1, like a difference; "
          "a win rate lies between 0 and 1. What should a model against itself have?"),
+        (lambda a, b: right(a, b) * len(a), "that is the number of prompts won; divide by N."),
+        (lambda a, b: (a - b).sign().double().mean() + 0.5, "the difference of wins and losses runs from −1 "
+         "to 1: halve it before you add ½."),
+        (lambda a, b: (a.mean() > b.mean()).double(), "you compare the two means; compare the two answers to "
+         "each prompt."),
         (lambda a, b: (a - b).mean(), "that is the mean difference of the marks. How much better an answer "
          "is does not matter here, only whether it is."),
     ])
@@ -341,10 +354,12 @@ def check_bpe_best_pair(fn, g):
          "words. No merge crosses it: count inside each word."),
         (_best_pair(lambda words: Counter(p for w in words for p in set(zip(w, w[1:])))),
          "you count a pair once per word; count every place where it stands."),
+        (_best_pair(lambda words: Counter(tuple(sorted(p)) for p in _pairs(words).elements())),
+         "you count (a, b) and (b, a) together; they are two different pairs."),
         (_best_pair(_apart), "you count only pairs that do not overlap; a a a has two neighbouring pairs (a, "
          "a)."),
-        (lambda words: (right(words), _pairs(words)[right(words)]), "you return the count too; return the "
-         "pair alone."),
+        ((lambda words: (right(words), _pairs(words)[right(words)]),
+          lambda words: _pairs(words).most_common(1)[0]), "you return the count too; return the pair alone."),
     ], tol=0)
     return "right on 20 lists of words, ties among them"
 
@@ -361,8 +376,7 @@ def _merge(ids, pair, new_id, step=2, stop=0):
 @check
 def check_bpe_merge(fn, g):
     """fn(ids: list, pair, new_id) -> list, every occurrence of pair from the left replaced by new_id."""
-    def right(ids, pair, new_id):
-        return _merge(ids, pair, new_id)
+    right = _merge
 
     def first_only(ids, pair, new_id):
         at = next((i for i in range(len(ids) - 1) if tuple(ids[i:i + 2]) == pair), None)
@@ -377,9 +391,15 @@ def check_bpe_merge(fn, g):
          "part of a pair. Your loop ends one id too early."),
         (lambda ids, pair, new_id: _merge(ids, pair, new_id, step=1), "after a merge you go on by one id; "
          "the second half of the pair is used up too, so go on by two."),
-        (lambda ids, *pair: _merge(ids, *pair, stop=1) + [ids[-1]], "wrong where the pair stands at the very "
-         "end, and for an empty list."),
+        ((lambda ids, *pair: _merge(ids, *pair, stop=1) + [ids[-1]],
+          lambda ids, *pair: _merge(ids, *pair, stop=1) + ids[-1:]),
+         "wrong where the pair stands at the very end, and for an empty list."),
         (first_only, "you merge the first occurrence only."),
+        (lambda ids, pair, new_id: _merge(ids, pair, new_id, stop=1) + ids[-1:] * (tuple(ids[-2:]) != pair),
+         "the last two ids are the pair, but the first of them may be used up by a merge before (a a a). Ask "
+         "where i stands, not what the last two are."),
+        (lambda ids, pair, new_id: list(ids), "nothing is merged. ids[i:i + 2] is a list, and a list never "
+         "equals a tuple: compare tuple(ids[i:i + 2]), or the two ids themselves."),
         (lambda ids, pair, new_id: _merge(ids[::-1], pair[::-1], new_id)[::-1], "you merge from the right; "
          "in a a a it is the first two that become one."),
         (lambda ids, pair, new_id: _merge(_merge(ids, pair, new_id), pair[::-1], new_id),
@@ -406,10 +426,19 @@ def check_next_token_loss(fn, g):
          "your loss asks for at each place. Has the model read it already?"),
         (lambda logits, ids: nll(logits, ids.roll(-1, 1)).mean(), "the last place of a row asks for the "
          "row's first token: roll goes round. Leave that place out."),
-        (lambda logits, ids: nll(logits[:, :-1], ids[:, :-1]).mean(), "you cut both at the same end, so "
+        ((lambda logits, ids: nll(logits[:, :-1], ids[:, :-1]).mean(),
+          lambda logits, ids: nll(logits[:, 1:], ids[:, 1:]).mean()), "you cut both at the same end, so "
          "nothing is shifted: the logits at t should meet the token at t + 1."),
-        (lambda logits, ids: nll(logits[:, 1:], ids[:, 1:]).mean(), "you cut both at the same end, so "
-         "nothing is shifted: the logits at t should meet the token at t + 1."),
+        (lambda logits, ids: nll(logits[:-1], ids[1:]).mean(), "you cut the rows of the batch, and not the "
+         "places: logits[:, :-1] and ids[:, 1:]."),
+        (lambda logits, ids: nll(logits, ids.flatten().roll(-1).view_as(ids)).mean(),
+         "you shift after flatten, so the end of a row is asked for the beginning of the next one. Cut "
+         "first: logits[:, :-1], ids[:, 1:]."),
+        (lambda logits, ids: nll(logits, ids.roll(-1, 0)).mean(), "you shift the rows of the batch; time is "
+         "dimension 1."),
+        (lambda logits, ids: nll(logits[:, :-1], ids.roll(1, 1)[:, :-1]).mean(),
+         "you cut the right place off, but roll(1) still goes the wrong way: which token does your loss ask "
+         "for at each place?"),
         (lambda logits, ids: right(logits, ids) * ids[:, 1:].numel(), "that is the sum; take the mean over "
          "tokens."),
         (lambda logits, ids: nll(logits[:, :-1], ids[:, 1:]).sum() / ids.numel(), "you divide by B·T, but "
@@ -441,6 +470,10 @@ def check_bits_per_byte(fn, g):
         (lambda n, t, b: n / (math.log(2) * b), "the mean must become a sum first: times the number of "
          "tokens."),
         (lambda n, t, b: n * b / (math.log(2) * t), "you have bytes over tokens; it is tokens over bytes."),
+        (lambda n, t, b: n * t / math.log(2) / (8 * b), "divide by the bytes, not by their bits: bits per "
+         "byte, of which plain text needs 8."),
+        (lambda n, t, b: math.log2(n) * t / b, "you take the logarithm once more: the nats are one already. "
+         "n nats are n / ln 2 bits."),
         (lambda n, t, b: n * t / math.log(2), "these are the bits of the whole text; divide by its bytes."),
     ])
     return "right on 10 random texts"
@@ -468,10 +501,23 @@ def check_rms_norm(fn, g):
          "you subtract the mean; RMSNorm only scales."),
         (by(lambda x, eps: (x.square().mean() + eps).sqrt()), "you take the mean over the whole table. Each "
          "vector has its own: .mean(-1, keepdim=True)."),
-        (by(lambda x, eps: (x.square().sum(-1, keepdim=True) + eps).sqrt()), "you divide by the root of the "
-         "sum of squares, the length; RMS is the root of their mean."),
+        ((by(lambda x, eps: (x.square().sum(-1, keepdim=True) + eps).sqrt()),
+          *(by(lambda x, eps, n=n: x.norm(dim=-1, keepdim=True) + n * eps) for n in (0, 1))),
+         "you divide by the root of the sum of squares, the length; RMS is the root of their mean."),
         (by(lambda x, eps: square(x).sqrt() + eps), "ε stands outside the root; it belongs under it."),
         (by(lambda x, eps: square(x).sqrt()), "ε is missing: a vector of zeros would become NaN."),
+        (tuple(by(divide) for n in (0, 1) for divide in (
+            lambda x, eps, n=n: (x.var(-1, keepdim=True, correction=n) + eps).sqrt(),
+            lambda x, eps, n=n: x.std(-1, keepdim=True, correction=n) + eps,
+            lambda x, eps, n=n: x.std(-1, keepdim=True, correction=n))),
+         "you divide by the standard deviation, which measures from the mean; the root mean square measures "
+         "from 0: x.square().mean(-1, keepdim=True)."),
+        (lambda x, weight, eps: x * (square(x) + eps).sqrt() * weight, "you multiply by the root mean "
+         "square; divide by it, or multiply by rsqrt."),
+        (by(lambda x, eps: (x.mean(-1, keepdim=True).square() + eps).sqrt()), "you square the mean; it is "
+         "the mean of the squares."),
+        (by(lambda x, eps: (x.square().mean(0) + eps).sqrt()), "your mean runs over the first dimension; "
+         "each vector has its own: .mean(-1, keepdim=True)."),
         (by(lambda x, eps: square(x) + eps), "the root is missing: you divide by the mean square."),
         (lambda x, weight, eps: right(x, 1.0, eps), "the gain, `weight`, is missing."),
         (lambda x, weight, eps: right(x, 1 + weight, eps), "you multiply by 1 + weight (as Gemma does); here "
@@ -508,6 +554,11 @@ def check_rope(fn, g):
     def unjoined(x, theta):
         return torch.cat([_turn(x, _angles(x, theta)).chunk(2, -1)[0], x.chunk(2, -1)[1]], -1)
 
+    def overwritten(x, theta):
+        angles, (first, second) = _angles(x, theta), x.chunk(2, dim=-1)
+        first = first * angles.cos() - second * angles.sin()
+        return torch.cat([first, second * angles.cos() + first * angles.sin()], -1)
+
     inputs = [(normal(g, B, T, H, D), theta) for B, T, H, D, theta in
               ((1, 3, 1, 4, 100.0), (2, 5, 3, 8, 10000.0), (2, 4, 4, 6, 500.0))]
     compare(fn, right, inputs, [
@@ -525,6 +576,16 @@ def check_rope(fn, g):
          "twice, in arange(0, D, 2) and as a factor?"),
         (lambda x, theta: _turn(x, _angles(x, theta, power=-2.0)), "your frequencies grow with i; the "
          "exponent is negative, theta^(−2i/D)."),
+        (lambda x, theta: _turn(x, _angles(x, theta)[:, 0]), "your angles are (T, D/2), so they meet the "
+         "heads and not the positions. Give them a dimension for the heads: (T, 1, D/2), with [:, None]."),
+        (lambda x, theta: torch.stack(_turn(x, _angles(x, theta)).chunk(2, -1), -1).flatten(-2),
+         "turned rightly, but joined as neighbours: put the halves one behind the other, torch.cat([first, "
+         "second], dim=-1)."),
+        (lambda x, theta: _turn(torch.cat([x[..., 0::2], x[..., 1::2]], -1), _angles(x, theta)),
+         "you split x into every second number, 0::2 and 1::2; the halves are x.chunk(2, dim=-1)."),
+        (overwritten, "your second line uses the first half after it was turned: give the result another "
+         "name."),
+        (lambda x, theta: right(x, 10000.0), "theta is an argument; you have 10000 in its place."),
         (unjoined, "the second half is not turned: x2 cos + x1 sin."),
     ], general="none of the mistakes that we know. Two things to test: position 0 must stay as it is, and no "
                "vector may change its length.")
@@ -563,6 +624,17 @@ def check_causal_attention(fn, g):
          "main one."),
         (lambda q, k, v: masked(_scores(q, k).mT, q).mT.softmax(-1) @ v, "each place sees the future and not "
          "the past: the mask is upside down (rows are queries, columns are keys)."),
+        (lambda q, k, v: (_scores(q, k) + _future(q) * -math.inf).softmax(-1) @ v,
+         "0 · −inf is NaN, so all places become NaN. Use scores.masked_fill(future, −math.inf)."),
+        (lambda q, k, v: _scores(q, k).masked_fill(~_future(q), -math.inf).softmax(-1) @ v,
+         "your mask is the wrong way round: you cut off the past and the place itself, and the last place "
+         "sees nothing at all (NaN). masked_fill fills where the mask is True."),
+        (lambda q, k, v: masked(_scores(q, k), q, diagonal=2).softmax(-1) @ v, "each place still sees the "
+         "next one: the mask begins one diagonal too high; triu(1)."),
+        (lambda q, k, v: (_scores(q, k) + (~_future(q)).float()).softmax(-1) @ v,
+         "you add 1 to the allowed scores and 0 to the others; add 0 and −inf, or use masked_fill."),
+        (lambda q, k, v: _scores(q, k).softmax(-1).masked_fill(_future(q), -math.inf) @ v,
+         "−inf belongs into the scores, before the softmax."),
         (lambda q, k, v: masked(q @ k.mT, q).softmax(-1) @ v, "the scores are not divided by √D."),
         (lambda q, k, v: masked(q @ k.mT / q.size(-1), q).softmax(-1) @ v, "you divide by D; it is √D."),
         (lambda q, k, v: masked(_scores(q, k), q).softmax(-2) @ v, "your softmax runs over the queries; it "
@@ -589,9 +661,11 @@ def check_swiglu(fn, g):
         (lambda x, gate, up, down: F.silu((x @ gate.T) * (x @ up.T)) @ down.T, "you take the SiLU of the "
          "product; it is of the gate alone."),
         (gated(lambda h: h), "the SiLU is missing."),
+        (lambda x, gate, up, down: (F.silu(x @ gate.T) * F.silu(x @ up.T)) @ down.T,
+         "the SiLU is of the gate alone, not of `up`."),
         (gated(torch.sigmoid), "that is the GLU with a sigmoid; SiLU is h · sigmoid(h)."),
-        (gated(F.gelu), "that is GELU (GEGLU); SwiGLU takes SiLU."),
-        (gated(lambda h: F.gelu(h, approximate="tanh")), "that is GELU (GEGLU); SwiGLU takes SiLU."),
+        ((gated(F.gelu), gated(lambda h: F.gelu(h, approximate="tanh"))), "that is GELU (GEGLU); SwiGLU "
+         "takes SiLU."),
         (gated(F.relu), "that is ReLU (ReGLU); SwiGLU takes SiLU."),
         (lambda x, gate, up, down: (F.silu(x @ gate.T) + x @ up.T) @ down.T, "the two sides are multiplied, "
          "not added."),
@@ -628,6 +702,14 @@ def check_parameter_count(fn, g):
          "heads · head_dim = C; count q, k, v and the output each by itself."),
         (per_layer(lambda c: attention(c, D=c.width // c.heads) - attention(c)), "head_dim need not be width "
          "/ heads: take config.head_dim."),
+        (lambda c: right(c) + (1 if c.tied else -1) * c.vocab_size * c.width, "tied the wrong way round: a "
+         "tied head *is* the embedding matrix; only an untied one counts."),
+        (per_layer(lambda c: -c.width), "each block has two norms, with a gain of C numbers each; you count "
+         "one."),
+        (per_layer(lambda c: c.width * (c.width - c.heads * c.head_dim)), "the output of attention is C × "
+         "H·D, and H·D need not be C."),
+        (per_layer(lambda c: -c.kv_heads * c.head_dim * c.width), "keys *and* values: (H + 2K)·D × C."),
+        (lambda c: right(replace(c, layers=1)), "you count one block; there are `layers` of them."),
         (per_layer(lambda c: -2 * c.width), "each block has two norms, with a gain of C numbers each."),
         (lambda c: right(c) - c.width, "the last norm, after all blocks, is missing: C numbers."),
         (lambda c: right(c) - c.width * (2 * c.layers + 1), "the norms are missing, two in each block and "
@@ -644,8 +726,7 @@ def check_parameter_count(fn, g):
 @check
 def check_learning_rate(fn, g):
     """fn(step, steps, peak, warmup, decay) -> float, the rule of training.learning_rate."""
-    def right(step, steps, peak, warmup, decay):
-        return training.learning_rate(step, steps, peak, warmup, decay)
+    right = training.learning_rate
 
     def rule(rising=None, falling=None, join=min):
         """Our rule with a part exchanged. Arguments of the parts: step, steps, warmup, decay."""
@@ -668,6 +749,10 @@ def check_learning_rate(fn, g):
          "takes the last `decay` steps, and before it the rate is flat."),
         (rule(falling=lambda i, n, w, d: 1 - (i - w) / d), "your fall begins when the warm-up is over, and "
          "has ended after `decay` steps. What should the rate do between the two?"),
+        (rule(falling=lambda i, n, w, d: (n - i) / n), "your fall takes the whole run; it takes the last "
+         "`decay` steps, so divide by `decay`."),
+        (rule(falling=lambda i, n, w, d: 1 - (n - i) / d), "upside down: your rate rises in the last `decay` "
+         "steps. What is left of the run, over `decay`, is the share itself."),
         (rule(falling=lambda i, n, w, d: 1.0), "there is no decay at the end."),
         (rule(rising=lambda i, n, w, d: 1.0), "there is no warm-up at the beginning."),
         (rule(join=lambda a, b: a * b), "you multiply rise and fall; the smaller of the two counts."),
@@ -683,15 +768,15 @@ def check_learning_rate(fn, g):
 @check
 def check_windows(fn, g):
     """fn(tokens (N,), starts (B,), length) -> inputs (B, T), targets (B, T), T = length."""
-    def cut(tokens, starts, length, first=0, stride=1):
-        return tokens[stride * starts[:, None] + torch.arange(first, first + length)]
+    def cut(tokens, starts, length, first=0):
+        return tokens[starts[:, None] + torch.arange(first, first + length)].long()
 
     def right(tokens, starts, length):
         return cut(tokens, starts, length), cut(tokens, starts, length, 1)
 
     inputs = []
     for B, T in ((2, 3), (3, 5), (4, 2)):
-        tokens = torch.randperm(60, generator=g)  # all different, so that no two places look alike
+        tokens = torch.randperm(60, generator=g).int()  # all different, so that no two places look alike
         starts = whole(g, 1, 8, B)
         starts[0] = len(tokens) - T - 1 if B > 2 else starts[0]  # the last window that fits
         inputs.append((tokens, starts, T))
@@ -702,6 +787,12 @@ def check_windows(fn, g):
          "the targets are one token *earlier*: the model has just read them."),
         (lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, 2)),
          "the targets are two tokens later; one is right."),
+        ((lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, length)),
+          lambda tokens, starts, length: (cut(tokens, starts, length), torch.stack(
+              [tokens[s + length:s + 2 * length] for s in starts]))),
+         "the targets are the window after; they are the same window, one token later."),
+        (lambda tokens, starts, length: right(torch.arange(len(tokens)), starts, length),
+         "these are places in the text; look up the tokens that stand there, tokens[places]."),
         (lambda tokens, starts, length: right(tokens, starts, length - 1), "the windows are one token too "
          "short: take length + 1 tokens, then inputs are all but the last and targets all but the first."),
         (lambda *args: (cut(*args), cut(*args).roll(-1, 1)),
@@ -726,8 +817,11 @@ def check_adamw_step(fn, g):
             return (keep * (p - move) if after else keep * p - sign * move), m, v
         return step_
 
-    def right(p, g, m, v, step, lr, betas, eps, weight_decay):
-        return adamw()(p, g, m, v, step, lr, betas, eps, weight_decay)
+    right = adamw()
+
+    def divided(p, g, m, v, step, lr, betas, eps, weight_decay):
+        new, m, v = right(p, g, m, v, step, lr, betas, eps, 0.0)
+        return new - lr * weight_decay * p / ((v / (1 - betas[1]**step)).sqrt() + eps), m, v
 
     def hatted(p, g, m, v, step, lr, betas, eps, weight_decay):
         new, m, v = right(p, g, m, v, step, lr, betas, eps, weight_decay)
@@ -748,6 +842,11 @@ def check_adamw_step(fn, g):
         (adamw(shift(1)), "you correct with step + 1; here steps count from 1 already."),
         (adamw(l2=True), "the decay passes through m and v, and √v divides it like a gradient: that is Adam "
          "with L2. What does AdamW do with p and weight_decay instead?"),
+        (lambda p, g, *rest: right(p, g + rest[-1] * p, *rest), "the decay comes twice: beside the step, and "
+         "still through the gradient. One line is left of the old version."),
+        (divided, "√v divides your decay too; it shrinks p directly, beside the step of Adam."),
+        (lambda *args: right(*args[:-1], -args[-1]), "the sign of the decay: your weights grow. p is "
+         "multiplied by 1 − lr · weight_decay."),
         (adamw(decay=lambda lr, wd: wd), "you decay by weight_decay; it is lr · weight_decay."),
         (adamw(decay=lambda lr, wd: 0.0), "the weight decay is missing."),
         (adamw(after=True), "you shrink p after the step, and the step with it; shrink the old p."),
@@ -784,6 +883,13 @@ def check_power_law(fn, g):
          "> 0, minus the slope."),
         (lambda x, y: (math.log(right(x, y)[0]), right(x, y)[1]), "your a is still a logarithm: exp of the "
          "height."),
+        (lambda x, y: (math.log(right(x, y)[0]), -right(x, y)[1]), "that is the line itself, log y = "
+         "intercept + slope · log x; a is exp(intercept), b is −slope."),
+        ((lambda x, y: (math.exp(-right(x, y)[1]), -math.log(right(x, y)[0])),
+          lambda x, y: (-right(x, y)[1], math.log(right(x, y)[0]))),
+         "np.polyfit returns the slope first, then the intercept: a is exp(intercept), b is −slope."),
+        (lambda x, y: (10**math.log(right(x, y)[0]), right(x, y)[1]), "you take the natural logarithm but "
+         "10**; exp undoes it."),
         (lambda x, y: (math.exp(math.log10(right(x, y)[0])), right(x, y)[1]), "you take log10 but exp; 10** "
          "undoes log10."),
         (lambda x, y: (np.polyfit(x, y, 1)[1], -np.polyfit(x, y, 1)[0]), "you fit a straight line to x and y "
@@ -833,20 +939,20 @@ def check_temperature(fn, g):
 
     inputs = [(_apart_logits(g, 5), t) for t in (2.0, 0.5, 0, 1.0, 3.0)] + [(_apart_logits(g, 9), 0.0)]
     nought = lambda otherwise: lambda x, t: right(x, 0) if t == 0 else otherwise(x, t)
-    two = lambda otherwise, text: [(otherwise, text), (nought(otherwise), text)]
+    two = lambda otherwise: (otherwise, nought(otherwise))
     compare(fn, right, inputs, [
         (lambda x, t: (x / t if t else x * math.inf).softmax(-1), "temperature 0 divides by 0. It has its "
          "own answer, 1 on the largest logit and 0 elsewhere: handle it first."),
         (lambda x, t: (x / max(t, 1e-8)).softmax(-1) if t else x.softmax(-1), "at temperature 0 you do as at "
          "1; all probability is on the largest logit."),
-        *two(lambda x, t: (x * t).softmax(-1), "you multiply the logits by the temperature; divide. A high "
-             "temperature makes the distribution flatter."),
-        *two(lambda x, t: x.softmax(-1), "the temperature does nothing."),
-        *two(lambda x, t: x.softmax(-1) / t, "you divide probabilities, which then do not sum to 1; divide "
-             "the logits."),
-        *two(lambda x, t: x.softmax(-1)**(1 / t), "these do not sum to 1: divide by the sum at last."),
-        *two(lambda x, t: (x / t).log_softmax(-1), "these are log-probabilities; asked are probabilities."),
-        *two(lambda x, t: x / t, "these are logits; a softmax makes probabilities of them."),
+        (two(lambda x, t: (x * t).softmax(-1)), "you multiply the logits by the temperature; divide. A high "
+         "temperature makes the distribution flatter."),
+        (two(lambda x, t: x.softmax(-1)), "the temperature does nothing."),
+        (two(lambda x, t: x.softmax(-1) / t), "you divide probabilities, which then do not sum to 1; divide "
+         "the logits."),
+        (two(lambda x, t: x.softmax(-1)**(1 / t)), "these do not sum to 1: divide by the sum at last."),
+        (two(lambda x, t: (x / t).log_softmax(-1)), "these are log-probabilities; asked are probabilities."),
+        (two(lambda x, t: x / t), "these are logits; a softmax makes probabilities of them."),
         (lambda x, t: right(x, 0), "you always take the likeliest token; that is temperature 0 only."),
         (lambda x, t: (x / t).softmax(-1) if t else x.argmax(), "at temperature 0 you return the token; "
          "asked is a distribution (V,), 1 on that token."),
@@ -867,7 +973,9 @@ def check_top_k(fn, g):
          "out. Set the cut logits to −inf before the softmax, or divide by the sum."),
         (lambda x, k: (x * kept(x, k)).softmax(-1), "a cut logit is 0 with you, and exp(0) = 1 is not "
          "nothing; set it to −inf."),
-        (lambda x, k: right(x, k + 1), "you keep k + 1 tokens: look at < and <=."),
+        ((lambda x, k: right(x, k + 1), lambda x, k: right(x, k + 1) if k < len(x) else x[k]),
+         "you keep k + 1 tokens: look at < and <=, and remember that the k-th of a sorted list is [k − 1]."),
+        (lambda x, k: right(x, min(k, len(x)) - 1), "you keep k − 1 tokens: look at < and <=."),
         (lambda x, k: right(-x, k) * 0 + (x.masked_fill(~kept(-x, k), -math.inf)).softmax(-1),
          "you keep the k smallest; sort(descending=True)."),
         (lambda x, k: right(x, k).sort(descending=True).values, "the result is sorted; give it in the order "
@@ -902,6 +1010,8 @@ def check_top_p(fn, g):
     dropped = ("the token that crosses p is cut off with you; it stays, so that those kept hold at least p. "
                "Compare p with the mass *before* each token (the sum less the token itself).")
     first = lambda s: torch.arange(len(s)) == 0
+    kept = lambda x, p: right(x, p) > 0
+    in_order = lambda x, p: right(x, p).sort(descending=True).values
     compare(fn, right, inputs, [
         (keeping(lambda q, s, p: s <= p), dropped + " As it is, nothing stays if the first token has more."),
         (keeping(lambda q, s, p: (s <= p) | first(s)), dropped),
@@ -914,11 +1024,28 @@ def check_top_p(fn, g):
          "probability of one (that is another rule, like min-p)."),
         (keeping(lambda q, s, p: s - q < p, descending=False), "you begin with the unlikeliest tokens; sort "
          "descending."),
-        (lambda x, p: right(x, p).sort(descending=True).values, "the result is still sorted; undo the "
-         "sorting: result[order] = sorted ones."),
+        ((lambda x, p: (x * kept(x, p)).softmax(-1), lambda x, p: (x.softmax(-1) * kept(x, p)).softmax(-1)),
+         "what you cut off has 0 before the softmax, and exp(0) = 1 is not nothing. Set probabilities to 0 "
+         "and divide by their sum, or logits to −inf."),
+        (lambda x, p: in_order(x, p)[x.argsort(descending=True)], "sorted_ones[order] mixes them once more; "
+         "to undo the sorting, result[order] = sorted_ones."),
+        (in_order, "the result is still sorted; undo the sorting: result[order] = sorted ones."),
         (lambda x, p: x.softmax(-1), "nothing is cut off."),
     ])
     return "right on 7 distributions, the crossing token kept"
+
+
+def _unequal_rows(g):
+    """[(rows of ids, pad id)]: the pad id also stands in a row, at its beginning, inside and at its end."""
+    inputs = [([[5, 6, 7], [8]], 0)]
+    for n in (3, 4, 5):
+        pad = whole(g, 1, 3)
+        lengths = (torch.randperm(7, generator=g)[:n] + 1).tolist()
+        rows = [[whole(g, 1, 20) for _ in range(length)] for length in lengths]
+        longest = max(rows, key=len)
+        longest[0], longest[-1], longest[len(longest) // 2] = pad, pad, pad
+        inputs.append((rows, pad))
+    return inputs
 
 
 @check
@@ -960,18 +1087,13 @@ def check_left_padding(fn, g):
             positions = places * (where != 0)
         return ids, mask, positions
 
-    inputs = [([[5, 6, 7], [8]], 0)]
-    for n in (3, 4, 5):
-        pad = whole(g, 1, 3)
-        lengths = (torch.randperm(7, generator=g)[:n] + 1).tolist()
-        rows = [[whole(g, 1, 20) for _ in range(length)] for length in lengths]
-        longest = max(rows, key=len)  # the pad id also stands in prompts, first, inside and last
-        longest[0], longest[-1], longest[len(longest) // 2] = pad, pad, pad
-        inputs.append((rows, pad))
+    inputs = _unequal_rows(g)
     view = lambda function: wraps(function)(lambda prompts, pad_id: judged(function(prompts, pad_id)))
-    compare(view(fn), right, inputs, [(view(wrong), text) for wrong, text in (
-        (with_mask(lambda ids, mask, pad_id: (ids != pad_id).float()), "a real token is taken for padding: "
-         "in this batch the pad id stands in prompts too. What else tells the two apart?"),
+    compare(view(fn), right, inputs, [(tuple(map(view, either(wrong))), text) for wrong, text in (
+        ((with_mask(lambda ids, mask, pad_id: (ids != pad_id).float()),
+          with_mask(lambda ids, mask, pad_id: (ids != pad_id).cumsum(1).clamp(max=1).float())),
+         "a real token is taken for padding: in this batch the pad id stands in prompts too, also at the "
+         "beginning. What else tells the two apart?"),
         (on_the_right, "you pad on the right. The next token of every row must come in the last column, so "
          "pad on the left."),
         (everywhere, "your positions count the padding. The first real token has position 0."),
@@ -981,8 +1103,8 @@ def check_left_padding(fn, g):
          "padding."),
         (with_mask(lambda ids, mask, pad_id: torch.ones_like(mask)), "the mask is 1 everywhere; it is 0 at "
          "padding."),
-        (lambda prompts, pad_id: (right(prompts, 0)[0], *right(prompts, pad_id)[1:]),
-         "you fill with 0; fill with pad_id."),
+        (tuple(lambda prompts, pad_id, other=other: (right(prompts, other)[0], *right(prompts, pad_id)[1:])
+               for other in (0, -1)), "you fill with another id; fill with pad_id."),
     )], tol=0)
     return "right on 4 batches, the pad id inside the prompts"
 
@@ -1019,7 +1141,7 @@ def check_cached_attention(fn, g):
         (seeing(lambda t: slice(0, 1)), "every token sees the first token only. Which keys may the newest "
          "one see?"),
         (seeing(lambda t: slice(t, t + 1)), "every token sees itself only: the cache does not come into the "
-         "attention, or it is new at each call."),
+         "attention, a mask hides it, or it is new at each call."),
         (seeing(lambda t: slice(max(0, t - 1), t + 1)), "a token sees itself and the one before it: does the "
          "cache hold all tokens so far, or only the last?"),
         (seeing(lambda t: slice(0, max(1, t))), "a token does not see itself: put the new key and value into "
@@ -1042,8 +1164,7 @@ def _tokenizer():
 @check
 def check_sft_mask(fn, g):
     """fn(tokenizer, messages) -> (ids, mask), as tokenizer.render_chat: 1 on what the assistant says."""
-    def right(tokenizer, messages):
-        return tuple(render_chat(tokenizer, messages))
+    right = render_chat
 
     def render(header=0, end=None, newline=0, roles=("assistant",), last_only=False, closing=True, line=True):
         """The template with parts of its mask exchanged; `end` None: as the content."""
@@ -1120,9 +1241,8 @@ def check_sft_loss(fn, g):
         return -masked_mean(token_logprobs(logits[:, :-1], ids[:, 1:]), mask[:, 1:])
 
     nll = lambda logits, ids: -token_logprobs(logits[:, :-1], ids[:, 1:])
-    inputs = []
-    for B, T, V in ((2, 7, 4), (3, 9, 6), (4, 10, 5)):
-        inputs.append((2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T).long()))
+    inputs = [(2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T).long())
+              for B, T, V in ((2, 7, 4), (3, 9, 6), (4, 10, 5))]
     compare(fn, right, inputs, [
         (lambda logits, ids, mask: masked_mean(nll(logits, ids), mask[:, :-1]), "the mask is one place off: "
          "entry t belongs to ids[:, t], and you cut the ids to [:, 1:], so cut the mask the same way."),
@@ -1151,14 +1271,7 @@ def check_pad_right(fn, g):
     def right(rows, pad_id):
         return data.pad_right(rows, pad_id), data.pad_right([[1] * len(row) for row in rows], 0).float()
 
-    inputs = [([[5, 6, 7], [8]], 0)]
-    for _ in range(4):
-        pad = whole(g, 1, 3)
-        lengths = (torch.randperm(6, generator=g)[:4] + 1).tolist()
-        rows = [[whole(g, 1, 20) for _ in range(n)] for n in lengths]
-        longest = max(rows, key=len)  # the pad id also stands inside a row
-        longest[0], longest[-1] = pad, pad
-        inputs.append((rows, pad))
+    inputs = _unequal_rows(g)
     flip = lambda table: table.flip(1)
     compare(fn, right, inputs, [
         (lambda rows, pad_id: tuple(map(flip, right([row[::-1] for row in rows], pad_id))),
@@ -1168,12 +1281,14 @@ def check_pad_right(fn, g):
           "the two apart?"),
         (lambda rows, pad_id: (right(rows, pad_id)[0], 1 - right(rows, pad_id)[1]), "the mask is inverted: 1 "
          "is real."),
+        (lambda rows, pad_id: (right(rows, pad_id)[0], torch.ones_like(right(rows, pad_id)[1])),
+         "the mask is 1 everywhere; it is 0 at padding."),
         (lambda rows, pad_id: (right(rows, 0)[0], right(rows, pad_id)[1]), "you fill with 0; fill with "
          "pad_id."),
         (lambda rows, pad_id: tuple(x[:, :min(map(len, rows))] for x in right(rows, pad_id)),
          "you cut to the shortest row; fill up to the longest."),
     ], tol=0)
-    return "right on 5 batches, the pad id inside the rows"
+    return f"right on {len(inputs)} batches, the pad id inside the rows"
 
 
 # ---- 06: the reward model ------------------------------------------------------------------------
@@ -1199,7 +1314,12 @@ def check_preference_loss(fn, g):
         (lambda c, r: (r - c).mean(), "the log σ is missing."),
     ], grad=True)
     # (B,) minus (B, 1) would silently compare every answer with every other.
-    if not isinstance(attempt(fn, (torch.zeros(3), torch.zeros(3, 1))), ValueError):
+    result = attempt(fn, (torch.zeros(3), torch.zeros(3, 1)))
+    if isinstance(result, Exception) and not isinstance(result, ValueError):
+        kind = type(result).__name__
+        raise Wrong(f"the values are right, but chosen (3,) and rejected (3, 1) end in a {kind}: raise a "
+                    f"ValueError, not {kind}.")
+    if not isinstance(result, ValueError):
         raise Wrong("the values are right, but chosen (3,) and rejected (3, 1) pass: broadcasting compares "
                     "every answer with every other, without a warning. Raise a ValueError then.")
     return "value and gradient are right, at a margin of −200 too; unequal shapes are refused"
@@ -1302,8 +1422,7 @@ def check_calibration(fn, g):
     def ece(weigh=lambda share, gap, bins: (share * gap.abs()).sum(), **options):
         return lambda p, outcome, bins: weigh(*gaps(p, outcome, bins, **options), bins)
 
-    def right(p, outcome, bins):
-        return ece()(p, outcome, bins)
+    right = ece()
 
     def folded(p, outcome, bins):
         sure = torch.maximum(p, 1 - p)
@@ -1327,7 +1446,8 @@ def check_calibration(fn, g):
          "weighed by the bins' shares."),
         (ece(lambda share, gap, bins: (share * gap**2).sum()), "you square the gaps; take their absolute "
          "values."),
-        (ece(lambda share, gap, bins: (share * gap).sum().abs()), "gaps of opposite sign cancel: take the "
+        ((ece(lambda share, gap, bins: (share * gap).sum()),
+          ece(lambda share, gap, bins: (share * gap).sum().abs())), "gaps of opposite sign cancel: take the "
          "absolute value of each bin's gap before you add them."),
         (ece(place=beyond), "a claim of exactly 1 falls out of your bins; it belongs to the last."),
         (ece(place=from_above), "a claim of exactly 0 falls out of your bins; it belongs to the first."),
@@ -1343,13 +1463,15 @@ def check_calibration(fn, g):
 @check
 def check_token_rewards(fn, g):
     """fn(score (B,), logp, ref_logp, mask (B, T), beta) -> (B, T); log-probs are 0 outside the mask."""
-    def rewards(score, logp, ref_logp, mask, beta, last=None):
+    def right(score, logp, ref_logp, mask, beta, last=None):
         table = -beta * (logp - ref_logp)
         table[torch.arange(len(score)), last_token(mask) if last is None else last] += score
         return table
 
-    def right(score, logp, ref_logp, mask, beta):
-        return rewards(score, logp, ref_logp, mask, beta)
+    def instead(score, logp, ref_logp, mask, beta):
+        table = -beta * (logp - ref_logp)
+        table[torch.arange(len(score)), last_token(mask)] = score
+        return table
 
     def one_sum(score, logp, ref_logp, mask, beta):
         table = torch.zeros_like(logp)
@@ -1361,18 +1483,18 @@ def check_token_rewards(fn, g):
         mask = answers(g, B, T)
         inputs.append((normal(g, B) + 2, -mask * 3 * torch.rand(B, T, generator=g),
                        -mask * 3 * torch.rand(B, T, generator=g), mask, uniform(g, 0.1, 0.5)))
-    args = "score, logp, ref_logp, mask, beta"
     compare(fn, right, inputs, [
         (lambda s, lp, ref, m, b: right(s, ref, lp, m, b), "the sign of the price: −β (log π − log π_ref). "
          "As it is, you pay the policy for leaving the reference."),
         (lambda s, lp, ref, m, b: -b * (lp - ref) + s[:, None] * m, "the score stands on every token; it "
          "belongs on the last one of the answer only."),
-        (lambda s, lp, ref, m, b: rewards(s, lp, ref, m, b, -1), "the score stands in the last column, which "
+        (lambda s, lp, ref, m, b: right(s, lp, ref, m, b, -1), "the score stands in the last column, which "
          "is padding; it belongs on the last 1 of the mask."),
-        (lambda s, lp, ref, m, b: rewards(s, lp, ref, m, b, m.sum(1).long() - 1), "mask.sum(1) − 1 is not "
+        (lambda s, lp, ref, m, b: right(s, lp, ref, m, b, m.sum(1).long() - 1), "mask.sum(1) − 1 is not "
          "the last token of the answer: the prompt stands before it, and has mask 0."),
-        (lambda s, lp, ref, m, b: rewards(s, lp, ref, m, b, m.argmax(1)), "the score stands on the first "
+        (lambda s, lp, ref, m, b: right(s, lp, ref, m, b, m.argmax(1)), "the score stands on the first "
          "token of the answer; it is known at the last."),
+        (instead, "add the score to the token's price, do not replace it: the last token has a price too."),
         (one_sum, "the whole price stands on the last token; every token pays its own."),
         (lambda s, lp, ref, m, b: right(s, lp, ref, m, 1.0), "β is missing."),
         (lambda s, lp, ref, m, b: right(s * 0, lp, ref, m, b), "the score is missing."),
@@ -1450,6 +1572,9 @@ def check_gae(fn, g):
         (_gae(returns=lambda a, v, raw, m: a + raw), "the returns are not 0 outside the mask: a + values · "
          "mask."),
         (monte_carlo, "your returns are the discounted rewards; here they are advantages + values."),
+        ((lambda r, v, m, *rest: (right(r, v, m, *rest)[0], right(r, v, m, *rest)[0] + r * m),
+          lambda r, v, m, *rest: (right(r, v, m, *rest)[0], right(r, v, m, *rest)[0] + r)),
+         "you add the rewards; returns = advantages + values, and 0 outside the mask."),
         (_gae(returns=lambda a, v, raw, m: a), "you return the advantages twice; returns = advantages + "
          "values."),
         (forwards, "you walk from the first token to the last; each advantage needs the one after it."),
@@ -1462,34 +1587,28 @@ def check_whiten(fn, g):
     """fn(x (B, T), mask (B, T)) -> (B, T), mean 0 and variance 1 over the mask, 0 outside it."""
     right = rlhf.whiten
 
-    def by(mean=masked_mean, spread=None, outside=True):
-        def other(x, mask):
-            centred = x - mean(x, mask)
-            size = spread(x, mask) if spread else masked_mean((x - masked_mean(x, mask))**2, mask).sqrt()
-            return centred / size * (mask if outside else 1)
-        return other
+    def deviation(x, mask):
+        return masked_mean((x - masked_mean(x, mask))**2, mask).sqrt()
+
+    def by(mean=masked_mean, spread=deviation, outside=True):
+        return lambda x, mask: (x - mean(x, mask)) / spread(x, mask) * (mask if outside else 1)
 
     rows = lambda x, mask: (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-    deviation = lambda x, mask: masked_mean((x - masked_mean(x, mask))**2, mask).sqrt()
-    all_mean, zero, one = (lambda x, mask: x.mean()), (lambda x, mask: 0.0), (lambda x, mask: 1.0)
+    all_mean = lambda x, mask: x.mean()
     unbiased = by(spread=lambda x, mask: x[mask > 0].std())
     inputs = [(3 * normal(g, B, T) + 2, answers(g, B, T)) for B, T in ((2, 7), (3, 9), (5, 14))]
     compare(fn, right, inputs, [
-        (by(all_mean, lambda x, mask: x.std()), "numbers outside the mask change your result: put others "
-         "there, and look where they come in."),
-        (by(all_mean, lambda x, mask: x.std(correction=0)), "numbers outside the mask change your result: "
-         "put others there, and look where they come in."),
-        (by(lambda x, mask: (x * mask).mean(), lambda x, mask: (x * mask).std()), "the zeros of the padding "
-         "are in your mean and standard deviation: divide by mask.sum(), not by B·T."),
-        (by(lambda x, mask: (x * mask).mean(), lambda x, mask: (x * mask).std(correction=0)),
-         "the zeros of the padding are in your mean and standard deviation: divide by mask.sum(), not by "
-         "B·T."),
+        (tuple(by(all_mean, lambda x, mask, n=n: x.std(correction=n)) for n in (0, 1)), "numbers outside the "
+         "mask change your result: put others there, and look where they come in."),
+        (tuple(by(lambda x, mask: (x * mask).mean(), lambda x, mask, n=n: (x * mask).std(correction=n))
+               for n in (0, 1)),
+         "the zeros of the padding are in your mean and standard deviation: divide by mask.sum(), not B·T."),
         (by(all_mean), "padding is in your mean."),
         (by(spread=lambda x, mask: ((x - masked_mean(x, mask)) * mask).square().mean().sqrt()),
          "your variance is divided by B·T; divide by mask.sum()."),
         (by(outside=False), "the places outside the mask must be 0: multiply by the mask at the end."),
-        (by(spread=one), "you only shift; divide by the standard deviation too."),
-        (by(mean=zero), "you only scale; subtract the mean too."),
+        (by(spread=lambda x, mask: 1.0), "you only shift; divide by the standard deviation too."),
+        (by(mean=lambda x, mask: 0.0), "you only scale; subtract the mean too."),
         (by(spread=lambda x, mask: deviation(x, mask)**2), "you divide by the variance; divide by its root."),
         (by(rows, lambda x, mask: rows((x - rows(x, mask))**2, mask).sqrt()), "you whiten each row by "
          "itself. Then a good answer looks no better than a bad one; take mean and variance over the whole "
@@ -1566,6 +1685,10 @@ def check_kl_estimate(fn, g):
          "log ρ."),
         (lambda lp, ref: (lp - ref, (ref - lp).exp() - (ref - lp)), "− 1 is missing in k3: it must be 0 "
          "where the two agree."),
+        ((lambda lp, ref: (lp - ref, lp - ref), lambda lp, ref: (lp - ref, ref - lp)), "your second is k1 "
+         "again, or minus it; k3 is ρ − 1 − log ρ, never below 0."),
+        (lambda lp, ref: (lp - ref, (ref - lp).exp() - 1 + (ref - lp)),
+         "the sign of log ρ in k3: it is ρ − 1 − log ρ."),
         (lambda lp, ref: (lp - ref, (ref - lp).exp() - 1), "− log ρ is missing in k3."),
         (lambda lp, ref: (lp.exp() * (lp - ref), other(lp, ref)), "you weigh k1 by π. The tokens were "
          "*drawn* from π, so each counts once."),
@@ -1606,12 +1729,27 @@ def check_sequence_logprob(fn, g):
     return "right on 3 random batches"
 
 
+def _dpo(of_margin, margin=lambda pc, pr, rc, rr, b: b * ((pc - rc) - (pr - rr))):
+    return lambda *args: of_margin(margin(*args))
+
+
+WRONG_MARGINS = [
+    (lambda pc, pr, rc, rr, b: b * (pc - pr), "the reference is missing in the margin: each log-probability "
+     "is measured from the reference's (eq. 7 of arXiv 2305.18290)."),
+    (lambda pc, pr, rc, rr, b: (pc - rc) - (pr - rr), "β is missing in the margin."),
+    (lambda pc, pr, rc, rr, b: b * ((pc - pr) + (rc - rr)), "a sign of the reference, or the two references "
+     "are crossed: it is (π_c − ref_c) minus (π_r − ref_r)."),
+    (lambda pc, pr, rc, rr, b: b * (pc - pr) - (rc - rr), "β multiplies the policy's part only; it "
+     "multiplies all."),
+    *((lambda pc, pr, rc, rr, b, s=s: s * b * ((pc / rc).log() - (pr / rr).log()),
+       "the inputs are logarithms already: log(π/π_ref) is their difference, not the log of their ratio.")
+      for s in (1, -1))]
+
+
 @check
 def check_dpo_loss(fn, g):
     """fn(policy_chosen, policy_rejected, ref_chosen, ref_rejected (B,), beta) -> scalar."""
-    def loss(of_margin=lambda z: -F.logsigmoid(z).mean(),
-             margin=lambda pc, pr, rc, rr, b: b * ((pc - rc) - (pr - rr))):
-        return lambda pc, pr, rc, rr, b: of_margin(margin(pc, pr, rc, rr, b))
+    mean_loss = lambda z: -F.logsigmoid(z).mean()
 
     def right(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
         return rlhf.dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)[0]
@@ -1619,24 +1757,17 @@ def check_dpo_loss(fn, g):
     inputs = [(*(3 * normal(g, 4, B) - 20), uniform(g, 0.1, 0.6)) for B in (2, 5, 8)]
     far = (torch.tensor([-900.0, -20.0]), *[torch.tensor([-30.0, -21.0])] * 3, 0.5)  # a margin of −435
     compare(fn, right, [*inputs, far], [
-        (loss(margin=lambda pc, pr, rc, rr, b: b * (pc - pr)), "the reference is missing: each "
-         "log-probability is measured from the reference's (eq. 7 of arXiv 2305.18290)."),
-        (loss(margin=lambda pc, pr, rc, rr, b: b * ((pr - rr) - (pc - rc))), "the sign of the margin: it is "
-         "chosen minus rejected. Yours pushes the chosen answers down."),
-        (loss(margin=lambda pc, pr, rc, rr, b: (pc - rc) - (pr - rr)), "β is missing in the margin."),
-        (lambda pc, pr, rc, rr, b: b * loss()(pc, pr, rc, rr, 1.0), "β stands outside of σ; it multiplies "
-         "the margin."),
-        (loss(margin=lambda pc, pr, rc, rr, b: b * ((pc - pr) + (rc - rr))), "a sign of the reference, or "
-         "the two references are crossed: it is (π_c − ref_c) minus (π_r − ref_r)."),
-        (loss(margin=lambda pc, pr, rc, rr, b: b * (pc - pr) - (rc - rr)), "β multiplies the policy's part "
-         "only; it multiplies all."),
-        (loss(lambda z: -F.logsigmoid(z).sum()), "that is the sum over pairs; take the mean."),
-        (loss(lambda z: -torch.sigmoid(z).log().mean()), "at a margin of −435, sigmoid is 0 in float32 and "
+        *((_dpo(mean_loss, margin), text) for margin, text in WRONG_MARGINS),
+        (_dpo(lambda z: mean_loss(-z)), "the sign of the margin: it is chosen minus rejected. Yours pushes "
+         "the chosen answers down."),
+        (lambda *args: args[4] * right(*args[:4], 1.0), "β stands outside of σ; it multiplies the margin."),
+        (_dpo(lambda z: -F.logsigmoid(z).sum()), "that is the sum over pairs; take the mean."),
+        (_dpo(lambda z: -torch.sigmoid(z).log().mean()), "at a margin of −435, sigmoid is 0 in float32 and "
          "its log −inf. F.logsigmoid computes both together, and safely."),
-        (loss(lambda z: -torch.sigmoid(z).mean()), "the logarithm is missing: −log σ."),
-        (loss(lambda z: -z.mean()), "the log σ is missing: without it, pairs already right pull as hard as "
+        (_dpo(lambda z: -torch.sigmoid(z).mean()), "the logarithm is missing: −log σ."),
+        (_dpo(lambda z: -z.mean()), "the log σ is missing: without it, pairs already right pull as hard as "
          "the others."),
-        (loss(lambda z: -F.logsigmoid(z.mean())), "you average the margins before log σ; the mean over pairs "
+        (_dpo(lambda z: -F.logsigmoid(z.mean())), "you average the margins before log σ; the mean over pairs "
          "comes last."),
         (lambda pc, pr, rc, rr, b: (((pc - rc) - (pr - rr) - 1 / (2 * b))**2).mean(),
          "that is IPO; DPO has −log σ."),
@@ -1657,10 +1788,10 @@ def check_implicit_reward(fn, g):
         (lambda p, ref, b: b * p - ref, "β multiplies the difference, not the first part alone."),
         (lambda p, ref, b: b * (p / ref), "a ratio of *log*-probabilities; log(π/π_ref) is their "
          "difference."),
-        (lambda p, ref, b: b * (p - ref).exp(), "that is the ratio itself, π/π_ref; the reward is its "
-         "logarithm."),
-        (lambda p, ref, b: b * (p.exp() / ref.exp()), "that is the ratio itself, π/π_ref; the reward is its "
-         "logarithm."),
+        ((lambda p, ref, b: b * (p / ref).log(), lambda p, ref, b: b * (ref / p).log()), "the inputs are "
+         "logarithms already: log(π/π_ref) is their difference, policy − ref, not the log of their ratio."),
+        ((lambda p, ref, b: b * (p - ref).exp(), lambda p, ref, b: b * (p.exp() / ref.exp())), "that is the "
+         "ratio itself, π/π_ref; the reward is its logarithm."),
     ], tol=1e-6)
     return "right on 3 random batches"
 
@@ -1687,10 +1818,9 @@ def check_grpo_advantages(fn, g):
          "the *answers*: keepdim=True."),
         (by(middle=lambda r: r.mean(1), spread=lambda r: r.std(1) + 1e-4), "mean(1) and std(1) have the "
          "shape (prompts,), and broadcasting lays them along the *answers*: keepdim=True."),
-        (by(spread=lambda r: r.std(1, keepdim=True)), "a group of equal rewards has std 0, and 0/0 is NaN, "
-         "which spreads to all weights. Add a small number to the std."),
-        (by(spread=lambda r: r.std(1, keepdim=True, correction=0)), "a group of equal rewards has std 0, and "
-         "0/0 is NaN, which spreads to all weights. Add a small number to the std."),
+        (tuple(by(spread=lambda r, n=n: r.std(1, keepdim=True, correction=n)) for n in (0, 1)), "a group of "
+         "equal rewards has std 0, and 0/0 is NaN, which spreads to all weights. Add a small number to the "
+         "std."),
         (by(spread=lambda r: 1.0), "you only subtract the mean (as Dr. GRPO does); here it is divided by the "
          "group's std too."),
         (by(middle=lambda r: r.mean(), spread=lambda r: r.std() + 1e-4), "you standardise over all prompts: "
@@ -1709,26 +1839,22 @@ def check_grpo_advantages(fn, g):
 @check
 def check_dpo_gradient_weight(fn, g):
     """fn(policy_chosen, policy_rejected, ref_chosen, ref_rejected (B,), beta) -> (B,), σ(−margin)."""
-    def weight(f=lambda z: torch.sigmoid(-z), margin=lambda pc, pr, rc, rr, b: b * ((pc - rc) - (pr - rr))):
-        return lambda pc, pr, rc, rr, b: f(margin(pc, pr, rc, rr, b))
+    weight = lambda z: torch.sigmoid(-z)
 
     def right(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
-        return weight()(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
+        return _dpo(weight)(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
 
     inputs = [(*(3 * normal(g, 4, B) - 20), uniform(g, 0.1, 0.6)) for B in (2, 5, 8)]
     compare(fn, right, inputs, [
-        (weight(torch.sigmoid), "σ(margin) is large for pairs that are right already; those that are wrong "
+        (_dpo(torch.sigmoid), "σ(margin) is large for pairs that are right already; those that are wrong "
          "pull most, σ(−margin)."),
-        (weight(lambda z: torch.sigmoid(z) * torch.sigmoid(-z)), "that is the slope of σ; asked is that of "
+        (_dpo(lambda z: torch.sigmoid(z) * torch.sigmoid(-z)), "that is the slope of σ; asked is that of "
          "−log σ."),
-        (lambda pc, pr, rc, rr, b: b * right(pc, pr, rc, rr, b), "the factor β stands before the weight in "
+        (lambda *args: args[4] * right(*args), "the factor β stands before the weight in "
          "the gradient; the weight itself is σ(−margin), between 0 and 1."),
-        (weight(margin=lambda pc, pr, rc, rr, b: (pc - rc) - (pr - rr)), "β is missing in the margin."),
-        (weight(margin=lambda pc, pr, rc, rr, b: b * (pc - pr)), "the reference is missing in the margin."),
-        (weight(margin=lambda pc, pr, rc, rr, b: b * ((pc - pr) + (rc - rr))), "a sign of the reference: "
-         "(π_c − π_r) minus (ref_c − ref_r)."),
-        (weight(lambda z: -F.logsigmoid(z)), "that is the loss of each pair; the weight is how steep it is."),
-        (weight(lambda z: z), "that is the margin; the weight is σ of minus it."),
+        *((_dpo(weight, margin), text) for margin, text in WRONG_MARGINS),
+        (_dpo(lambda z: -F.logsigmoid(z)), "that is the loss of each pair; the weight is how steep it is."),
+        (_dpo(lambda z: z), "that is the margin; the weight is σ of minus it."),
     ])
     return "right on 3 random batches"
 
@@ -1778,7 +1904,7 @@ def check_best_of_n_kl(fn, g):
 def check_expected_best(fn, g):
     """fn(gold (N,), scores (N,), n) -> expected gold of the best-scored of n drawn from N, none twice."""
     def expected(values, order, n):
-        """The sorted value of rank i, from 0, is the best of n with probability C(i, n − 1) / C(N, n)."""
+        """The i-th lowest, i = 1 … N, is the best of n with probability C(i − 1, n − 1) / C(N, n)."""
         chance = torch.tensor([math.comb(i, n - 1) / math.comb(len(values), n) for i in range(len(values))])
         return (values[order] * chance).sum()
 
@@ -1795,10 +1921,14 @@ def check_expected_best(fn, g):
             return (gold[scores.argsort()] * torch.tensor(chance)).sum()
         return other
 
+    def first_n(gold, scores, n):
+        return gold[scores[:n].argmax()]
+
     inputs = [(normal(g, N), normal(g, N), n) for N, n in ((4, 2), (5, 1), (6, 6), (8, 3), (12, 5), (40, 8))]
+    inputs[0][1][-1] += 9.0  # so that the best of all is not among the first n
     compare(fn, right, inputs, [
-        (replaced, "you draw with replacement, (i/N)^n; here no answer is drawn twice: C(i, n − 1) / C(N, "
-         "n)."),
+        (replaced, "you draw with replacement, (i/N)^n; here no answer is drawn twice: "
+         "C(i − 1, n − 1) / C(N, n), i = 1 … N."),
         (lambda gold, scores, n: expected(gold, gold.argsort(), n), "you choose by the gold score. The "
          "choice is by `scores`; gold only judges it."),
         (lambda gold, scores, n: expected(scores, scores.argsort(), n), "that is the expected *score*; asked "
@@ -1809,9 +1939,13 @@ def check_expected_best(fn, g):
          "of the scores: gold[scores.argsort()]."),
         (lambda gold, scores, n: expected(gold, scores.argsort().argsort(), n), "argsort twice gives ranks; "
          "to reorder gold, take it once: gold[scores.argsort()]."),
-        (off_by(1, lambda n: n), "C(i + 1, n) / C(N, n) is the chance that the best is among the lowest i + "
-         "1; the one *at* rank i has C(i, n − 1) / C(N, n)."),
-        (off_by(0, lambda n: n), "C(i, n): the other n − 1 come from the i below, so C(i, n − 1)."),
+        (off_by(1, lambda n: n), "C(i, n) / C(N, n) is the chance that the best of n is among the i lowest; "
+         "that it *is* the i-th, i = 1 … N, has C(i − 1, n − 1) / C(N, n)."),
+        (off_by(0, lambda n: n), "you choose n below; the i-th itself is one of the n, so n − 1 come from "
+         "the i − 1 below it: C(i − 1, n − 1) / C(N, n), i = 1 … N."),
+        (off_by(1, lambda n: n - 1), "your ranks are one too high. C(i − 1, n − 1) / C(N, n) counts i = 1 … "
+         "N; in a loop from 0 the i-th place has C(i, n − 1)."),
+        (first_n, "you use only the first n; average over all choices of n out of N."),
         (lambda gold, scores, n: gold.mean(), "that is n = 1, any answer."),
         (lambda gold, scores, n: gold[scores.argmax()], "that is the best of all N; asked is the best of n, "
          "on average."),

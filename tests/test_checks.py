@@ -1,5 +1,6 @@
 """notebooks/checks.py: right solutions pass, and each wrong one is told what is wrong with it."""
 
+import dataclasses
 import math
 import re
 import sys
@@ -76,6 +77,22 @@ def rope(x, theta, first=0, sign=1):
     return torch.cat([y.real, y.imag], -1)
 
 
+def rope_overwritten(x, theta):
+    D = x.size(-1)
+    angles = torch.arange(x.size(1))[:, None, None] * theta ** (-torch.arange(0, D, 2) / D)
+    x = x.clone()
+    x[..., :D // 2] = x[..., :D // 2] * angles.cos() - x[..., D // 2:] * angles.sin()
+    x[..., D // 2:] = x[..., D // 2:] * angles.cos() + x[..., :D // 2] * angles.sin()
+    return x
+
+
+def rope_without_heads(x, theta):
+    D = x.size(-1)
+    angles = torch.arange(x.size(1))[:, None] * theta ** (-torch.arange(0, D, 2) / D)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
 def rope_interleaved(x, theta):
     D = x.size(-1)
     angles = torch.arange(x.size(1))[:, None] * theta ** (-torch.arange(0, D, 2) / D)
@@ -91,6 +108,12 @@ def attention(q, k, v, after=False, fill=-inf, scale=True, diagonal=1, mask=True
         scores = scores.masked_fill(future, fill)
     weights = scores.softmax(-1)
     return (weights * ~future if after else weights) @ v
+
+
+def mask_by(q, k, v, rule, after=None):
+    future = torch.ones(q.size(2), q.size(2)).triu(1) > 0
+    weights = rule(q @ k.transpose(2, 3) / q.size(3)**0.5, future).softmax(-1)
+    return (weights if after is None else weights.masked_fill(future, after)) @ v
 
 
 def swiglu(x, gate, up, down, act=F.silu):
@@ -116,7 +139,7 @@ def learning_rate(step, steps, peak, warmup, decay):
 def windows(tokens, starts, length, shift=1):
     inputs = torch.stack([tokens[s:s + length] for s in starts.tolist()])
     targets = torch.stack([tokens[s + shift:s + shift + length] for s in starts.tolist()])
-    return inputs, targets
+    return inputs.long(), targets.long()
 
 
 def adamw_step(p, g, m, v, step, lr, betas, eps, weight_decay):
@@ -131,12 +154,13 @@ def adamw_step(p, g, m, v, step, lr, betas, eps, weight_decay):
 
 
 def adamw_by_hand(p, g, m, v, step, lr, betas, eps, weight_decay, correct=True, l2=False, decay=True,
-                  inside=False):
+                  inside=False, divided=False):
     if l2:
         g, decay = g + weight_decay * p, False
     m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
     mh, vh = (m / (1 - betas[0]**step), v / (1 - betas[1]**step)) if correct else (m, v)
     size = (vh + eps).sqrt() if inside else vh.sqrt() + eps
+    mh = mh + divided * weight_decay * p
     return p - lr * (mh / size + decay * weight_decay * p), m, v
 
 
@@ -170,7 +194,7 @@ def top_p(logits, p, drop=False, sort_back=True, renormalise=True):
     return kept if sort_back else kept[torch.tensor(order)]
 
 
-def left_pad(prompts, pad_id, by_id=False, absolute=False, first=0):
+def left_pad(prompts, pad_id, by_id=False, absolute=False, first=0, leading=False):
     T = max(map(len, prompts))
     ids = torch.full((len(prompts), T), pad_id)
     mask = torch.zeros(len(prompts), T, dtype=torch.long)
@@ -179,6 +203,8 @@ def left_pad(prompts, pad_id, by_id=False, absolute=False, first=0):
         mask[row, T - len(prompt):] = 1
     if by_id:
         mask = (ids != pad_id).long()
+    if leading:
+        mask = ((ids != pad_id).cumsum(1) > 0).long()
     positions = torch.arange(T).expand_as(ids) if absolute else (mask.cumsum(1) - 1).clamp(min=0) + first
     return ids, mask, positions
 
@@ -340,16 +366,25 @@ TABLE = {
         (lambda a, b: (a >= b).float().mean(), "ties count as won"),
         (lambda a, b: win_rate(b, a), "how often b beats a"),
         (lambda a, b: (a - b).sign().mean(), "between −1 and 1"),
-        (lambda a, b: (a - b).mean(), "mean difference")]),
+        (lambda a, b: (a - b).mean(), "mean difference"),
+        (lambda a, b: win_rate(a, b) * len(a), "divide by N"),
+        (lambda a, b: (a - b).sign().mean() + 0.5, "halve it"),
+        (lambda a, b: float(a.mean() > b.mean()), "the two means")]),
     "bpe_best_pair": ([best_pair], [
         (lambda words: best_pair(words, max), "take the largest"),
         (lambda words: best_pair([[i for word in words for i in word]]), "across the border"),
         (lambda words: Counter(p for w in words for p in zip(w, w[1:])).most_common(1)[0][0], "met first"),
-        (lambda words: Counter(p for w in words for p in zip(w, w[1:])).most_common(1)[0], None)]),
+        (lambda words: Counter(p for w in words for p in zip(w, w[1:])).most_common(1)[0], "the count too"),
+        (lambda words: best_pair([[min(p), max(p)] for w in words for p in zip(w, w[1:])]), "together")]),
     "bpe_merge": ([merge], [
         (lambda ids, *pair: merge_drops_the_last(ids, *pair) + [ids[-1]], "at the very end"),
         (merge_drops_the_last, "one id too early"), (merge_overlapping, "go on by two"),
-        (merge_from_the_right, "from the right")]),
+        (merge_from_the_right, "from the right"),
+        (lambda ids, pair, new: [new if ids[i:i + 2] == pair else ids[i] for i in range(len(ids))],
+         "never equals a tuple"),
+        (lambda ids, *pair: merge_drops_the_last(ids, *pair) + ids[-1:], "at the very end"),
+        (lambda ids, pair, new: merge_drops_the_last(ids, pair, new)
+         + ids[-1:] * (tuple(ids[-2:]) != pair), "used up by a merge before")]),
     "next_token_loss": ([next_token_loss], [
         (lambda x, ids: F.cross_entropy(x[:, 1:].flatten(0, 1), ids[:, :-1].flatten()),
          "shift the wrong way"),
@@ -360,15 +395,28 @@ TABLE = {
         (lambda x, ids: token_nll(x, ids).mean() / math.log(2), "bits"),
         (lambda x, ids: -next_token_loss(x, ids), "a sign"),
         (lambda x, ids: next_token_loss(x.softmax(-1), ids), "before cross_entropy"),
+        (lambda x, ids: F.cross_entropy(x[:-1].flatten(0, 1), ids[1:].flatten()), "and not the places"),
+        (lambda x, ids: F.cross_entropy(x.flatten(0, 1), ids.flatten().roll(-1)), "after flatten"),
+        (lambda x, ids: F.cross_entropy(x.flatten(0, 1), ids.roll(-1, 0).flatten()), "time is dimension 1"),
+        (lambda x, ids: F.cross_entropy(x[:, :-1].flatten(0, 1), ids.roll(1, 1)[:, :-1].flatten()),
+         "still goes the wrong way"),
         (lambda x, ids: next_token_loss(x, ids).item(), "no gradient can flow")]),
     "bits_per_byte": ([lambda nats, n, size: n / size * nats * math.log2(math.e)], [
         (lambda nats, n, size: nats * n / size, "nats per byte"),
         (lambda nats, n, size: nats / math.log(2), "per *token*"),
         (lambda nats, n, size: nats * math.log(2) * n / size, "multiply by ln 2"),
-        (lambda nats, n, size: nats / math.log(2) * size / n, "bytes over tokens")]),
+        (lambda nats, n, size: nats / math.log(2) * size / n, "bytes over tokens"),
+        (lambda nats, n, size: n / size / 8 * nats * math.log2(math.e), "not by their bits"),
+        (lambda nats, n, size: n / size * math.log2(nats), "once more")]),
     "rms_norm": ([rms_norm], [
         (lambda x, w, eps: F.layer_norm(x, x.shape[-1:], w, eps=eps), "LayerNorm"),
-        (lambda x, w, eps: F.normalize(x, dim=-1) * w, None),
+        (lambda x, w, eps: F.normalize(x, dim=-1) * w, "the length"),
+        (lambda x, w, eps: x / (x.norm(dim=-1, keepdim=True) + eps) * w, "the length"),
+        (lambda x, w, eps: x / x.std(-1, keepdim=True) * w, "standard deviation"),
+        (lambda x, w, eps: x / (x.var(-1, keepdim=True, correction=0) + eps)**0.5 * w, "standard deviation"),
+        (lambda x, w, eps: x * (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w, "you multiply"),
+        (lambda x, w, eps: x / (x.mean(-1, keepdim=True)**2 + eps).sqrt() * w, "square the mean"),
+        (lambda x, w, eps: x / (x.pow(2).mean(0) + eps).sqrt() * w, "the first dimension"),
         (lambda x, w, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * w, "outside the root"),
         (lambda x, w, eps: x / (x.square().mean() + eps).sqrt() * w, "over the whole table"),
         (lambda x, w, eps: rms_norm(x, torch.ones_like(w), eps), "gain"),
@@ -378,44 +426,69 @@ TABLE = {
         (lambda x, theta: rope(x, theta, sign=-1), "the other way round"),
         (lambda x, theta: rope(x.transpose(1, 2), theta).transpose(1, 2), "number the heads"),
         (lambda x, theta: rope(x, 1 / theta), "grow with i"), (lambda x, theta: rope(x, theta**0.5), "−2i/D"),
-        (lambda x, theta: x, "position 0 must stay")]),
+        (lambda x, theta: x, "position 0 must stay"),
+        (lambda x, theta: rope(x, 10000.0), "10000 in its place"),
+        (lambda x, theta: torch.stack(rope(x, theta).chunk(2, -1), -1).flatten(-2), "joined as neighbours"),
+        (lambda x, theta: rope(torch.cat([x[..., ::2], x[..., 1::2]], -1), theta), "every second number"),
+        (rope_overwritten, "give the result another name"), (rope_without_heads, "(T, 1, D/2)")]),
     "causal_attention": ([attention], [
         (lambda q, k, v: attention(q, k, v, mask=False), "without the causal mask"),
         (lambda q, k, v: attention(q, k, v, after=True), "do not sum to 1"),
         (lambda q, k, v: attention(q, k, v, fill=0.0), "exp(0) = 1"),
         (lambda q, k, v: attention(q, k, v, scale=False), "not divided by √D"),
         (lambda q, k, v: attention(q, k, v, diagonal=0), "cannot see itself"),
-        (lambda q, k, v: attention(q.flip(2), k.flip(2), v.flip(2)).flip(2), "upside down")]),
+        (lambda q, k, v: attention(q.flip(2), k.flip(2), v.flip(2)).flip(2), "upside down"),
+        (lambda q, k, v: attention(q, k, v, diagonal=2), "one diagonal too high"),
+        (lambda q, k, v: mask_by(q, k, v, lambda s, future: s + future * -inf), "0 · −inf"),
+        (lambda q, k, v: mask_by(q, k, v, lambda s, future: s.masked_fill(~future, -inf)), "wrong way round"),
+        (lambda q, k, v: mask_by(q, k, v, lambda s, future: s + ~future), "add 0 and −inf"),
+        (lambda q, k, v: mask_by(q, k, v, lambda s, future: s, -inf), "before the softmax")]),
     "swiglu": ([swiglu], [
         (lambda x, gate, up, down: swiglu(x, up, gate, down), "each other's part"),
         (lambda x, gate, up, down: swiglu(x, gate, up, down, F.gelu), "GELU"),
         (lambda x, gate, up, down: swiglu(x, gate, up, down, torch.sigmoid), "sigmoid"),
-        (lambda x, gate, up, down: F.silu((x @ gate.T) * (x @ up.T)) @ down.T, "of the product")]),
+        (lambda x, gate, up, down: F.silu((x @ gate.T) * (x @ up.T)) @ down.T, "of the product"),
+        (lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.silu(F.linear(x, up)), down),
+         "not of `up`")]),
     "parameter_count": ([parameter_count], [
         (lambda c: parameter_count(c, head=1), "a tied model"),
         (lambda c: parameter_count(c, head=0), "untied"),
         (lambda c: parameter_count(c, kv=c.heads), "kv_heads"),
         (lambda c: parameter_count(c, matrices=2), "three"),
         (lambda c: parameter_count(c) - c.width, "last norm"),
-        (lambda c: parameter_count(c, norms=0), "two norms")]),
+        (lambda c: parameter_count(c, norms=0), "two norms"),
+        (lambda c: parameter_count(c, norms=1), "you count one"),
+        (lambda c: parameter_count(c, head=int(c.tied)), "the wrong way round"),
+        (lambda c: parameter_count(c) + c.layers * c.width * (c.width - c.heads * c.head_dim),
+         "need not be C"),
+        (lambda c: parameter_count(c) - c.layers * c.kv_heads * c.head_dim * c.width, "keys *and* values"),
+        (lambda c: parameter_count(dataclasses.replace(c, layers=1)), "you count one block")]),
     "learning_rate": ([learning_rate, training.learning_rate], [
         (lambda i, n, peak, w, d: peak * max(0, min(1, i / w, (n - i) / d)), "first step has rate 0"),
         (lambda i, n, peak, w, d: peak * max(0, min(1, (i + 1) / w, (n - 1 - i) / d)),
          "last step has rate 0"),
         (lambda i, n, peak, w, d: peak * max(0, min(1, (i + 1) / w, 1 - (i - w) / d)),
          "when the warm-up is over"),
+        (lambda i, n, peak, w, d: peak * min(1, (i + 1) / w, 1 - i / n), "takes the whole run"),
+        (lambda i, n, peak, w, d: peak * max(0, min(1, (i + 1) / w, 1 - (n - i) / d)), "upside down"),
         (lambda i, n, peak, w, d: learning_rate(i, n, peak, 0, d), "no warm-up"),
         (lambda i, n, peak, w, d: learning_rate(i, n, 1.0, w, d), "multiply by `peak`")]),
     "windows": ([windows], [
         (lambda *args: windows(*args, shift=0), "targets are the inputs"),
         (lambda *args: windows(*args, shift=-1), "*earlier*"),
         (lambda *args: windows(*args)[::-1], "exchanged"),
+        (lambda tokens, starts, length: windows(tokens, starts, length, length), "the window after"),
+        (lambda tokens, starts, length: windows(torch.arange(len(tokens)), starts, length), "tokens[places]"),
         (lambda tokens, starts, length: windows(tokens, starts, length - 1), "too short"),
+        (lambda *args: tuple(x.int() for x in windows(*args)), "int64"),
         (lambda *args: tuple(x.float() for x in windows(*args)), "int64")]),
     "adamw_step": ([adamw_step, adamw_by_hand], [
         (lambda *args: adamw_by_hand(*args, correct=False), "bias correction is missing"),
         (lambda *args: adamw_by_hand(*args, l2=True), "Adam with L2"),
         (lambda *args: adamw_by_hand(*args, decay=False), "decay is missing"),
+        (lambda *args: adamw_by_hand(*args, decay=-1), "your weights grow"),
+        (lambda p, g, *rest: adamw_by_hand(p, g + rest[-1] * p, *rest), "comes twice"),
+        (lambda *args: adamw_by_hand(*args, decay=False, divided=True), "beside the step"),
         (lambda *args: adamw_by_hand(*args, inside=True), "under the root"),
         (lambda p, g, m, v, step, *rest: adamw_by_hand(p, g, m, v, step + 1, *rest), "step + 1"),
         (lambda p, g, m, v, step, lr, betas, *rest: adamw_by_hand(p, g, m, v, step, lr, betas[::-1], *rest),
@@ -424,6 +497,10 @@ TABLE = {
         (lambda x, y: (power_law(x, y)[0], -power_law(x, y)[1]), "sign of b"),
         (lambda x, y: (np.log(power_law(x, y)[0]), power_law(x, y)[1]), "still a logarithm"),
         (lambda x, y: power_law(x, np.exp(y)), None),
+        (lambda x, y: np.polyfit(np.log(x), np.log(y), 1)[::-1].tolist(), "the line itself"),
+        (lambda x, y: tuple(np.polyfit(np.log(x), np.log(y), 1)), "slope first"),
+        (lambda x, y: (np.exp(-power_law(x, y)[1]), -np.log(power_law(x, y)[0])), "slope first"),
+        (lambda x, y: (10 ** np.log(power_law(x, y)[0]), power_law(x, y)[1]), "exp undoes it"),
         (lambda x, y: power_law(np.exp(x), y), "exponential, not a power law"),
         (lambda x, y: power_law(x[[0, -1]], y[[0, -1]]), "two ends only")]),
     "training_flops": ([lambda n, d: 6 * n * d], [
@@ -434,20 +511,28 @@ TABLE = {
         (lambda x, t: temperature(x, 1 / t) if t else temperature(x, 0), "you multiply"),
         (lambda x, t: temperature(x, 1.0 if t else 0), "does nothing"),
         (lambda x, t: x.softmax(0)**(1 / t) if t else temperature(x, 0), "do not sum to 1"),
-        (lambda x, t: temperature(x, 0), "temperature 0 only")]),
+        (lambda x, t: temperature(x, 0), "temperature 0 only"),
+        (lambda x, t: (x / t).exp() / x.exp().sum() if t else temperature(x, 0), "probabilities sum to 1")]),
     "top_k": ([top_k], [
         (lambda x, k: x.softmax(0) * (top_k(x, k) > 0), "do not sum to 1"),
         (lambda x, k: (x * (top_k(x, k) > 0)).softmax(0), "exp(0) = 1"),
         (lambda x, k: top_k(x, k + 1), "k + 1"),
+        (lambda x, k: x.masked_fill(x < x.sort(descending=True).values[k], -inf).softmax(0), "[k − 1]"),
+        (lambda x, k: x.masked_fill(x <= x.topk(min(k, len(x))).values[-1], -inf).softmax(0), "keep k − 1"),
         (lambda x, k: top_k(x, k).sort(descending=True).values, "sorted"),
         (lambda x, k: x.masked_fill(x < x.topk(k).values[-1], -inf).softmax(0), "larger than V")]),
     "top_p": ([top_p], [
         (lambda x, p: top_p(x, p, drop=True), "is cut off with you"),
         (lambda x, p: top_p(x, p, renormalise=False), "do not sum to 1"),
         (lambda x, p: top_p(x, p, sort_back=False), "still sorted"),
+        (lambda x, p: top_p(x, p, sort_back=False)[x.argsort(descending=True)], "mixes them once more"),
+        (lambda x, p: x.where(top_p(x, p) > 0, torch.tensor(0.0)).softmax(0), "exp(0) = 1"),
+        (lambda x, p: top_p(x, p, renormalise=False).softmax(0), "exp(0) = 1"),
         (lambda x, p: x.masked_fill(x.softmax(0) < p, -inf).softmax(0), "least probability")]),
     "left_padding": ([left_pad], [
         (lambda *args: left_pad(*args, by_id=True), "What else tells"),
+        (lambda rows, pad: (left_pad(rows, -1)[0], *left_pad(rows, pad)[1:]), "fill with pad_id"),
+        (lambda *args: left_pad(*args, leading=True), "also at the beginning"),
         (lambda *args: left_pad(*args, absolute=True), "count the padding"),
         (lambda *args: left_pad(*args, first=1), "begin at 1"),
         (lambda *args: (*left_pad(*args)[:2], left_pad(*args)[1].cumsum(1) - 1), "below 0"),
@@ -475,13 +560,16 @@ TABLE = {
         (lambda rows, pad: (pad_right(rows, pad)[0], pad_right(rows, pad)[0] != pad), "What else tells"),
         (lambda rows, pad: left_pad(rows, pad)[:2], "on the left"),
         (lambda rows, pad: (pad_right(rows, 0)[0], pad_right(rows, pad)[1]), "fill with pad_id"),
-        (lambda rows, pad: (pad_right(rows, pad)[0], ~pad_right(rows, pad)[1]), "inverted")]),
+        (lambda rows, pad: (pad_right(rows, pad)[0], ~pad_right(rows, pad)[1]), "inverted"),
+        (lambda rows, pad: (pad_right(rows, pad)[0], pad_right(rows, pad)[0] == pad_right(rows, pad)[0]),
+         "1 everywhere")]),
     "preference_loss": ([preference_loss, reward.preference_loss], [
         (lambda c, r: preference_loss(r, c), "sign of the margin"),
         (lambda c, r: -(c - r).sigmoid().log().mean(), "F.logsigmoid"),
         (lambda c, r: F.softplus(r - c).sum(), "that is the sum"),
         (lambda c, r: -(c - r).sigmoid().mean(), "logarithm is missing"),
         (lambda c, r: preference_loss(c, r, refuse=False), "Raise a ValueError"),
+        (lambda c, r: preference_loss(c, r) if c.shape == r.shape else [][0], "not IndexError"),
         (lambda c, r: preference_loss(c, r).detach(), "no gradient can flow")]),
     "read_last": ([read_last], [
         (lambda v, m: v[torch.arange(len(v)), m.sum(1) - 1], "tell of the *place*"),
@@ -501,12 +589,15 @@ TABLE = {
         (lambda *args: calibration(*args, weighted=False), "average the bins alike"),
         (lambda *args: calibration(*args, top=False), "exactly 1"),
         (lambda p, o, bins: ((p - o)**2).mean(), "Brier"),
-        (lambda p, o, bins: abs(p.mean() - o.mean()), "opposite sign")]),
+        (lambda p, o, bins: abs(p.mean() - o.mean()), "opposite sign"),
+        (lambda p, o, bins: (p - o).mean(), "opposite sign")]),
     "token_rewards": ([token_rewards], [
         (lambda *args: token_rewards(*args, sign=1), "pay the policy"),
         (lambda *args: token_rewards(*args, last=lambda row: -1), "last column"),
         (lambda *args: token_rewards(*args, last=lambda row: int(row.sum()) - 1), "the prompt stands before"),
         (lambda s, lp, ref, m, b: -b * (lp - ref) + s[:, None] * m, "on every token"),
+        (lambda s, lp, ref, m, b: torch.where((m > 0) & (m.flip(1).cumsum(1).flip(1) == 1), s[:, None],
+                                              -b * (lp - ref)), "do not replace it"),
         (lambda s, lp, ref, m, b: token_rewards(s, lp, ref, m, 1.0), "β is missing")]),
     "gae": ([gae, rlhf.gae], [
         (lambda *args: gae(*args, next_value=False), "what *follows*"),
@@ -517,6 +608,9 @@ TABLE = {
         (lambda *args: gae(*args, value_of_padding=True), "value at the padding"),
         (lambda *args: gae(*args, carry=True), "carries their rewards"),
         (lambda r, v, m, c, lam: (gae(r, v, m, c, lam)[0], gae(r, v, m, c, lam)[0] + v), "not 0 outside"),
+        (lambda r, v, m, c, lam: (gae(r, v, m, c, lam)[0], (gae(r, v, m, c, lam)[0] + r) * m),
+         "add the rewards"),
+        (lambda r, v, m, c, lam: (gae(r, v, m, c, lam)[0], gae(r, v, m, c, lam)[0] + r), "add the rewards"),
         (lambda r, v, m, c, lam: gae(r, v, m, c, lam)[::-1], "exchanged")]),
     "whiten": ([whiten, rlhf.whiten, lambda x, m: (x - x[m > 0].mean()) / x[m > 0].std() * m], [
         (lambda x, m: (x - x.mean()) / (x.std() + 1e-8) * m, "numbers outside the mask"),
@@ -536,6 +630,9 @@ TABLE = {
         (lambda lp, ref: kl_estimate(ref, lp), "KL(reference || policy)"),
         (lambda lp, ref: (lp - ref, kl_estimate(ref, lp)[1]), "π_ref / π"),
         (lambda lp, ref: (lp - ref, (lp - ref)**2 / 2), "k2"),
+        (lambda lp, ref: ((lp.exp() / ref.exp()).log(),) * 2, "k1 again"),
+        (lambda lp, ref: (lp - ref, (ref.exp() / lp.exp()).log()), "or minus it"),
+        (lambda lp, ref: (lp - ref, kl_estimate(lp, ref)[1] + 2 * (ref - lp)), "sign of log ρ"),
         (lambda lp, ref: kl_estimate(lp, ref)[::-1], "exchanged")]),
     "sequence_logprob": ([sequence_logprob], [
         (lambda x, ids, m: -(token_nll(x, ids) * m[:, :-1]).sum(1), "in it that is none"),
@@ -548,10 +645,14 @@ TABLE = {
         (lambda pc, pr, rc, rr, b: dpo_loss(pr, pc, rr, rc, b), "sign of the margin"),
         (lambda pc, pr, rc, rr, b: dpo_loss(pc, pr, rc, rr, 1.0), "β is missing"),
         (lambda pc, pr, rc, rr, b: dpo_loss(pc, pr, rc, rr, b) * len(pc), "sum over pairs"),
+        (lambda pc, pr, rc, rr, b: dpo_loss(*(torch.log(-x) for x in (pc, pr, rc, rr)), b), "of their ratio"),
+        (lambda pc, pr, rc, rr, b: dpo_loss(*(torch.log(-x) for x in (rc, rr, pc, pr)), b), "of their ratio"),
         (lambda pc, pr, rc, rr, b: -torch.log(torch.sigmoid(b * (pc - pr - rc + rr))).mean(), "−435")]),
     "implicit_reward": ([lambda p, ref, b: b * p - b * ref], [
         (lambda p, ref, b: b * (ref - p), "a sign"), (lambda p, ref, b: p - ref, "β is missing"),
         (lambda p, ref, b: b * p, "reference is missing"),
+        (lambda p, ref, b: b * torch.log(p / ref), "of their ratio"),
+        (lambda p, ref, b: b * torch.log(ref / p), "of their ratio"),
         (lambda p, ref, b: b * (p - ref).exp(), "the ratio itself")]),
     "grpo_advantages": ([lambda r: centred(r) / group_std(r), rlhf.grpo_advantages,
                          lambda r: centred(r) / (r.std(1, keepdim=True, correction=0) + 1e-6)], [
@@ -563,7 +664,9 @@ TABLE = {
         (lambda pc, pr, rc, rr, b: torch.sigmoid(b * (pc - rc - pr + rr)), "right already"),
         (lambda pc, pr, rc, rr, b: torch.sigmoid(-b * (pc - pr)), "reference is missing"),
         (lambda pc, pr, rc, rr, b: b * torch.sigmoid(-b * (pc - rc - pr + rr)), "factor β"),
-        (lambda pc, pr, rc, rr, b: torch.sigmoid(-(pc - rc - pr + rr)), "β is missing")]),
+        (lambda pc, pr, rc, rr, b: torch.sigmoid(-(pc - rc - pr + rr)), "β is missing"),
+        (lambda pc, pr, rc, rr, b: torch.sigmoid(b * ((pr / rr).log() - (pc / rc).log())),
+         "of their ratio")]),
     "best_of_n": ([lambda s: s.argmax(1), lambda s: [row.index(max(row)) for row in s.tolist()]], [
         (lambda s: s.max(1).values, "the best scores"), (lambda s: s.argmin(1), "worst"),
         (lambda s: s.argmax(0), "along the prompts"), (lambda s: s.argmax(), "one best of all"),
@@ -579,6 +682,11 @@ TABLE = {
         (lambda gold, s, n: expected_best(gold, -s, n), "worst-scored"),
         (lambda gold, s, n: expected_best(gold, torch.arange(len(s)), n), "order of the scores"),
         (lambda gold, s, n: gold.mean(), "n = 1, any"),
+        (lambda gold, s, n: expected_best(gold[:n], s[:n], n), "only the first n"),
+        (lambda gold, s, n: sum(math.comb(i, n) / math.comb(len(s), n) * gold[j].item() for i, j in
+                                enumerate(s.argsort().tolist())), "C(i − 1, n − 1)"),
+        (lambda gold, s, n: sum(math.comb(i + 1, n - 1) / math.comb(len(s), n) * gold[j].item() for i, j in
+                                enumerate(s.argsort().tolist())), "one too high"),
         (lambda gold, s, n: gold[s.argmax()], "best of all N")]),
     "bootstrap": ([bootstrap], [
         (lambda *args: bootstrap(*args, ends=(5, 95)), "90 % interval"),
@@ -631,14 +739,15 @@ def test_no_hint_hides_another(name, monkeypatch):
     compare, known = checks.compare, []
 
     def note(fn, right, inputs, hints=(), *args, **options):
-        known[:] = [(function, text) for function, text in hints]
+        known[:] = [(function, text) for functions, text in hints for function in checks.either(functions)]
         return compare(fn, right, inputs, hints, *args, **options)
 
     monkeypatch.setattr(checks, "compare", note)
     check(name)(TABLE[name][0][0], seed=3)
     for i in range(len(known)):
         def mistake(fn, right, inputs, hints=(), *args, i=i, **options):
-            return compare(hints[i][0], right, inputs, hints, *args, **options)
+            functions = [function for functions, _ in hints for function in checks.either(functions)]
+            return compare(functions[i], right, inputs, hints, *args, **options)
 
         monkeypatch.setattr(checks, "compare", mistake)
         assert known[i][1] in refused(name, TABLE[name][0][0]), i
