@@ -447,7 +447,7 @@ def load_checkpoint(folder, device="cpu"):
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config_from_hf(info)
         index = folder / "model.safetensors.index.json"
-        shards = (sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = (sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
                   if index.exists() else ["model.safetensors"])
         tensors = {}
         for shard in shards:

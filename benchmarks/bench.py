@@ -406,7 +406,7 @@ def machine():
         a = torch.randn(2048, 2048).to(kind)
         a @ a
         rates[str(kind).split(".")[1]] = round(2 * 2048**3 / min(timed(lambda: a @ a) for _ in range(5)) / 1e9)
-    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()
                  if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else ""
     return {"processor": name or platform.machine(), "threads": torch.get_num_threads(), "matrix GFLOP/s": rates,
             "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
@@ -427,7 +427,7 @@ def main():
     import training
     training.keep_freed_memory()
     bench = Bench(args)
-    found = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).exists() else {"rows": {}}
+    found = json.loads(Path(args.out).read_text("utf-8")) if args.out and Path(args.out).exists() else {"rows": {}}
     found["machine"] = machine()
     print(json.dumps(found["machine"]))
     for name, (measure, unit) in ROWS.items():

@@ -148,7 +148,7 @@ def main():
     found["training"] = training(rate, args.batch, args.nanogpt)
     print(json.dumps(found["training"], indent=1))
     if args.out:
-        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
     for choice in "ab":
         run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1],
                  f"Hi?\n{choice}\nHi?\ns\n")
-    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    first, second = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert first["prompt"] == "Hi?" and first["chosen"] != first["rejected"]
     assert (second["chosen"], second["rejected"]) == (first["rejected"], first["chosen"])
 
@@ -243,7 +243,7 @@ def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
 def test_templates_other_than_chatml_are_refused(folders, tokenizer, tmp_path):
     save_checkpoint(tmp_path, tiny(tokenizer), tokenizer)
     path = tmp_path / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     default = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are kind."
                "<|im_end|>\\n' }}{% endif %}")
     path.write_text(json.dumps(config | {"chat_template": default + config["chat_template"]}))
@@ -382,7 +382,7 @@ def written(folders, some_tasks):
 
 
 def test_report_has_the_whole_schema(written, some_tasks, folders):
-    found = json.loads((written / "report.json").read_text())
+    found = json.loads((written / "report.json").read_text("utf-8"))
     rows = found["checkpoints"]
     assert list(rows) == ["base", "base_few_shot", "sft", "ppo", "best_of_4"]
     everything = {*some_tasks, *world.COURSE_PROMPTS}
@@ -418,7 +418,7 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
 
 
 def test_the_same_seed_gives_the_same_report(written, folders):
-    before = json.loads((written / "report.json").read_text())
+    before = json.loads((written / "report.json").read_text("utf-8"))
     speaker = chat.open_speaker(folders / "sft")
     config = evaluate.Config(["sft"], max_new_tokens=10)
     tasks = list(world.COURSE_PROMPTS)
@@ -444,7 +444,7 @@ HOSTILE = '<script>alert(1)</script> & "q" | pipe\n</dd><img src=x onerror=alert
 
 
 def test_hostile_text_stays_text(written):
-    found = json.loads((written / "report.json").read_text())
+    found = json.loads((written / "report.json").read_text("utf-8"))
     for transcript in found["transcripts"]:
         transcript["prompt"] = transcript["best"] = HOSTILE
         transcript["family"] = "<b>family"
@@ -463,8 +463,8 @@ def test_hostile_text_stays_text(written):
 
 
 def test_pages_hold_every_row_and_stand_alone(written):
-    page = (written / "report.html").read_text()
-    notes = (written / "report.md").read_text()
+    page = (written / "report.html").read_text("utf-8")
+    notes = (written / "report.md").read_text("utf-8")
     for name in ("base", "base_few_shot", "sft", "ppo", "best_of_4"):
         assert f'<th scope="row">{name}</th>' in page and f"\n| {name} |" in notes
     for task in world.COURSE_PROMPTS:
@@ -478,12 +478,12 @@ def test_pages_hold_every_row_and_stand_alone(written):
 
 
 def test_pages_can_be_rebuilt_from_the_json(written, monkeypatch, capsys):
-    old = {name: (written / name).read_text() for name in ("report.md", "report.html")}
+    old = {name: (written / name).read_text("utf-8") for name in ("report.md", "report.html")}
     for name in old:
         (written / name).unlink()
     monkeypatch.setattr(sys, "argv", ["report.py", str(written)])
     report.main()
-    assert {name: (written / name).read_text() for name in old} == old
+    assert {name: (written / name).read_text("utf-8") for name in old} == old
     monkeypatch.setattr(sys, "argv", ["report.py", str(written / "nowhere")])
     with pytest.raises(InputError, match="report.json"):
         report.main()

@@ -6,9 +6,9 @@
 import contextlib
 import gzip
 import json
+import os
 import pickle
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -108,7 +108,7 @@ def process(words, **options):
 
 def metrics(out, half=False):
     """Rows of metrics.jsonl; where it may be `half` written, without its last line if that was cut."""
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
     return [{"step": 0}] * half + [json.loads(line) for line in lines if not half or line.endswith("\n")]
 
 
@@ -152,15 +152,15 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(stage, kills, files, tm
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     long = ["--save-every", 1, *{"ppo": ["--iterations", 150], "sft": ["--epochs", 100]}.get(stage, [])]
     assert process(command(files, stage, whole, *long)).returncode == 0
-    seconds = json.loads((whole / "done").read_text())["seconds"]
+    seconds = json.loads((whole / "done").read_text("utf-8"))["seconds"]
     words = [sys.executable, "-u", *command(files, stage, cut, *long, "--resume")]
     for _ in range(kills):
         child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         while not (line := child.stdout.readline()).startswith(f"{stage}:"):
             assert line, "it ended before its loop began"
         time.sleep(rng.uniform(0, 0.9 * seconds / kills))
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, "it ended before it could be killed often enough"
+        child.kill()
+        assert child.wait() != 0, "it ended before it could be killed often enough"
         assert not (cut / "done").exists() and not (cut / "config.json").exists()
         in_a_save += any(cut.glob(".*"))
         if (cut / training.STATE).exists():  # whole, whenever it was
@@ -173,6 +173,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(stage, kills, files, tm
     noted("kills", stage, kills, in_a_save, redone, "weights and metrics, bit for bit")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal for one child's Ctrl-C")
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
     words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--iterations" if stage == "ppo"
@@ -191,6 +192,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
 @pytest.mark.parametrize("what", ["checkpoint", "state"])
 def test_a_full_disk_leaves_the_old_save_whole(what, files, tmp_path):
     """The disk is full after 20 kB: a limit on the size of files, which fails in the same call."""
+    resource = pytest.importorskip("resource")  # Windows has no such limits
     model, tokenizer, _ = load_checkpoint(files / "sft")
     config = sft.Config(out=str(tmp_path))
     generator = torch.Generator()
@@ -378,7 +380,7 @@ def test_kl_that_explodes_stops_the_run(files, tmp_path, monkeypatch, capsys):
     for stage in ("ppo", "grpo"):
         call(monkeypatch, command(files, stage, tmp_path / stage, "--lr", 0.05, "--beta", 0, "--max-kl", 0.5,
                                   "--stop-kl", 99))
-        done = json.loads((tmp_path / stage / "done").read_text())
+        done = json.loads((tmp_path / stage / "done").read_text("utf-8"))
         assert done["iterations"] < 40 and "> --max-kl; stopped" in capsys.readouterr().err
 
 
@@ -396,7 +398,7 @@ def bad_commands(files):
             path = files / name / part
             path.write_bytes(path.read_bytes()[:99])
         save_checkpoint(files / "wide", model_of(train_bpe(["a"], 260), width=32), train_bpe(["a"], 260))
-        (files / "wide" / "config.json").write_text((files / "sft" / "config.json").read_text())
+        (files / "wide" / "config.json").write_text((files / "sft" / "config.json").read_text("utf-8"))
         for name, content in {
                 "empty.jsonl": b"", "binary.jsonl": bytes(range(256)) * 9, "latin.txt": "gar\xe7on".encode("latin-1"),
                 "cut.json": b'[{"messages": [', "list.jsonl": b"[1, 2]\n", "bare.jsonl": b'{"question": "?"}\n',

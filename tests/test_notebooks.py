@@ -29,7 +29,7 @@ def text_of(path):
 @pytest.mark.parametrize("path", SOLVED, ids=NAMES)
 def test_the_student_edition_is_made_from_the_solved_one(path, tmp_path):
     build.write(tmp_path / "made.ipynb", build.student_edition(build.read(path)))
-    assert (tmp_path / "made.ipynb").read_text() == (NOTEBOOKS / path.name).read_text(), "run build.py student"
+    assert (tmp_path / "made.ipynb").read_text("utf-8") == (NOTEBOOKS / path.name).read_text("utf-8"), "run build.py student"
 
 
 @pytest.mark.parametrize("path", SOLVED, ids=NAMES)

@@ -58,7 +58,7 @@ def out(tmp_path_factory):
 
 
 def done(folder):
-    return json.loads((folder / "done").read_text())
+    return json.loads((folder / "done").read_text("utf-8"))
 
 
 def unigram_nats(counted, measured):
@@ -109,7 +109,7 @@ def test_evaluation_puts_them_side_by_side(out, monkeypatch):
                    str(out / "reward"), "--data", str(out / "pairs.jsonl"), "--best-of", "2",
                    "--per-family", "6", "--max-new-tokens", "24", "--out", str(out / "report"),
                    "--device", "cpu"])
-    report = json.loads((out / "report" / "report.json").read_text())
+    report = json.loads((out / "report" / "report.json").read_text("utf-8"))
     assert set(report["checkpoints"]) == {"base", "base_few_shot", "sft", "dpo", "ppo", "best_of_2"}
     assert report["checkpoints"]["ppo"]["kl_from_sft"][0] > 0.05
     assert report["checkpoints"]["sft"]["bits_per_byte"] > 0

@@ -404,7 +404,7 @@ def run_rlhf(monkeypatch, folder, stage, *args):
     monkeypatch.setattr(sys, "argv", ["rlhf.py", stage, "--init", str(folder / "sft"), "--out",
                                       str(folder / stage), "--device", "cpu", *map(str, args)])
     rlhf.main()
-    return json.loads((folder / stage / "done").read_text())
+    return json.loads((folder / stage / "done").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])

@@ -122,10 +122,10 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
         "--dtype", "float32", "--device", "cpu", "--eval-every", "10"])
     reward.main()
 
-    done = json.loads((out / "done").read_text())
+    done = json.loads((out / "done").read_text("utf-8"))
     assert done["stage"] == "reward" and done["heldout_pairs"] == 60
     assert done["heldout_accuracy"][1] > 0.7  # the lower end of the interval; chance is 0.5
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert any("heldout_accuracy" in row and row["step"] == 10 for row in metrics)
 
     model, _, shift, scale = load_reward(out)

@@ -349,7 +349,7 @@ def run(monkeypatch, *args):
 
 
 def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 def test_unknown_subcommand(monkeypatch, capsys):
@@ -369,7 +369,7 @@ def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
     run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
         out, "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-3", "--warmup", 0,
         "--device", "cpu")
-    done, rows = json.loads((out / "done").read_text()), metrics(out)
+    done, rows = json.loads((out / "done").read_text("utf-8")), metrics(out)
     assert done["heldout_margin"] > 0.5 and done["heldout_accuracy"][1] > 0.7
     assert rows[0]["step"] == 10 and rows[1]["margin"] > rows[0]["margin"] > 0
     assert {"reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"} <= set(rows[0])
@@ -403,7 +403,7 @@ def toy(stage, monkeypatch, tmp_path, tokenizer, out, *args):
         "--data", tmp_path / "prompts.jsonl", "--out", out, "--holdout", 10, "--episodes", 64,
         "--max-new-tokens", 8, "--no-eos-score", "nan", "--device", "cpu", "--lr", "3e-3", "--beta",
         "0.01", *args)
-    return json.loads((out / "done").read_text()), metrics(out)
+    return json.loads((out / "done").read_text("utf-8")), metrics(out)
 
 
 def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
@@ -531,7 +531,7 @@ def test_lora_learns_and_leaves_a_plain_checkpoint(stage, monkeypatch, tmp_path,
         run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
             tmp_path / "dpo", "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-2", "--warmup", 0,
             "--device", "cpu", "--lora", 4)
-        assert json.loads((tmp_path / "dpo" / "done").read_text())["heldout_margin"] > 0.5
+        assert json.loads((tmp_path / "dpo" / "done").read_text("utf-8"))["heldout_margin"] > 0.5
     else:
         done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 25, "--lora", 4,
                       "--lr", "1e-2")

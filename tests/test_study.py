@@ -159,7 +159,7 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     arguments = ["study.py", "--runs", config.runs, "--out", config.out, "--scale", "0.05", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", arguments)
     study.main()
-    found = json.loads((runs / "study" / "study.json").read_text())
+    found = json.loads((runs / "study" / "study.json").read_text("utf-8"))
 
     curves = found["curves"]
     assert [p["step"] for p in curves["runs"]["ppo"]] == [0, 2, 4]
@@ -187,15 +187,15 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
         ("base", 0, True)]
     assert rows[2]["shown"] <= 2 and rows[0]["shown"] == 0
 
-    page, notes = ((runs / "study" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    page, notes = ((runs / "study" / f"report.{kind}").read_text("utf-8") for kind in ("html", "md"))
     for text in ("Which stage buys what", "Over-optimisation", "calibration", "PPO without whitening"):
         assert text in page
     assert "PPO without whitening" in notes and "3 seeds" in notes
     assert "ppo_no_whitening</dt>" not in page and "ppo</dt>" in page  # the browser shows the method's stages
-    before = (runs / "study" / "study.json").read_text()
+    before = (runs / "study" / "study.json").read_text("utf-8")
     (runs / "study" / "costs.json").unlink()  # a part that is lost is measured again, the same
     study.main()
-    assert (runs / "study" / "study.json").read_text() == before
+    assert (runs / "study" / "study.json").read_text("utf-8") == before
 
 
 def test_a_study_needs_the_main_runs(tmp_path, monkeypatch):

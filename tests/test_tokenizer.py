@@ -257,14 +257,14 @@ def test_save_and_load(tokenizer, tmp_path):
         "tokenizer.json", "tokenizer_config.json"]
     again.save(tmp_path / "twice")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "twice" / name).read_text() == (tmp_path / "new" / name).read_text()
+        assert (tmp_path / "twice" / name).read_text("utf-8") == (tmp_path / "new" / name).read_text("utf-8")
 
 
 def test_hugging_face_chat_template_agrees(tokenizer, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     sandbox = pytest.importorskip("jinja2.sandbox")
     tokenizer.save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     assert (config["eos_token"], config["pad_token"]) == ("<|im_end|>", "<|pad|>")
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(config["chat_template"])
@@ -372,7 +372,7 @@ def test_reads_other_families(kind, merges_as, tmp_path):
 def test_refuses_by_name(tokenizer, tmp_path, where, value, named):
     tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"
-    spec = json.loads(path.read_text())
+    spec = json.loads(path.read_text("utf-8"))
     *parents, key = where.split(".")
     target = spec[parents[0]] if parents else spec
     target[key] = target[key][::-1] if value == "reversed" else value

@@ -144,7 +144,7 @@ def start_pretraining(folder, out, processes, *more):
 
 def logged(folder):
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def same_losses(one, two, tolerance):

@@ -16,7 +16,6 @@ answer, two steps (AdamW's moments come with the first), then the most memory it
 """
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +62,7 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
         optimiser.zero_grad(set_to_none=True)
     if device.type == "cuda":
         return parameters, torch.cuda.max_memory_allocated() / 2**30
+    import resource  # Windows has none: there, only on a GPU
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return parameters, peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 
