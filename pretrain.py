@@ -5,7 +5,7 @@
 
 The loss is the mean negative log-likelihood of each token given all tokens before it,
 
-    L(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})            (Foundations of LLMs, eq. 2.5)
+    L(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})    (Foundations of LLMs, eqs. 2.13–2.14)
 
 over documents packed end to end, each begun by <|endoftext|>. A window may start in the middle of
 a document and cross into the next one: simpler than padding, no token is wasted, and the model
