@@ -99,5 +99,5 @@ def show_code(function, start=None, lines=None):
     first = next((i for i, line in enumerate(source) if start is None or start in line), 0)
     shown = "\n".join(source[first:None if lines is None else first + lines])
     where = f"{Path(inspect.getsourcefile(function)).name}, line {inspect.getsourcelines(function)[1] + first}"
-    return Shown(f'<div style="color:#666">{where}</div><pre style="background:#f6f6f6; color:#111; '
-                 f'padding:0.6em; line-height:1.35">{html.escape(shown)}</pre>', f"{where}\n{shown}")
+    return Shown(f'<div style="color:#666">{where}</div><pre style="background:#f6f6f6; color:#111; padding:0.6em; '
+                 f'line-height:1.35; font-family:monospace">{html.escape(shown)}</pre>', f"{where}\n{shown}")
