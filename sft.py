@@ -4,7 +4,7 @@
     python sft.py --init out/base --data instructions.json --holdout 110 --out out/sft
 
 The same next-token loss as in pre-training, on conversations in the chat template, but summed over
-the assistant's tokens only (Foundations of LLMs, eq. 4.2):
+the assistant's tokens only (Foundations of LLMs, eqs. 4.1–4.2):
 
     L(θ) = − Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import training
 from model import GPT, GPTConfig
-from training import learning_rate, micro_batches, muon_and_adam, orthogonal_blocks, set_share
+from training import autocast, learning_rate, micro_batches, muon_and_adam, orthogonal_blocks, set_share
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,6 +92,28 @@ def test_micro_batches_are_all_rows_with_shares_that_add_up():
     assert [part for part, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [share for _, share in parts] == [0.4, 0.4, 0.2]
     assert micro_batches(range(3), None) == [(range(3), 1.0)]
+
+
+@pytest.mark.parametrize("busy", [range(0), range(10), range(5, 15), range(10, 20)])
+@pytest.mark.parametrize("bfloat16, chosen", [(0.5, True), (0.9, False), (100, False)])
+def test_precision_is_measured_and_other_work_does_not_decide(busy, bfloat16, chosen, monkeypatch):
+    """On a clock of our own: a product in float32 takes 2 ms, one in bfloat16 that many times as long, and
+    both five times as long while the machine does other work."""
+    clock, products = [0.0], []
+
+    class Matrix:
+        def __init__(self, *shape, dtype, device):
+            self.seconds = 0.002 * (bfloat16 if dtype == torch.bfloat16 else 1)
+
+        def __matmul__(self, other):
+            clock[0] += self.seconds * (5 if len(products) in busy else 1)
+            products.append(self)
+            return torch.zeros(1, 1)
+
+    monkeypatch.setattr(torch, "ones", Matrix)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert isinstance(autocast(torch.device("cpu")), torch.autocast) == chosen
+    assert len(products) <= 4 or bfloat16 < 100  # where it is emulated, two turns are enough
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
