@@ -87,7 +87,7 @@ quick:
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3'
 
 long:
-	$(MAKE) OUT=out/long PRETRAIN='--steps 12000 --documents 200000 --layers 4' \
+	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4' \
 		SFT='--conversations 18000' PAIRS='--pairs 14000' DPO='--lr 1e-4' PPO='--iterations 60'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of

