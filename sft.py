@@ -19,7 +19,7 @@ pre-training taught. Three things prevent that:
 
 - Every step also reads a little raw text (--replay), without what is held out of SFT; its mean
   next-token loss is added to that of the answers.
-- The optimisers are those of pre-training at a tenth to a sixth of their rates: SFT should teach how
+- The optimisers are those of pre-training at a seventh to a fifth of their rates: SFT should teach how
   to answer, and a higher rate unlearns what to answer.
 - The ε of Adam is large. Adam divides a gradient by its typical size, so a word that no answer holds
   would be pushed down, by a tiny gradient of constant sign, as fast as the others learn: the head

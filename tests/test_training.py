@@ -78,6 +78,19 @@ def test_a_large_epsilon_spares_words_that_do_not_occur(eps, moves):
     assert moved == pytest.approx(10, rel=0.01) if moves else moved < 0.2
 
 
+def test_a_rare_word_at_its_right_frequency_stays_where_it_is():
+    """Its gradients, one large in 200 steps and small ones between, add up to 0."""
+    model = GPT(GPTConfig(vocab_size=16, width=16, ffn_width=32, layers=1, heads=2, kv_heads=2, tied=False))
+    _, adam = muon_and_adam(model, 0.02, 0.02, 0.001, 0.0)
+    set_share(1.0, adam)
+    for step in range(1200):
+        if step == 400:
+            row = model.lm_head.weight[7].clone()
+        model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, -1 if step % 200 == 0 else 1 / 199)
+        adam.step()
+    assert (model.lm_head.weight[7] - row).abs().max().item() / 0.001 / 800 < 0.1  # of the full rate
+
+
 @pytest.mark.parametrize("step, share", [(0, 0.1), (9, 1.0), (49, 1.0), (60, 0.8), (99, 0.02)])
 def test_schedule_rises_stays_and_falls(step, share):
     assert learning_rate(step, 100, 1.0, warmup=10, decay=50) == pytest.approx(share)
