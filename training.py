@@ -266,7 +266,7 @@ class Muon(torch.optim.Optimizer):
     The momentum of a matrix is mostly a few large directions. Newton-Schulz iterations, which are
     matrix products alone, push all its singular values towards 1, so that the rare directions are
     learned as fast as the common ones. For the matrices inside the blocks; embeddings, head and
-    gains go to AdamW. To the same loss it needs about half of AdamW's time here.
+    gains go to AdamW. To the same loss it needs six tenths of AdamW's time here.
 
     A matrix is taken in square blocks: our q, k and v, and gate and up, are stacked, and each
     should get its own step. `with precision: muon.step()` iterates in bfloat16 where that is fast:
@@ -328,8 +328,9 @@ def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     β₂ is 0.99, not the usual 0.95, because batches are small. At 0.95 Adam has forgotten after
     twenty steps how large the gradient of a rare word was; then the tiny ones of its absence,
     divided by their own size, push its row down. A word of one step in 200, whose gradients add up
-    to nothing, sinks at a third of the full rate; at 0.99 at a thirtieth. (Held-out text went from
-    0.307 to 0.291 bits per byte, samples of SFT that are right from 36 to 45 %.)
+    to nothing, sinks at a third of the full rate; at 0.99 at a thirtieth. (2,400 steps of 5 windows:
+    held-out text went from 0.307 to 0.291 bits per byte, and of SFT's samples, on other prompts of
+    training, 45 % were right in place of 36.)
     """
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
