@@ -21,6 +21,7 @@ Left out: data mixing and filtering, models too large for one card.
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -212,7 +213,7 @@ def main():
     if processes > 1:  # before any of them ends, or its open connections may take it down at exit
         torch.distributed.destroy_process_group()
     if rank > 0:
-        return
+        os._exit(0)  # at once: a thread of the group that wants a closing interpreter would abort it
 
     # 4. What it has learned, on text it has not seen.
     model.eval()
