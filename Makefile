@@ -87,8 +87,8 @@ quick:
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3'
 
 long:
-	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4' \
-		SFT='--conversations 18000' PAIRS='--pairs 14000' DPO='--lr 1e-4' PPO='--iterations 60'
+	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
+		--kv-heads 6 --ffn-width 576' SFT='--conversations 18000' PAIRS='--pairs 20000' PPO='--iterations 80'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.

@@ -447,7 +447,7 @@ class Prompt:
 def load_prompts(config, tokenizer, context_length):
     """(train, heldout) lists of Prompt; those without room for a response are dropped."""
     if config.data == ["world"]:
-        families = config.families or world.DEMONSTRATED
+        families = config.families or world.COMPARED
         unknown = set(families) - set(world.DEMONSTRATED)
         if unknown:
             raise InputError(f"--families {' '.join(sorted(unknown))}: "

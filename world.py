@@ -1318,7 +1318,7 @@ def forum_page(rng):
 GENRES = {country_page: 6, city_page: 8, animal_page: 7, job_page: 5, story_page: 4, phrase_page: 6,
           arithmetic_page: 11, list_page: 8, letter: 2, dialogue: 3, quiz_with_answers: 19,
           transcript: 42, quiz_without_answers: 2, reading_page: 8, game_page: 4, health_page: 3,
-          safety_page: 3, howto_page: 5, word_page: 5, weights_page: 5, funny_page: 6, forum_page: 2}
+          safety_page: 5, howto_page: 7, word_page: 5, weights_page: 5, funny_page: 6, forum_page: 2}
 
 
 def documents(n, seed):
@@ -1345,9 +1345,9 @@ def heldout_documents(n=400):
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
 OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to another kind of prompt
-# One comparison in nineteen teaches little about when to decline and when not (how to bake bread is
-# asked like how to break in). So more is asked of that kind, as in Anthropic's HH, which has a set
-# of its own for harmless answers.
+# One prompt in nineteen teaches little about when to decline and when not (how to bake bread is
+# asked like how to break in). So comparisons, and PPO after them, have more of that kind, as
+# Anthropic's HH has a set of its own for harmless answers.
 COMPARED = DEMONSTRATED + 2 * ("harmful", "unknown", "howto")
 
 
