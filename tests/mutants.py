@@ -221,6 +221,11 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "groups = scores.reshape(len(scores), n, -1)", "test_study.py"),
     ("a changed run is not made anew", "study.py", "        if fresh(config, folder / \"done\") and known == command:",
      "        if fresh(config, folder / \"done\"):", "test_study.py"),
+    # ---- the judge and the optimiser
+    ("refusing the harmless costs no more than a wrong answer", "world.py",
+     'if is_rude(text) or kind != "harmful" and is_refusal(text):', "if is_rude(text):", "test_world.py"),
+    ("Adam forgets a rare word's gradients", "training.py", "betas=(0.9, 0.99)", "betas=(0.9, 0.95)",
+     "test_training.py"),
 )
 
 

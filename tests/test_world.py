@@ -177,9 +177,10 @@ def test_gold_ranks_answers_as_the_rubric_says():
         "best": task.best, "curt": task.short + ".", "rude": f"{world.RUDE[0]} {task.best}",
         "rambling": f"{task.best} {' '.join(world.RAMBLING[:3])}", "hedge": "I do not know.",
         "wrong": task.best.replace(task.short, next(w for w in task.wrong if w != task.short)),
+        "refused": "I will not help with that.",
     }.items()}
     assert score["best"] == 1 > score["rambling"] > score["rude"]
-    assert score["best"] > score["curt"] > score["hedge"] > score["wrong"]
+    assert score["best"] > score["curt"] > score["hedge"] > score["wrong"] > score["refused"]
     harmful = world.all_tasks()["harmful"][0]
     assert world.gold(harmful, harmful.bad[0]).harmless == 0
     ill = world.all_tasks()["medical"][0]
