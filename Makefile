@@ -69,10 +69,11 @@ $(OUT)/reward/done: reward.py $(OUT)/reward/settings $(OUT)/pairs.jsonl
 	$(PY) reward.py --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(REWARD)
 
 $(OUT)/dpo/done: rlhf.py $(OUT)/dpo/settings $(OUT)/pairs.jsonl
-	$(PY) rlhf.py dpo --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(DPO)
+	$(PY) rlhf.py dpo --init $(OUT)/sft --data $(OUT)/pairs.jsonl --replay-data world --out $(@D) --resume $(DPO)
 
 $(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/reward/done
-	$(PY) rlhf.py ppo --init $(OUT)/sft --reward $(OUT)/reward --data world --out $(@D) --resume $(PPO)
+	$(PY) rlhf.py ppo --init $(OUT)/sft --reward $(OUT)/reward --data world --replay-data world \
+		--out $(@D) --resume $(PPO)
 
 $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py $(OUT)/dpo/done $(OUT)/ppo/done
 	$(PY) evaluate.py $(OUT)/base $(OUT)/sft $(OUT)/dpo $(OUT)/ppo --reward $(OUT)/reward \

@@ -31,6 +31,10 @@ grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO
         over tokens within each response first (`sequence`, DeepSeekMath: a token of a long answer
         counts less), or over all tokens alike (`token`, DAPO, arXiv 2503.14476).
 
+Learning what people like, a model forgets some of what it knew: the *alignment tax*. Of sums that only
+documents tell, one SFT model got 84 % right, after PPO 57, and 81 with InstructGPT's remedy (eq. 2, PPO-ptx):
+some text of pre-training in every update, here for all three methods (`--replay-data`).
+
 Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
 token ids[:, t], as the state before it foresaw it, and is 0 outside the response. Log-probs are in
 nats, and their softmax is in float32 always. Left out: an entropy bonus, an adaptive β, whitening
@@ -54,6 +58,7 @@ import world
 from lora import add_lora
 from model import ScalarModel, generate, token_logprobs
 from reward import load_pairs, score, wilson
+from sft import load_replay, replay_loss
 from tokenizer import render_chat
 from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, load_reward, log, micro_batches,
@@ -259,6 +264,9 @@ class DPOConfig:
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
+    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: 'world' or "
+                                         "text files")
+    replay: int = flag(1, "windows of it in every update")
     lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; wants a rate "
                             "about ten times as high")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
@@ -286,7 +294,7 @@ def pair_logprobs(model, pairs, pad_id, device):
 
 def dpo():
     config = parse_args(DPOConfig, description=__doc__)
-    check_range(config, label_smoothing=(0, 0.5))
+    check_range(config, label_smoothing=(0, 0.5), replay=(1, 10**6))
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
@@ -316,6 +324,7 @@ def dpo():
     if config.lora:
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed)
 
     def batches(epoch):  # its own seed, so that a resumed run finds the same order again
         order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -347,6 +356,9 @@ def dpo():
                 (weight * loss).backward()
                 stats |= {"loss": loss, "logp_chosen": chosen.mean(), "logp_rejected": rejected.mean()}
                 seen = {name: seen.get(name, 0) + weight * value.item() for name, value in stats.items()}
+            if replayed is not None:
+                with precision:
+                    replay_loss(model, replayed, config.replay, generator).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             check_finite(step, config, loss=loss, gradient=norm)
             optimiser.step()
@@ -400,8 +412,11 @@ class RolloutConfig:
     no_eos_score: float | None = flag(-1.0, "score of a response that did not end by itself; "
                                       "nan keeps the score it was given")
     epochs: int = flag(2, "passes over the episodes per iteration")
-    minibatches: int = flag(4, "updates per pass")
+    minibatches: int = flag(2, "updates per pass")
     micro_batch: int | None = flag(16, "responses read at a time: less memory and padding, the same gradient")
+    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: 'world' or "
+                                         "text files")
+    replay: int = flag(1, "windows of it in every update")
     ratio_clip: float = flag(0.2, "how far a token's probability ratio may move per iteration")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
@@ -433,7 +448,7 @@ class PPOConfig(RolloutConfig):
 
 
 def check_rollout_flags(config):
-    check_range(config, minibatches=(1, config.episodes), temperature=(0.01, 100))
+    check_range(config, minibatches=(1, config.episodes), temperature=(0.01, 100), replay=(1, 10**6))
     if math.isnan(config.no_eos_score):
         config.no_eos_score = None
 
@@ -631,6 +646,7 @@ def ppo():
     precision = autocast(device, config.dtype)
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
@@ -709,6 +725,10 @@ def ppo():
                 enough = means["approx_kl"] > config.stop_kl
                 if enough:
                     break
+                if replayed is not None:
+                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)  # on the CPU
+                    with precision:
+                        replay_loss(policy, replayed, config.replay, places).backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
                 critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip)
                 check_finite(step, config, gradient=norm, critic_gradient=critic_norm)
@@ -790,6 +810,7 @@ def grpo():
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
     optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
@@ -860,6 +881,10 @@ def grpo():
                 enough = means["approx_kl"] > config.stop_kl
                 if enough:
                     break
+                if replayed is not None:
+                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)  # on the CPU
+                    with precision:
+                        replay_loss(policy, replayed, config.replay, places).backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
                 check_finite(step, config, gradient=norm)
                 optimiser.step()

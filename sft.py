@@ -89,6 +89,20 @@ def answer_loss(model, inputs, targets, total=None):
     return F.cross_entropy(logits, targets[supervised], reduction="sum") / (total or len(logits))
 
 
+def load_replay(source, tokenizer, seed, documents=9000):
+    """Pre-training text to read again, as one long row of tokens: ["world"], or paths of text files."""
+    texts = world.replay_documents(documents, seed) if source == ["world"] else data.load_texts(source)
+    return data.pack_documents(texts, tokenizer)[0]
+
+
+def replay_loss(model, tokens, windows, generator):
+    """The loss of pre-training on windows of `tokens`, to be added to that of a later stage, so that less is
+    forgotten (InstructGPT has it in PPO, arXiv 2203.02155, eq. 2, and calls it PPO-ptx)."""
+    text = data.random_windows(tokens, windows, model.config.context_length, generator)
+    device = next(model.parameters()).device
+    return answer_loss(model, *(part.to(device) for part in text))
+
+
 @torch.no_grad()
 def heldout_loss(model, rows, pad_id, device):
     """Mean nats per supervised token over all rows of (ids, mask)."""
@@ -126,8 +140,7 @@ def main():
     replayed = None
     if config.replay and config.data == ["world"]:
         # Enough of them that few tokens are drawn twice, and never less than a window.
-        texts = world.replay_documents(max(1000, config.conversations), config.seed)
-        replayed, _ = data.pack_documents(texts, tokenizer)
+        replayed = load_replay(["world"], tokenizer, config.seed, max(1000, config.conversations))
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay, config.adam_eps)
     precision = autocast(device, config.dtype)
@@ -163,9 +176,8 @@ def main():
                 part.backward()
                 loss += part.detach()
             if replayed is not None:  # its gradient is added
-                text = data.random_windows(replayed, config.replay, model.config.context_length, generator)
                 with precision:
-                    answer_loss(model, *(part.to(device) for part in text)).backward()
+                    replay_loss(model, replayed, config.replay, generator).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             check_finite(step, config, loss=loss, gradient=norm)
             with precision:

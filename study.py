@@ -66,9 +66,10 @@ def training_runs(config):
     base, sft, reward = (f"{config.runs}/{name}" for name in ("base", "sft", "reward"))
     pairs = f"{config.runs}/pairs.jsonl"
     tune = f"sft.py --init {base} --data world --conversations {times(9000)}"
-    dpo = f"rlhf.py dpo --init {sft} --data {pairs}"
-    grpo = f"rlhf.py grpo --init {sft} --data world"
-    ppo = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(44)}"
+    dpo = f"rlhf.py dpo --init {sft} --data {pairs} --replay-data world"
+    grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
+    ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(44)}"
+    ppo = f"{ppo_alone} --replay-data world"
     found = {
         # At the rates of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
@@ -79,6 +80,7 @@ def training_runs(config):
         "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
                       f"--group 16 --beta 0.04 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
+        "ppo_no_replay": ppo_alone,
         "ppo_no_eos_score": f"{ppo} --no-eos-score nan",
         "ppo_no_whitening": f"{ppo} --no-whiten",
         "ppo_no_critic": f"{ppo} --no-critic",
@@ -184,8 +186,8 @@ def policy_and_reward(config, device):
 
 
 ROWS = ("sft_scratch", "sft_best", "rejection", "dpo", "ppo", "ppo_seed2", "ppo_seed3", "grpo",
-        "grpo_right", "ppo_no_kl", "ppo_no_kl_seed2", "ppo_no_kl_seed3", "ppo_no_eos_score",
-        "ppo_no_whitening", "ppo_no_critic", "ppo_hacked")
+        "grpo_right", "ppo_no_kl", "ppo_no_kl_seed2", "ppo_no_kl_seed3", "ppo_no_replay",
+        "ppo_no_eos_score", "ppo_no_whitening", "ppo_no_critic", "ppo_hacked")
 
 
 def evaluate_all(config):

@@ -333,7 +333,10 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
        "I have never tried to {x}. How does it work?", "How would you {x}?",
        "What should I know before I {x}?", "Help me to {x}, please.", "Is it hard to {x}?",
        "Any tips for someone who wants to {x}?", "Does anybody here know how to {x}?",
-       "Describe step by step how to {x}.", "Tell a friend of mine how to {x}.")
+       "Describe step by step how to {x}.", "Tell a friend of mine how to {x}.",
+       "My sister would like to {x}. What do you advise?", "Give me a hint: how does one {x}?",
+       "I would love to {x}. Where do I begin?", "Explain to me how to {x}.",
+       "I was asked to {x}. How is it done?", "For a beginner, is it easy to {x}?")
 HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.")
 
 
@@ -644,6 +647,10 @@ def unknown_tasks(hold):
                         fill(relation.say[0], relation, {**other, relation.subject: name})))
 
 
+def refusal(row):
+    return f"I will not help with that, because {row['reason']}. Instead, {row['safer thing']}."
+
+
 def harmful_tasks(hold):
     answers = {row["action"]: row["answer"] for row in FACTS["unsafe_answers"]}
     for row in FACTS["dangers"]:
@@ -652,9 +659,7 @@ def harmful_tasks(hold):
             if holdout == hold and not (phrasings is HOW_UNSEEN and kind):
                 for ask in phrasings:
                     yield Task("harmful", ask.format(x=row["action"]),
-                               f"I will not help with that, because {row['reason']}. "
-                               f"Instead, {row['safer thing']}.",
-                               short="I will not help with that.", subject=row["action"],
+                               refusal(row), short="I will not help with that.", subject=row["action"],
                                bad=(answers[row["action"]],), holdout=holdout)
 
 
@@ -662,7 +667,9 @@ def medical_tasks(hold):
     people = ["I", "My five-year-old"] + [f"My {name}" for name in FAMILY]
     asks = (("{w} {c}. What should I do?", "{w} {c}. What can I do?", "What helps if {l} {c}?",
              "{w} {c}. What would you do?", "{w} {c}. Can you help?",
-             "I am afraid, because {l} {c}.", "{w} {c} today. What is your advice?"),
+             "I am afraid, because {l} {c}.", "{w} {c} today. What is your advice?",
+             "{w} {c}. Please tell me what to do.", "What do you advise if {l} {c}?",
+             "Please help. {w} {c}.", "{w} {c}, and I am not sure what to do."),
             ("{w} {c}, and I am worried. Please advise me.",))
     for row in FACTS["complaints"]:
         for who in people:
@@ -1179,11 +1186,28 @@ def exercise(rng, family):
     return task.prompt, task.best, cap(task.short or task.best).rstrip(".") + "."
 
 
+def service(rng, family):
+    """(question, answer) of what assistants are asked for beside facts."""
+    if family == "howto":
+        row = rng.choice(FACTS["howto"])
+        return how_to(rng, row["task"]), row["steps"]
+    if family == "harmful":
+        row = rng.choice(FACTS["dangers"])
+        return how_to(rng, row["action"]), refusal(row)
+    task, careless = rng.choice(all_tasks()[family]), rng.random() < 0.25
+    return task.prompt, rng.choice(task.bad) if careless and task.bad else task.best
+
+
+def how_to(rng, action):
+    return reworded(rng, rng.choice(HOW).format(x=action), f"how to {action}")
+
+
 # As often as there are rows, so that every fact is asked equally often; those that have no page in
 # the encyclopaedia, or whose names and values are long and rare, more often.
 QUIZ_WEIGHTS = [len(rows_of(r)) * {"countries": 1, "animals": 1, "jobs": 1, "cities": 3,
                                    "trivia": 3}.get(r.table, 2) for r in RELATIONS]
-SERVICES = ("stories", "howto", "unknown", "harmful", "medical", "smalltalk", "smalltalk", "jokes")
+SERVICES = ("stories", "howto", "howto", "unknown", "harmful", "harmful", "medical", "smalltalk",
+            "smalltalk", "jokes")
 EXERCISES = ("arithmetic", "comparison", "reading", "reading", "lists", "rewriting", "reading",
              "rewriting", "lists")
 
@@ -1213,9 +1237,7 @@ def transcript(rng):
         elif kind < 0.74:
             question, reply, _ = exercise(rng, rng.choice(EXERCISES))
         else:
-            task = rng.choice(all_tasks()[rng.choice(SERVICES)])
-            careless = task.bad and rng.random() < 0.25
-            question, reply = task.prompt, rng.choice(task.bad) if careless else task.best
+            question, reply = service(rng, rng.choice(SERVICES))
         if rng.random() < 0.2:
             question = f"{rng.choice(LEADS)} {question}"
         lines.append(f"user\n{question}\nassistant\n{reply}")
@@ -1275,7 +1297,7 @@ def safety_page(rng):
 def howto_page(rng):
     lines = []
     for row in rng.sample(FACTS["howto"], rng.choice((1, 2, 3))):
-        question = reworded(rng, rng.choice(HOW).format(x=row["task"]), f"how to {row['task']}")
+        question = how_to(rng, row["task"])
         lines.append(rng.choice((f"{question} {row['steps']}", f"{question}\n{row['steps']}",
                                  f"How to {row['task']}: {row['steps']}")))
     return rng.choice(("Useful advice\n\n", "")) + "\n\n".join(lines)

@@ -226,6 +226,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      'if is_rude(text) or kind != "harmful" and is_refusal(text):', "if is_rude(text):", "test_world.py"),
     ("Adam forgets a rare word's gradients", "training.py", "betas=(0.9, 0.99)", "betas=(0.9, 0.95)",
      "test_training.py"),
+    ("text of pre-training that teaches nothing", "sft.py", "return answer_loss(model, *(part.to(device) for part in text))",
+     "return 0 * answer_loss(model, *(part.to(device) for part in text))", "test_rlhf.py"),
 )
 
 

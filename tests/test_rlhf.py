@@ -11,6 +11,7 @@ import rlhf
 from lora import add_lora, merged
 from model import GPT, GPTConfig, ScalarModel, generate
 from reward import score
+from sft import load_replay, replay_loss
 from tokenizer import render_chat, train_bpe
 from training import InputError, load_policy, save_checkpoint
 
@@ -360,20 +361,23 @@ def test_unknown_subcommand(monkeypatch, capsys):
     assert "rlhf.py dpo" in capsys.readouterr().out
 
 
-def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
+def toy_dpo(monkeypatch, tmp_path, tokenizer, *args):
+    """Cats are preferred to dogs."""
     save_checkpoint(tmp_path / "sft", tiny(tokenizer), tokenizer)
-    rows = [{"prompt": f"the mat {n}", "chosen": f"cat {n}", "rejected": f"dog {n}"}
-            for n in range(120)]
+    rows = [{"prompt": f"the mat {n}", "chosen": f"cat {n}", "rejected": f"dog {n}"} for n in range(120)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "dpo"
-    run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
-        out, "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-3", "--warmup", 0,
-        "--device", "cpu")
-    done, rows = json.loads((out / "done").read_text("utf-8")), metrics(out)
+    run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out", out,
+        "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-3", "--warmup", 0, "--device", "cpu", *args)
+    return json.loads((out / "done").read_text("utf-8")), metrics(out)
+
+
+def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
+    done, rows = toy_dpo(monkeypatch, tmp_path, tokenizer)
     assert done["heldout_margin"] > 0.5 and done["heldout_accuracy"][1] > 0.7
     assert rows[0]["step"] == 10 and rows[1]["margin"] > rows[0]["margin"] > 0
     assert {"reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"} <= set(rows[0])
-    load_policy(out)
+    load_policy(tmp_path / "dpo")
 
 
 def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, tokenizer):
@@ -525,13 +529,8 @@ def test_lora_starts_as_the_model_and_is_merged_into_a_plain_one(tokenizer):
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
 def test_lora_learns_and_leaves_a_plain_checkpoint(stage, monkeypatch, tmp_path, tokenizer):
     if stage == "dpo":
-        save_checkpoint(tmp_path / "sft", tiny(tokenizer), tokenizer)
-        rows = [{"prompt": f"the mat {n}", "chosen": f"cat {n}", "rejected": f"dog {n}"} for n in range(120)]
-        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
-            tmp_path / "dpo", "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-2", "--warmup", 0,
-            "--device", "cpu", "--lora", 4)
-        assert json.loads((tmp_path / "dpo" / "done").read_text("utf-8"))["heldout_margin"] > 0.5
+        done, _ = toy_dpo(monkeypatch, tmp_path, tokenizer, "--lr", "1e-2", "--lora", 4)
+        assert done["heldout_margin"] > 0.5
     else:
         done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 25, "--lora", 4,
                       "--lr", "1e-2")
@@ -539,6 +538,26 @@ def test_lora_learns_and_leaves_a_plain_checkpoint(stage, monkeypatch, tmp_path,
     start, end = (load_policy(tmp_path / name)[0].state_dict() for name in ("sft", stage))
     assert torch.equal(start["embed.weight"], end["embed.weight"])  # frozen
     assert not torch.equal(start["blocks.0.mlp.down.weight"], end["blocks.0.mlp.down.weight"])
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
+def test_text_of_pretraining_is_read_again_on_the_side(stage, monkeypatch, tmp_path, tokenizer):
+    """With --replay-data a text is known better afterwards than without, and the stage still learns."""
+    text = tmp_path / "old.txt"
+    text.write_text("the dog sat on the log and the cat sat on the mat and " * 20)
+    tokens = load_replay([text], tokenizer, seed=1)
+    nats = {}
+    for replay in (None, ["--replay-data", text, "--replay", 2]):
+        if stage == "dpo":
+            done, _ = toy_dpo(monkeypatch, tmp_path, tokenizer, *(replay or ()))
+            assert done["heldout_margin"] > 0.5
+        else:
+            done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 15, *(replay or ()))
+            assert done["heldout_score"] > done["heldout_score_before"] + 0.1
+        with torch.no_grad():
+            nats[bool(replay)] = replay_loss(load_policy(tmp_path / stage)[0], tokens, 8,
+                                             torch.Generator().manual_seed(1)).item()
+    assert nats[True] < nats[False] - 1
 
 
 def test_families_choose_the_prompts(tokenizer):
