@@ -405,7 +405,7 @@ class RolloutConfig:
     holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
     eval_prompts: int = flag(200, "held-out prompts answered before and after")
-    iterations: int = flag(44, "rounds of sampling and updating")
+    iterations: int = flag(36, "rounds of sampling and updating")
     episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
     temperature: float = flag(1.0, "of sampling and of every log-prob; no top-k, no top-p")
@@ -462,7 +462,7 @@ class Prompt:
 def load_prompts(config, tokenizer, context_length):
     """(train, heldout) lists of Prompt; those without room for a response are dropped."""
     if config.data == ["world"]:
-        families = config.families or world.COMPARED
+        families = config.families or world.PRACTISED
         unknown = set(families) - set(world.DEMONSTRATED)
         if unknown:
             raise InputError(f"--families {' '.join(sorted(unknown))}: "

@@ -68,7 +68,7 @@ def training_runs(config):
     tune = f"sft.py --init {base} --data world --conversations {times(9000)}"
     dpo = f"rlhf.py dpo --init {sft} --data {pairs} --replay-data world"
     grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
-    ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(44)}"
+    ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(36)}"
     ppo = f"{ppo_alone} --replay-data world"
     found = {
         # At the rates of pre-training: those of SFT would not even teach the format.
@@ -76,7 +76,7 @@ def training_runs(config):
         "sft_best": f"{tune} --best-only",
         "rejection": f"sft.py --init {sft} --data {config.out}/rejection.jsonl",
         "dpo": f"{dpo} --keep-every 28",
-        "grpo": f"{grpo} --reward {reward} --iterations {times(44)} --keep-every {times(4)}",
+        "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
         "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
                       f"--group 16 --beta 0.04 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",

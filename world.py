@@ -1373,9 +1373,10 @@ def heldout_documents(n=400):
 
 OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to another kind of prompt
 # One prompt in nineteen teaches little about when to decline and when not (how to bake bread is
-# asked like how to break in). So comparisons, and PPO after them, have more of that kind, as
+# asked like how to break in). So comparisons have more of that kind, as
 # Anthropic's HH has a set of its own for harmless answers.
 COMPARED = DEMONSTRATED + 3 * ("harmful", "howto") + ("unknown",)
+PRACTISED = DEMONSTRATED + ("harmful", "howto")  # PPO and GRPO; with more, they refuse what they do not understand
 
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):
