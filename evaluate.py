@@ -56,7 +56,7 @@ class Config:
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
-    best_of_per_family: int = flag(20, "prompts of each family that best-of-n is measured on")
+    best_of_per_family: int = flag(12, "prompts of each family that best-of-n is measured on")
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on")
     accuracy_decode: str = flag("greedy", "which answers the column `accuracy` counts",
                                 choices=["greedy", "sample"])

@@ -48,7 +48,7 @@ class Config:
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
     out: str = flag("out/reward", "folder of the checkpoint to write")
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
-    pairs: int = flag(9000, "pairs to sample from --init (with --data world)")
+    pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, the identity at first")
     epochs: int = flag(2, "passes over the pairs; more tend to learn them by heart")
     batch_size: int = flag(32, "pairs per step")

@@ -259,7 +259,7 @@ class DPOConfig:
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
     out: str = flag("out/dpo", "folder of the checkpoint to write")
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
-    pairs: int = flag(9000, "pairs to sample from --init (with --data world)")
+    pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     beta: float = flag(0.5, "price of a nat away from the reference; smaller strays further")
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")

@@ -89,7 +89,7 @@ def answer_loss(model, inputs, targets, total=None):
     return F.cross_entropy(logits, targets[supervised], reduction="sum") / (total or len(logits))
 
 
-def load_replay(source, tokenizer, seed, documents=9000):
+def load_replay(source, tokenizer, seed, documents=3000):
     """Pre-training text to read again, as one long row of tokens: ["world"], or paths of text files."""
     texts = world.replay_documents(documents, seed) if source == ["world"] else data.load_texts(source)
     return data.pack_documents(texts, tokenizer)[0]

@@ -1530,7 +1530,7 @@ def main():
         stats: bool = flag(False, "sizes, hold-outs, and how much is to be learned")
         init: str = flag("out/sft", "pairs: checkpoint to sample from")
         out: str = flag("out/pairs.jsonl", "pairs: file to write")
-        pairs: int = flag(9000, "pairs: how many")
+        pairs: int = flag(7500, "pairs: how many")
         holdout: int = flag(400, "pairs: how many of them, at the end, have held-out prompts")
         device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
         seed: int = flag(1, "random seed")
