@@ -1376,7 +1376,7 @@ OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to anot
 # asked like how to break in). So comparisons have more of that kind, as
 # Anthropic's HH has a set of its own for harmless answers.
 COMPARED = DEMONSTRATED + 3 * ("harmful", "howto") + ("unknown",)
-PRACTISED = DEMONSTRATED + ("harmful", "howto")  # PPO and GRPO; with more, they refuse what they do not understand
+PRACTISED = DEMONSTRATED + ("harmful", "howto", "unknown")  # PPO, GRPO; with more they refuse what they do not understand
 
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):
