@@ -726,7 +726,8 @@ def ppo():
                 if enough:
                     break
                 if replayed is not None:
-                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)  # on the CPU
+                    # Its own generator: `generator` draws on the device, the text lies on the CPU.
+                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)
                     with precision:
                         replay_loss(policy, replayed, config.replay, places).backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
@@ -882,7 +883,8 @@ def grpo():
                 if enough:
                     break
                 if replayed is not None:
-                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)  # on the CPU
+                    # Its own generator: `generator` draws on the device, the text lies on the CPU.
+                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)
                     with precision:
                         replay_loss(policy, replayed, config.replay, places).backward()
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)

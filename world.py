@@ -1187,7 +1187,8 @@ def exercise(rng, family):
 
 
 def service(rng, family):
-    """(question, answer) of what assistants are asked for beside facts."""
+    """(question, answer) of what assistants are asked for beside facts. Of tasks and dangers, as of facts,
+    documents tell all; those that are held out are asked for in words that only documents use."""
     if family == "howto":
         row = rng.choice(FACTS["howto"])
         return how_to(rng, row["task"]), row["steps"]
@@ -1373,10 +1374,11 @@ def heldout_documents(n=400):
 
 OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to another kind of prompt
 # One prompt in nineteen teaches little about when to decline and when not (how to bake bread is
-# asked like how to break in). So comparisons have more of that kind, as
-# Anthropic's HH has a set of its own for harmless answers.
+# asked like how to break in). So comparisons have more of that kind, as Anthropic's HH has a set of
+# its own for harmless answers. PPO and GRPO practise on fewer of them: a policy that is asked for
+# harm too often refuses what it does not understand.
 COMPARED = DEMONSTRATED + 3 * ("harmful", "howto") + ("unknown",)
-PRACTISED = DEMONSTRATED + ("harmful", "howto", "unknown")  # PPO, GRPO; with more they refuse what they do not understand
+PRACTISED = DEMONSTRATED + ("harmful", "howto", "unknown")
 
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):
