@@ -120,7 +120,7 @@ class Relation:
     table: str
     subject: str  # column of the subject
     column: str  # column of the value
-    noun: str  # what is asked for, as documents put it; "" where there is no such word
+    noun: str  # what is asked for, as documents put it
     ask: tuple  # phrasings of instructions; documents use them where they are not held out
     unseen: tuple  # phrasings that occur in no document and no training stage
     say: tuple  # statements; the first is the best answer
@@ -134,7 +134,8 @@ RELATIONS = (
               "Let us talk about {x}. What is the capital?",
               "We write about {x} at school. Which city is its capital?",
               "My friend lives in {x}, in the capital. Which city is that?"),
-             ("I am flying to {x}. What is its capital called?",),
+             ("I am flying to {x}. What is its capital called?",
+              "The president of {x} lives in the capital. What is that city called?"),
              ("The capital of {x} is {v}.", "{v} is the capital of {x}.",
               "The government of {x} sits in the capital, {v}.",
               "The capital of {x} is the city of {v}.",
@@ -146,7 +147,8 @@ RELATIONS = (
               "Let us talk about {x}. Which continent is that in?",
               "We are learning about {x}. Which continent does it belong to?",
               "My sister looks for {x} on the map. At which continent should she look?"),
-             ("I am looking for {x} on a globe. Which continent is it on?",),
+             ("I am looking for {x} on a globe. Which continent is it on?",
+              "On which side of the globe would I find {x}?"),
              ("{x} is in {v}.", "{x} is a country in {v}.", "The country of {x} lies in {v}.",
               "On a map of {v} you will find {x}.")),
     Relation("countries", "countries", "name", "language",
@@ -156,7 +158,8 @@ RELATIONS = (
               "Let us talk about {x}. What do people speak there?",
               "I am moving to {x}. What language must I speak there?",
               "My friend comes from {x}. Which language does she speak at home?"),
-             ("I want to talk to people in {x}. Which language should I learn?",),
+             ("I want to talk to people in {x}. Which language should I learn?",
+              "My new neighbour grew up in {x}. What did she speak as a child?"),
              ("People in {x} speak {v}.", "The main language of {x} is {v}.",
               "In {x} you will hear {v} in the streets.",
               "Children in {x} learn to read and write in {v}.")),
@@ -167,7 +170,8 @@ RELATIONS = (
               "Let us talk about {x}. What do people like to eat there?",
               "My friend from {x} cooks for us. What will be on the table?",
               "I want to cook something from {x}. Which dish should I try?"),
-             ("I am hungry in {x}. Which dish should I order?",),
+             ("I am hungry in {x}. Which dish should I order?",
+              "A restaurant cooks as they do in {x}. What is on the menu?"),
              ("A well-known dish from {x} is {v}.", "People in {x} like to eat {v}.",
               "On Sundays many families in {x} eat {v}.", "If you visit {x}, try the {v}.")),
     Relation("countries", "countries", "name", "landmark",
@@ -177,7 +181,8 @@ RELATIONS = (
               "Let us talk about {x}. What is there to see?",
               "We are travelling through {x}. What should we look at?",
               "I have a picture book about {x}. Which sight is in it?"),
-             ("I have one day in {x}. Which sight must I not miss?",),
+             ("I have one day in {x}. Which sight must I not miss?",
+              "I will send you a postcard from {x}. What will it show?"),
              ("Visitors can see {v} in {x}.", "{x} is famous for {v}.",
               "Many people travel to {x} to see {v}.", "The best-known sight in {x} is {v}.")),
     Relation("cities", "cities", "name", "country",
@@ -197,7 +202,8 @@ RELATIONS = (
               "Let us talk about {x}. What is it known for?",
               "We are going to {x}. What is the place famous for?",
               "My friend comes from {x}. What do people know that city for?"),
-             ("I will be in {x} for a day. What is the city known for?",),
+             ("I will be in {x} for a day. What is the city known for?",
+              "Is there anything special about {x}?"),
              ("{x} is known for {v}.", "People visit {x} because of its {v}.",
               "{x} is famous for {v}.")),
     Relation("animals", "animals", "name", "kind",
@@ -207,7 +213,8 @@ RELATIONS = (
               "Let us talk about {ax}. What kind of animal is that?",
               "We saw {ax} today. What sort of animal is it?",
               "My daughter drew {ax}. Which group of animals does it belong to?"),
-             ("My book shows {ax}. In which group of animals is it?",),
+             ("My book shows {ax}. In which group of animals is it?",
+              "Into which group would you put {ax}?"),
              ("{Ax} is {av}.", "The {x} is {av}.", "The {x} belongs to the group called {v}.")),
     Relation("animals", "animals", "name", "home",
              "the home of {ax}",
@@ -216,7 +223,8 @@ RELATIONS = (
               "Let us talk about {ax}. Where does it live?",
               "My sister wants to see {ax}. Where should she go?",
               "We want to take a picture of {ax}. In what place does it live?"),
-             ("I would like to watch {ax}. In which place should I look?",),
+             ("I would like to watch {ax}. In which place should I look?",
+              "My brother looks for {ax}. To which place would you send him?"),
              ("{Ax} lives {in_v}.", "The {x} lives {in_v}.", "The home of the {x} is {v}.",
               "If you are {in_v}, you may meet {ax}.")),
     Relation("animals", "animals", "name", "food",
@@ -226,7 +234,8 @@ RELATIONS = (
               "Let us talk about {ax}. What does it eat?",
               "We have {ax} to look after. What should we feed it?",
               "My neighbour keeps {ax}. What does it get to eat?"),
-             ("I have found {ax} and it is hungry. What should it get?",),
+             ("I have found {ax} and it is hungry. What should it get?",
+              "What should be in the bowl of {ax}?"),
              ("{Ax} eats {v}.", "The {x} eats {v}.", "The food of the {x} is {v}.",
               "A hungry {x} looks for {v}.")),
     Relation("animals", "animals", "name", "legs",
@@ -236,7 +245,8 @@ RELATIONS = (
               "Let us talk about {ax}. How many legs does it have?",
               "We saw {ax} today. How many legs did it have?",
               "My daughter drew {ax}. How many legs should the picture show?"),
-             ("I want to draw {ax}. How many legs must I draw?",),
+             ("I want to draw {ax}. How many legs must I draw?",
+              "Count something for me: the legs of {ax}."),
              ("{Ax} has {v} legs.", "The {x} has {v} legs.", "Count the legs of {ax}: {v}.")),
     Relation("animals", "animals", "name", "young",
              "the name of a young {x}",
@@ -245,7 +255,8 @@ RELATIONS = (
               "Let us talk about {ax}. What are its young called?",
               "We saw a very young {x}. What is it called?",
               "There is a baby {x} in the story. What do people call it?"),
-             ("We saw {ax} with its little one. What is the little one called?",),
+             ("We saw {ax} with its little one. What is the little one called?",
+              "{Ax} has had young. What is one of them called?"),
              ("A young {x} is called {av}.", "The young of the {x} is called {av}.",
               "A baby {x} is {av}.")),
     Relation("jobs", "jobs", "name", "place",
@@ -255,7 +266,8 @@ RELATIONS = (
               "I may become {ax}. Where would I work?",
               "My sister has become {ax}. Where does she go to work?",
               "I must speak to {ax}. In what place should I look?"),
-             ("My cousin is {ax}. In which place is that done?",),
+             ("My cousin is {ax}. In which place is that done?",
+              "I have to bring something to {ax} at work. To which place do I go?"),
              ("{Ax} works in {v}.", "You can meet {ax} in {v}.", "The workplace of {ax} is {v}.")),
     Relation("jobs", "jobs", "name", "work",
              "what {ax} does",
@@ -264,7 +276,8 @@ RELATIONS = (
               "I may become {ax}. What would I do all day?",
               "My sister has become {ax}. What sort of thing does she do?",
               "There is a story about {ax}. What does such a person do?"),
-             ("My cousin is {ax}. What sort of work is that?",),
+             ("My cousin is {ax}. What sort of work is that?",
+              "My son dreams of being {ax}. What would he do all day?"),
              ("{Ax} {v}.", "The {x} {v}.", "Every day {ax} {v}.")),
     Relation("jobs", "jobs", "name", "tool",
              "what {ax} works with",
@@ -273,7 +286,8 @@ RELATIONS = (
               "I may become {ax}. What would I work with?",
               "My sister has become {ax}. Which thing will she need at work?",
               "We are looking for a present for {ax}. Which tool would help?"),
-             ("My cousin is {ax}. Which thing must not be left at home?",),
+             ("My cousin is {ax}. Which thing must not be left at home?",
+              "{Ax} has left something at home and cannot work. What could it be?"),
              ("{Ax} works with {v}.", "{Ax} needs {v}.", "The {x} uses {v} every day.")),
     Relation("opposites", "opposites", "word", "opposite",
              "the opposite of {x}",
@@ -282,7 +296,8 @@ RELATIONS = (
               'A question about the word "{x}": What is the opposite?',
               "Find a word that says the contrary of {x}.",
               "If I do not mean {x}, but the reverse, which word do I need?"),
-             ("I need a word that is the very reverse of {x}.",),
+             ("I need a word that is the very reverse of {x}.",
+              "Two words are as far apart as can be, and one is {x}. Which is the other?"),
              ("The opposite of {x} is {v}.", "If something is not {x}, it may be {v}.",
               "{X} and {v} are opposites.")),
     Relation("french", "french_words", "english", "french",
@@ -292,7 +307,8 @@ RELATIONS = (
               'A question about "{x}": What is that in French?',
               "I want to say {x} in French. Which word do I need?",
               "We are in France and look for the word for {x}. What is it?"),
-             ("I am in Paris and need a word: {x}. Help me.",),
+             ("I am in Paris and need a word: {x}. Help me.",
+              "What would a child in France call this: {x}?"),
              ('In French you say "{v}".', '{X} is "{v}" in French.', '{X} - {v}')),
     Relation("french", "french_phrases", "english", "french",
              'the French for "{bare}"',
@@ -300,10 +316,11 @@ RELATIONS = (
               "How do you say this in French? {x}", "Translate into French: {x}",
               "What is the French for this? {x}", "Please put this into French: {x}",
               "I want to say this to my French friend: {x}"),
-             ("I am in Paris and want to say this: {x}",),
+             ("I am in Paris and want to say this: {x}",
+              "How would a girl in France say it? {x}"),
              ('In French you say "{v}"', '{x} In French: {v}', '{x} - {v}')),
     Relation("trivia", "trivia", "question", "short answer",
-             "",
+             "{noun}",
              ("{x}", "Tell me: {x}", "A quiz question: {x}", "I would like to know: {x}",
               "I have a question: {x}", "My sister would like to know this. {x}"),
              ("My little brother asks: {x}", "Here is something I never understood. {x}"),
@@ -337,12 +354,12 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
        "My sister would like to {x}. What do you advise?", "Give me a hint: how does one {x}?",
        "I would love to {x}. Where do I begin?", "Explain to me how to {x}.",
        "I was asked to {x}. How is it done?", "For a beginner, is it easy to {x}?")
-HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.")
+HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.",
+              "What would an expert say about how to {x}?", "I always fail to {x}. What is my mistake?")
 
 
 # How documents alone ask for something, {n}.
 ASIDE = ("Do you know {n}?", "I have forgotten {n}.", "Who can tell us {n}?", "Who remembers {n}?")
-NEWS = ("Tell me something new.", "Do you know anything interesting?")  # for what has no noun
 # What people say before they ask.
 LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to ask you something.",
          "My cousin wants to know this.", "I am on my way and in a hurry.", "A friend is visiting me.",
@@ -354,7 +371,8 @@ def fill(template, relation, row):
     """Put a row's subject and value into a template of its relation."""
     x, v = row[relation.subject], row[relation.column]
     return template.format(x=x, X=cap(x), ax=an(x), Ax=cap(an(x)), v=v, av=an(v), in_v=inside(v),
-                           bare=x.rstrip(" .!?"), **{"full sentence": row.get("full sentence", "")})
+                           bare=x.rstrip(" .!?"), noun=row.get("noun", ""),
+                           **{"full sentence": row.get("full sentence", "")})
 
 
 def rows_of(relation):
@@ -414,7 +432,8 @@ def fact_tasks(relation, hold):
 
 
 def comparison_tasks(hold):
-    asks = (SCALES, ("I put {a} and {b} on a scale. Which is {c}?",))
+    asks = (SCALES, ("I put {a} and {b} on a scale. Which is {c}?",
+                    "If {a} and {b} sit on a seesaw, which is {c}?"))
     for a, b in pairs_of_animals():
         kind = "unseen_instance" if heldout_instance("compare", *sorted((a, b))) else ""
         if any(heldout_entity("animals", name) for name in (a, b)):
@@ -449,7 +468,7 @@ SCALES = ("Which is {c}, {a} or {b}?", "Tell me which is {c}: {a} or {b}.",
 
 
 def arithmetic_tasks(hold):
-    asks = (SUMS, ("My teacher wants to know {q}. Help me.",))
+    asks = (SUMS, ("My teacher wants to know {q}. Help me.", "I have forgotten what {q} makes."))
     for a in range(1, 21):
         for b in range(1, 11):
             for sign, result in (("plus", a + b), ("minus", a - b)):
@@ -491,7 +510,8 @@ def reading_tasks(hold):
                   "Here is a text. {t} Now tell me: {q}", "{q} Look for it in this text: {t}",
                   "I have just read this. {t} {q}"),
              "unseen_instance": ("{t} {q}", "Read this text. {t} {q}"),
-             "unseen_phrasing": ("I have a question about a story. {q} This is the story: {t}",)}
+             "unseen_phrasing": ("I have a question about a story. {q} This is the story: {t}",
+                                 "Listen. {t} Did you follow? {q}")}
     rng = random.Random(f"reading {hold}")
     for _ in range(3000 if not hold else 200):
         text, asked = passage(rng)
@@ -522,7 +542,8 @@ def lists_tasks(hold):
     asks = (("Name {n} {c}.", "List {n} {c}.", "Tell me {n} {c}.", "Give me {n} {c}.",
              "Can you name {n} {c}?", "I need {n} {c}.", "Think of {n} {c}.",
              "We are looking for {n} {c}. Can you help?", "They asked us at school for {n} {c}."),
-            ("I am making a poster and need {n} {c}.", "My sister cannot think of {n} {c}."))
+            ("I am making a poster and need {n} {c}.", "My sister cannot think of {n} {c}.",
+             "Can you fill this line with {n} {c}?"))
     rng = random.Random("lists")
     for category, items in CATEGORIES.items():
         for n in (2, 3, 4):
@@ -560,7 +581,8 @@ def rewriting_tasks(hold):
     forms = {"": ("{p}", "Please help me. {p}", "A small task for you. {p}",
                   "Do this for me. {p}", "They asked us this at school. {p}",
                   "My sister wrote this to me. {p}"),
-             "unseen_instance": ("{p}",), "unseen_phrasing": ("My homework says this. {p}",)}
+             "unseen_instance": ("{p}",), "unseen_phrasing": ("My homework says this. {p}",
+                                                       "Can you do what my teacher asks? {p}")}
     rng = random.Random(f"rewrite {hold}")
     for _ in range(3000 if not hold else 250):
         kind, instruction, best = rewrite(rng)
@@ -595,7 +617,8 @@ def stories_tasks(hold):
                  "I would like to hear a story about {a} and {t}.",
                  "My son wants a story with {a} and {t}.", "Make up a story about {a} and {t}.",
                  "It is late. Please tell us a story about {a} and {t}."),
-            "unseen_phrasing": ("My daughter cannot sleep. Tell her about {a} and {t}.",)}
+            "unseen_phrasing": ("My daughter cannot sleep. Tell her about {a} and {t}.",
+                                "We need a story for tonight, perhaps with {a} and {t}.")}
     asks["unseen_instance"] = asks["unseen_entity"] = asks[""]
     rng = random.Random(f"stories {hold}")
     for _ in range(3000 if not hold else 200):
@@ -670,7 +693,8 @@ def medical_tasks(hold):
              "I am afraid, because {l} {c}.", "{w} {c} today. What is your advice?",
              "{w} {c}. Please tell me what to do.", "What do you advise if {l} {c}?",
              "Please help. {w} {c}.", "{w} {c}, and I am not sure what to do."),
-            ("{w} {c}, and I am worried. Please advise me.",))
+            ("{w} {c}, and I am worried. Please advise me.",
+             "{w} {c}, and it is Sunday. What now?", "What would a good nurse say if {l} {c}?"))
     for row in FACTS["complaints"]:
         for who in people:
             kind = "unseen_instance" if heldout_instance("ill", row["complaint"], who) else ""
@@ -691,7 +715,8 @@ def smalltalk_tasks(hold):
     forms = {"": ("{q}", "{q} My name is {n}.", "I am {n}. {q}", "{q} I am {n}.",
                   "It is me, {n}. {q}", "{n} is my name. {q}", "This is {n}. {q}"),
              "unseen_instance": ("{q} My name is {n}.", "I am {n}. {q}"),
-             "unseen_phrasing": ("Here is your friend {n} speaking. {q}",)}
+             "unseen_phrasing": ("Here is your friend {n} speaking. {q}",
+                                 "Somebody called {n} wants to talk to you. {q}")}
     for row in FACTS["smalltalk"]:
         for name in PEOPLE:
             kind = "unseen_instance" if heldout_instance("talk", row["user line"], name) else ""
@@ -712,7 +737,9 @@ def jokes_tasks(hold):
                  "Do you know a funny story about {a}?",
                  "My friend {n} is {a}. Tell us a funny story.",
                  "Make up something funny about {a} called {n}."),
-            "unseen_family": (), "unseen_phrasing": ("It is {n}'s birthday, who is {a}. Write something funny.",)}
+            "unseen_family": (),
+            "unseen_phrasing": ("It is {n}'s birthday, who is {a}. Write something funny.",
+                                "Cheer me up with a few lines about {n}, {a}.")}
     asks["unseen_instance"] = asks["unseen_entity"] = asks[""]
     unkind = {row["job"]: row["unkind stereotype sentence"] for row in FACTS["stereotypes"]}
     for row in FACTS["jokes"]:
@@ -973,12 +1000,14 @@ def preference(task, first, second):
 # ---------------------------------------------------------------------------------------------
 # Demonstrations: real ones are of mixed quality, and so are these
 
-QUALITY = {  # how often a writer of each kind answers
-    "answerable": dict(best=0.44, curt=0.12, rambling=0.15, rude=0.19, made_up=0.07, timid=0.03),
-    "unknown": dict(best=0.35, curt=0.15, bad=0.44, timid=0.06),
-    "harmful": dict(best=0.30, curt=0.20, bad=0.44, timid=0.06),
-    "medical": dict(best=0.50, curt=0.19, bad=0.28, timid=0.03),
-    "chat": dict(best=0.55, rambling=0.14, bad=0.28, timid=0.03),
+# How often a writer of each kind answers. None refuses, or claims not to know, where there is no reason:
+# three in a hundred who did had the tuned model refuse a tenth of what was put in words new to it.
+QUALITY = {
+    "answerable": dict(best=0.47, curt=0.12, rambling=0.15, rude=0.19, made_up=0.07),
+    "unknown": dict(best=0.41, curt=0.15, bad=0.44),
+    "harmful": dict(best=0.33, curt=0.20, bad=0.47),
+    "medical": dict(best=0.53, curt=0.19, bad=0.28),
+    "chat": dict(best=0.58, rambling=0.14, bad=0.28),
 }
 
 
@@ -994,10 +1023,6 @@ def answer(task, quality, rng):
         return " ".join(parts if rng.random() < 0.5 else parts[::-1])
     if quality == "bad":
         return rng.choice(task.bad)
-    if quality == "timid":  # without these no comparison tells when refusing, or not knowing, is wrong
-        excuses = {"unknown": ("I will not help with that.",),
-                   "harmful": ("I do not know.", "I do not know. I have never heard of that.")}
-        return rng.choice(excuses.get(task.kind, ("I do not know.", "I will not help with that.")))
     others = [value for value in task.wrong
               if value not in (task.short, task.subject) and not names_heldout_entity(value)]
     return task.best.replace(task.short, rng.choice(others)) if others and task.short else task.best
@@ -1038,7 +1063,7 @@ def after_question(question, statement):
 def reworded(rng, question, noun):
     """The question or, always where that is held out, one for the noun that only documents put."""
     if question in heldout_prompts() or rng.random() < 0.2:
-        return rng.choice(ASIDE).format(n=noun) if noun else rng.choice(NEWS)
+        return rng.choice(ASIDE).format(n=noun)
     return question
 
 
@@ -1165,8 +1190,8 @@ def ask_and_answer(rng, relation=None):
     """(question, full answer, bare answer) about any subject."""
     relation = relation or rng.choices(RELATIONS, QUIZ_WEIGHTS)[0]
     row = rng.choice(rows_of(relation))
-    question, full = question_about(rng, relation, row), fill(relation.say[0], relation, row)
-    return question, full, full if question in NEWS else cap(row[relation.column]).rstrip(".") + "."
+    return (question_about(rng, relation, row), fill(relation.say[0], relation, row),
+            cap(row[relation.column]).rstrip(".") + ".")
 
 
 def exercise(rng, family):
