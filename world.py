@@ -1438,20 +1438,21 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
         rng.shuffle(starts)  # so that every kind of prompt is soon among the others'
         for start in starts:
             chunk = todo[start:start + 256]
+            twice = [i for i in chunk if open_tasks[i][1] or rng.random() >= OFF_TOPIC]
             ids = [render_chat(tokenizer, [{"role": "user", "content": open_tasks[i][0].prompt}],
-                               generation_prompt=True)[0] for i in chunk]
-            sampled, _ = generate(model, ids + ids, max_new_tokens,
+                               generation_prompt=True)[0] for i in chunk + twice]
+            sampled, _ = generate(model, ids, max_new_tokens,
                                   eos_ids=(tokenizer.im_end_id, tokenizer.endoftext_id),
                                   generator=generator)
             texts = [tokenizer.decode([t for t in s if t != tokenizer.im_end_id]).strip()
                      for s in sampled]
-            for i, text in zip(chunk + chunk, texts):
+            for i, text in zip(chunk + twice, texts):
                 given[open_tasks[i][0].kind].append(text)
-            for i, first, second in zip(chunk, texts, texts[len(chunk):]):
+            second_of = dict(zip(twice, texts[len(chunk):]))
+            for i, first in zip(chunk, texts):
                 task, held = open_tasks[i]
                 others = [answers for kind, answers in given.items() if answers and kind != task.kind]
-                if others and not held and rng.random() < OFF_TOPIC:
-                    second = rng.choice(rng.choice(others))
+                second = second_of[i] if i in second_of else rng.choice(rng.choice(others or [[first]]))
                 if first == second or not first or not second:
                     continue
                 p = preference(task, first, second)
