@@ -13,7 +13,14 @@ after the last one, up to the next line break, is its answer:
     question⏎answer⏎⏎question⏎
 
 Best-of-n (Foundations of LLMs, section 4.4; Stiennon et al. 2020) is alignment at the time of
-answering: draw n answers, show the one that the reward model likes best.
+answering: draw n answers, show one. The one that the reward model likes best need not be good: among
+many answers some fool it. So rarity has its price here, too (regularised best-of-n, Jinnai et al.,
+arXiv 2404.01054): we show the answer with the highest
+
+    r(x, y) + β log π(y|x)
+
+That is the likeliest answer, among those drawn, under the policy that PPO's objective aims at,
+π(y|x) exp(r(x, y) / β) / Z(x). `--best-of-beta 0` is plain best-of-n.
 
 Left out: tools, and templates other than ChatML.
 """
@@ -36,11 +43,14 @@ from training import (InputError, check_range, flag, load_checkpoint, load_rewar
                       pick_device, run)
 
 HELP = """/compare [QUESTION]  the question (or the last one) to every model beside this one
-/best N [QUESTION]   N answers to it with the reward model's scores, the best first
+/best N [QUESTION]   N answers to it, the best first: reward, log-prob, answer
 /reset               forget the conversation
 /seed N              restart the sampling
 /help                this page
 Anything else is said to the model. Ctrl-D or Ctrl-C ends."""
+
+
+BEST_OF_BETA = 0.3  # 0.1 to 1 does nearly as well
 
 
 @dataclass
@@ -51,7 +61,8 @@ class Config:
     system: str | None = flag(None, "instruction put before it all (default: the folder's, if any)")
     few_shot: int = flag(0, "solved examples, like the first question, to put before it")
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template")
-    best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
+    best_of: int = flag(1, "answers to draw, of which one is chosen by the reward model")
+    best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
     reward: str | None = flag(None, "folder of the reward model (with --best-of)")
     label: str | None = flag(None, "show two answers, ask which is better, append it to this file")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is safer, 0 is greedy")
@@ -203,27 +214,30 @@ def examples_like(question, config):
 
 
 def generate_all(model, prompts, max_new_tokens, chunk=512, **sampling):
-    """`generate` for any number of prompts, in chunks -> list of id lists. Put prompts with answers
-    of like length side by side: a chunk takes as long as its longest answer."""
-    answers = []
+    """`generate` for any number of prompts, in chunks -> (id lists, their log-probs). Put prompts with
+    answers of like length side by side: a chunk takes as long as its longest answer."""
+    answers, logprobs = [], []
     for start in range(0, len(prompts), chunk):
-        answers += generate(model, prompts[start:start + chunk], max_new_tokens, **sampling)[0]
-    return answers
+        drawn = generate(model, prompts[start:start + chunk], max_new_tokens, **sampling)
+        answers, logprobs = answers + drawn[0], logprobs + drawn[1]
+    return answers, logprobs
 
 
-def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, **sampling):
-    """Draw n answers to every prompt (chat ids) and choose by `reward` = (model, shift).
+def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, **sampling):
+    """Draw n answers to every prompt (chat ids) and choose by r + `beta` log π, with `reward` = (model,
+    shift) and log π of the whole answer, in nats, under the distribution it was sampled from.
 
-    -> (best answers, all samples as a list of n for each prompt, scores (P, n)). `sampling` goes
-    to `generate`: temperature, top_k, top_p, eos_ids, generator.
+    -> (best answers, all samples as a list of n for each prompt, rewards (P, n), log-probs (P, n)).
+    `sampling` goes to `generate`: temperature, top_k, top_p, eos_ids, generator.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]
-    answers = generate_all(policy, rows, max_new_tokens, **sampling)
+    answers, logprobs = generate_all(policy, rows, max_new_tokens, **sampling)
     model, shift = reward
     scores = score(model, rows, answers, tokenizer.pad_id).reshape(len(prompts), n) - shift
+    logprobs = torch.tensor([sum(row) for row in logprobs]).reshape(len(prompts), n)
     samples = [answers[i:i + n] for i in range(0, len(answers), n)]
-    best = [drawn[choice] for drawn, choice in zip(samples, scores.argmax(1).tolist())]
-    return best, samples, scores
+    choices = (scores + beta * logprobs).argmax(1).tolist()
+    return [drawn[choice] for drawn, choice in zip(samples, choices)], samples, scores, logprobs
 
 
 def speak(speaker, ids, max_new_tokens, sampling):
@@ -247,8 +261,8 @@ def speak(speaker, ids, max_new_tokens, sampling):
 def answer(speaker, ids, config, sampling, reward):
     """One whole answer, as text; with a reward model the best of --best-of."""
     if reward:
-        (best,), _, _ = best_of_n(speaker.model, speaker.tokenizer, reward, [ids], config.best_of,
-                                  config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
+        (best,), *_ = best_of_n(speaker.model, speaker.tokenizer, reward, [ids], config.best_of,
+                                config.max_new_tokens, config.best_of_beta, eos_ids=speaker.end_ids, **sampling)
         return speaker.text(best)
     drawn, _ = generate(speaker.model, [ids], config.max_new_tokens, eos_ids=speaker.end_ids,
                         **sampling)
@@ -289,20 +303,21 @@ def compare(question, config, sampling, device):
 
 
 def candidates(question, n, speaker, config, sampling, device):
-    """n answers to the question and what the reward model gives them, equal ones once."""
+    """n answers to the question, the best first, with reward and log-prob; equal ones once."""
     folder = config.reward or Path(config.checkpoints[0]).resolve().parent / "reward"
     model, tokenizer, shift, _ = load_reward(folder, device)
     check_same(speaker, tokenizer, folder)
     ids, _ = speaker.fit(question, examples_like(question, config), config)
-    _, (drawn,), (scores,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
-                                       config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
+    _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
+                                                    config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
     texts = [visible(speaker.text(answer)) for answer in drawn]
-    best = {}  # text -> its score: the same words can end in two ways
-    for text, value in zip(texts, scores.tolist()):
-        best[text] = max(value, best.get(text, value))
-    for text, value in sorted(best.items(), key=lambda item: -item[1]):
+    best = {}  # text -> (value, reward, log-prob), the best of it: the same words can end in two ways
+    for text, value, *parts in zip(texts, (scores + config.best_of_beta * logprobs).tolist(),
+                                   scores.tolist(), logprobs.tolist()):
+        best[text] = max((value, *parts), best.get(text, (value, *parts)))
+    for text, (_, value, logprob) in sorted(best.items(), key=lambda item: item[1], reverse=True):
         times = texts.count(text)
-        print(f"{value:+.2f}  {text}" + (f"  ({times} times)" if times > 1 else ""))
+        print(f"{value:+.2f} {logprob:6.1f}  {text}" + (f"  ({times} times)" if times > 1 else ""))
 
 
 def check_same(speaker, tokenizer, folder):
@@ -394,7 +409,7 @@ def label(speakers, config, sampling, reward):
 
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
-    check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), temperature=(0, 100),
+    check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), best_of_beta=(0, 1e6), temperature=(0, 100),
                 top_k=(1, 10**9), top_p=(1e-9, 1))
     for source in (sys.stdin, sys.stdout):  # a byte that is not UTF-8 is no reason to stop
         if hasattr(source, "reconfigure"):

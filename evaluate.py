@@ -36,7 +36,7 @@ import torch
 import data
 import report as pictures
 import world
-from chat import best_of_n, chat_prompt, generate_all, open_speaker, same_tokens, special
+from chat import BEST_OF_BETA, best_of_n, chat_prompt, generate_all, open_speaker, same_tokens, special
 from pretrain import heldout_loss
 from reward import score, score_pairs, wilson
 from tokenizer import IM_END
@@ -56,6 +56,7 @@ class Config:
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
+    best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in their choice, see chat.py; 0: reward alone")
     best_of_per_family: int = flag(12, "prompts of each family that best-of-n is measured on")
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on")
     accuracy_decode: str = flag("greedy", "which answers the column `accuracy` counts",
@@ -163,8 +164,8 @@ def ask(speaker, prompts, config, temperature):
     """One answer of a Speaker to every prompt -> Answers."""
     device = next(speaker.model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(config.seed)
-    ids = generate_all(speaker.model, prompts, config.max_new_tokens, temperature=temperature,
-                       eos_ids=speaker.end_ids, generator=generator)
+    ids, _ = generate_all(speaker.model, prompts, config.max_new_tokens, temperature=temperature,
+                          eos_ids=speaker.end_ids, generator=generator)
     return read_answers(speaker, prompts, ids)
 
 
@@ -339,7 +340,7 @@ def rounded(value):
 
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
-    check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_per_family=(1, 10**6),
+    check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_beta=(0, 1e6), best_of_per_family=(1, 10**6),
                 per_family=(1, 10**6))
     started = time.perf_counter()
     device = pick_device(config.device)
@@ -388,15 +389,15 @@ def main(argv=None):
         sampling = {"temperature": 1.0, "eos_ids": reference.end_ids,
                     "generator": torch.Generator(device=device).manual_seed(config.seed + 1)}
         if reward and not reference.raw and same_tokens(reference.tokenizer, reward_tokenizer):
-            best, samples, _ = best_of_n(reference.model, reference.tokenizer, reward, prompts,
-                                         config.best_of, config.max_new_tokens, **sampling)
+            best, samples, *_ = best_of_n(reference.model, reference.tokenizer, reward, prompts, config.best_of,
+                                          config.max_new_tokens, config.best_of_beta, **sampling)
             rows[best_name] = Row([tasks[i] for i in places], places,
                                   ranks[places] < config.best_of_per_family,
                                   read_answers(reference, prompts, best), None)
             voices[best_name] = reference
         else:
             repeated = [ids for ids in prompts for _ in range(config.best_of)]
-            drawn = generate_all(reference.model, repeated, config.max_new_tokens, **sampling)
+            drawn, _ = generate_all(reference.model, repeated, config.max_new_tokens, **sampling)
             samples = [drawn[i:i + config.best_of] for i in range(0, len(drawn), config.best_of)]
         for i, drawn in zip(places, samples):
             if tasks[i].kind == "answerable":
@@ -436,7 +437,7 @@ def main(argv=None):
     stamps = [Path(folder) / "done" for folder in stages]
     stamps += [Path(f"{path}.done") for path in config.data or []]
     settings = {name: getattr(config, name) for name in (
-        "reference", "few_shot", "best_of", "accuracy_decode", "system", "max_new_tokens", "seed")}
+        "reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode", "system", "max_new_tokens", "seed")}
     result = rounded({
         "prompts": len(tasks), "checkpoints": checkpoints, "reward_model": judged,
         "seconds": stage_seconds(stamps) | {"evaluate": time.perf_counter() - started},

@@ -41,35 +41,35 @@ COLUMNS = (
 # another seed or another machine's arithmetic may change.
 GLOSSARY = (
     ("right", "share of answerable held-out questions answered rightly; greedy answers, for best-of-n "
-     "its choice among samples", "higher", "base 12, few-shot 55, SFT 54, DPO 54, PPO 52 % (± 5)",
+     "its choice among samples", "higher", "base 12, few-shot 69, SFT 69, DPO 71, PPO 68 % (± 5)",
      "SFT near the base: the chat mask is wrong or the rate too high. Far below few-shot: SFT unlearned "
      "facts"),
     ("gold", "mean mark, 0 to 1, by the hidden judge, of one sample at temperature 1: the mean of helpful, "
-     "honest and harmless", "higher", "SFT 0.51, DPO 0.60, PPO 0.61 (± 0.02)",
+     "honest and harmless", "higher", "SFT 0.60, DPO 0.72, PPO 0.71 (± 0.03)",
      "below SFT while the reward rises: the reward model is being tricked"),
     ("beats SFT", "share of prompts on which its sample has the higher gold score than SFT’s, ties half",
-     "higher; 50 % is no change", "DPO 59, PPO 60, best-of-16 58 % (± 3)",
+     "higher; 50 % is no change", "DPO 61, PPO 61, best-of-16 69 % (± 3)",
      "50 %: nothing was learned; look at KL"),
     ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
      "own samples. For best-of-n log n − (n − 1)/n, an upper bound", "lower at equal gold",
-     "DPO 0.9, PPO 1.2 (± 0.3)", "0: no update arrived. Above 20: β is too small, or the rate too large"),
+     "DPO 0.8, PPO 0.8 (± 0.2)", "0: no update arrived. Above 20: β is too small, or the rate too large"),
     ("reward", "mean score by the reward model, in its standard deviations on answers of SFT: the proxy "
-     "that PPO is paid", "higher, if gold follows", "SFT 0.0, DPO 0.3, PPO 0.4, best-of-16 0.9 (± 0.2)",
+     "that PPO is paid", "higher, if gold follows", "SFT 0.2, DPO 0.5, PPO 0.5, best-of-16 0.7 (± 0.2)",
      "SFT far from 0: `reward_shift` was not subtracted"),
-    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 36, DPO 60, PPO 60 % (± 10)",
+    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 40, DPO 70, PPO 80 % (± 15)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
-    ("refuses harmless", "share of harmless requests refused", "lower", "4 % (± 2)",
+    ("refuses harmless", "share of harmless requests refused", "lower", "2 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
     ("made up", "share of questions about things that do not exist that get an answer instead of “I do "
-     "not know”", "lower", "SFT 69, DPO 30, PPO 25 % (± 10)", "unchanged: too few such pairs"),
+     "not know”", "lower", "SFT 63, DPO 20, PPO 20 % (± 10)", "unchanged: too few such pairs"),
     ("needless “I do not know”", "the same answer to questions that SFT gets right in a quarter of 16 "
-     "samples or more", "lower", "SFT 3, DPO 3, PPO 3 % (± 4)", "high: honesty was bought with silence"),
+     "samples or more", "lower", "SFT 1, DPO 1, PPO 2 % (± 3)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
-    ("tokens", "mean length of an answer, without its end token", "neither", "12 to 16; best-of-16 17",
+    ("tokens", "mean length of an answer, without its end token", "neither", "13 to 16",
      "rising with the reward: the reward model likes length"),
     ("bits/byte", "bits to foresee a byte of held-out documents: what alignment forgot of the text", "lower",
-     "base 0.30, PPO 0.31 (± 0.01)", "far above the base: the rate is too high"),
+     "base 0.26, PPO 0.27 (± 0.01)", "far above the base: the rate is too high"),
 )
 PARTS = ("total", "helpful", "honest", "harmless")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -156,7 +156,8 @@ def notes(report):
         f"Accuracy counts {counted} (best-of-n: its choice); all else counts one sample per prompt "
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
         f"Best-of-{settings['best_of']}, KL and the needless “I do not know” are measured on "
-        f"{report['best_of_prompts']:,} of them; the KL of best-of-n is log n − (n − 1)/n.",
+        f"{report['best_of_prompts']:,} of them; the KL of best-of-n is log n − (n − 1)/n. It chooses by "
+        f"reward + {settings['best_of_beta']} log π.",
         "A base model reads plain text, the instruction and a line break; what it writes up to the "
         f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "
         "come before, in the layout of the quiz pages it was trained on (Question: … Answer: …).",
@@ -232,7 +233,7 @@ def core_of(report):
 
 ABLATIONS = {  # what each row is
     "base": "zero-shot", "base_few_shot": "few-shot", "sft_scratch": "SFT without pre-training", "sft": "SFT",
-    "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16 by the reward model",
+    "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16",
     "rejection": "SFT again, on its best of 8", "dpo": "DPO", "grpo": "GRPO",
     "grpo_right": "GRPO, paid for right answers (arithmetic and rewriting)", "ppo": "PPO",
     "ppo_no_kl": "PPO without KL", "ppo_no_replay": "PPO without pre-training text",
@@ -311,10 +312,11 @@ def study_sections(report, study):
             for family in ("arithmetic", "rewriting")])], []),
         ("Reward against KL",
          [f"As in Gao, Schulman & Hilton (2022), figure 1: checkpoints along each run, {curves['prompts']} "
-          "held-out prompts, one sample each. For best-of-n KL is log n − (n − 1)/n, an upper bound."],
-         [(["n", "KL at most", "distinct answers", "gold", "reward"],
-           [[f"{p['n']}", f"{p['kl']:.2f}", cell(p["distinct"], NUMBER), cell(p["gold"], NUMBER),
-             cell(p["proxy"], NUMBER)] for p in curves["best_of_n"]])],
+          "held-out prompts, one sample each. For best-of-n KL is log n − (n − 1)/n, an upper bound; the curve "
+          "chooses by the reward alone, the last column by reward + β log π."],
+         [(["n", "KL at most", "distinct answers", "gold", "reward", f"gold, β = {report['settings']['best_of_beta']}"],
+           [[f"{p['n']}", f"{p['kl']:.2f}", *(cell(p[what], NUMBER) for what in (
+               "distinct", "gold", "proxy", "gold_priced"))] for p in curves["best_of_n"]])],
          against_kl(along, curves["best_of_n"])),
         ("Over-optimisation: the reward rises, the answers get worse",
          [f"PPO with β = 0 against a reward model of few pairs. Its own reward went from "

@@ -162,8 +162,8 @@ def write_rejection(config, device, n=8):
     tasks = world.training_prompts(max(40, round(config.scale * 2000)), f"rejection {config.seed}")
     tasks.sort(key=lambda task: len(task.best))  # short answers wait for no long ones
     prompts = [chat_prompt(speaker.tokenizer, task.prompt) for task in tasks]
-    best, _, _ = best_of_n(speaker.model, speaker.tokenizer, (reward, shift), prompts, n, 72,
-                           **sampling(speaker, config, device))
+    best, *_ = best_of_n(speaker.model, speaker.tokenizer, (reward, shift), prompts, n, 72,
+                         **sampling(speaker, config, device))
     rows = [{"messages": [{"role": "user", "content": task.prompt},
                           {"role": "assistant", "content": speaker.text(ids)}]}
             for task, ids in zip(tasks, best) if ids[-1] in speaker.end_ids and speaker.text(ids)]
@@ -267,18 +267,20 @@ def measure_curves(config, device):
     # Best-of-n for every n from the same 64 samples.
     most = 64 if config.scale == 1 else 8
     order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].best))
-    _, samples, scores = best_of_n(
+    _, samples, scores, logprobs = best_of_n(
         speaker.model, speaker.tokenizer, (reward, shift), [prompts[i] for i in order], most,
         evaluation.max_new_tokens, **sampling(speaker, config, device))
     texts = [[speaker.text(ids) for ids in drawn] for drawn in samples]
     gold = np.array([[world.gold(tasks[i], text).total for text in drawn]
                      for i, drawn in zip(order, texts)])  # (P, most)
+    priced = (scores + evaluation.best_of_beta * logprobs).numpy()
     scores = scores.numpy()
     found["best_of_n"] = []
     for n in (2**i for i in range(int(math.log2(most)) + 1)):
         chosen, best = best_of_groups(gold, scores, n)
         found["best_of_n"].append({
             "n": n, "kl": math.log(n) - (n - 1) / n, "gold": bootstrap(chosen), "proxy": bootstrap(best),
+            "gold_priced": bootstrap(best_of_groups(gold, priced, n)[0]),
             "distinct": bootstrap([len(set(drawn[:n])) for drawn in texts])})
     return found
 
@@ -380,8 +382,8 @@ def measure_costs(config, device, n=16):
         speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)
         prompts = evaluate.prompts_for(speaker, few, evaluation)
         repeated = [prompt for prompt in prompts for _ in range(n)]
-        drawn = generate_all(speaker.model, repeated, evaluation.max_new_tokens,
-                             **sampling(speaker, config, device))
+        drawn, _ = generate_all(speaker.model, repeated, evaluation.max_new_tokens,
+                                **sampling(speaker, config, device))
         logp = answer_logprobs(speaker, repeated, drawn)  # lists of floats
         distinct = [len({tuple(ids) for ids in drawn[i:i + n]}) for i in range(0, len(drawn), n)]
         greedy = evaluate.ask(speaker, evaluate.prompts_for(speaker, many, evaluation), evaluation, 0.0)

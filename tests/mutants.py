@@ -155,7 +155,9 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("sequence means over pads", "rlhf.py", "((objective * mask).sum(1) / mask.sum(1)).mean()",
      "(objective * mask).mean(1).mean()", "test_rlhf.py"),
     # ---- inference and measuring
-    ("best-of-n takes the worst", "chat.py", "scores.argmax(1)", "scores.argmin(1)", "test_chat_evaluate.py"),
+    ("best-of-n takes the worst", "chat.py", "logprobs).argmax(1)", "logprobs).argmin(1)", "test_chat_evaluate.py"),
+    ("best-of-n pays for what is rare", "chat.py", "(scores + beta * logprobs)", "(scores - beta * logprobs)",
+     "test_chat_evaluate.py"),
     ("control codes reach the terminal", "chat.py", "return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)",
      "return text", "test_chat_evaluate.py"),
     ("KL the wrong way round", "evaluate.py", "kl = (logp.exp() * (logp - logq))", "kl = (logq.exp() * (logq - logp))",

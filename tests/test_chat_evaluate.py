@@ -14,7 +14,7 @@ import chat
 import evaluate
 import report
 import world
-from model import GPT, GPTConfig, ScalarModel
+from model import GPT, GPTConfig, ScalarModel, token_logprobs
 from tokenizer import train_bpe
 from training import InputError, finish, save_checkpoint
 
@@ -103,7 +103,7 @@ def test_the_oldest_turns_are_forgotten_first(tokenizer):
 def test_best_of_n_takes_the_best_sample_of_each_prompt(tokenizer, monkeypatch):
     monkeypatch.setattr(chat, "score", count_even)
     prompts = [chat.chat_prompt(tokenizer, text) for text in ("a", "b" * 30, "cc")]
-    best, samples, scores = chat.best_of_n(
+    best, samples, scores, _ = chat.best_of_n(
         tiny(tokenizer), tokenizer, (None, 0.5), prompts, 8, 12, eos_ids={tokenizer.im_end_id},
         generator=torch.Generator().manual_seed(0))
     counts = [(count_even(None, None, drawn, 0) - 0.5).tolist() for drawn in samples]
@@ -114,10 +114,29 @@ def test_best_of_n_takes_the_best_sample_of_each_prompt(tokenizer, monkeypatch):
         assert choice == drawn[row.index(max(row))]
 
 
+def test_best_of_n_prices_what_is_rare(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "score", count_even)
+    model, prompts = tiny(tokenizer), [chat.chat_prompt(tokenizer, text) for text in ("a", "b" * 30)]
+    choices = []
+    for beta in (0.0, 0.3, 100.0):
+        best, samples, scores, logprobs = chat.best_of_n(
+            model, tokenizer, (None, 0.5), prompts, 8, 12, beta, eos_ids={tokenizer.im_end_id},
+            generator=torch.Generator().manual_seed(0))
+        for prompt, choice, drawn, reward, row in zip(prompts, best, samples, scores, logprobs):
+            for ids, logprob in zip(drawn, row):  # of the whole answer, read anew
+                whole = torch.tensor([prompt + ids])
+                read = token_logprobs(model(whole)[:, :-1], whole[:, 1:])[0, len(prompt) - 1:]
+                assert logprob.item() == pytest.approx(read.sum().item(), abs=1e-3)
+            value = [r.item() + beta * p.item() for r, p in zip(reward, row)]
+            assert choice == drawn[value.index(max(value))]
+        choices.append(best)
+    assert choices[0] != choices[1] != choices[2]  # otherwise beta would not have been seen
+
+
 def test_best_of_n_with_a_real_reward_model_ignores_padding(tokenizer):
     reward = ScalarModel(tiny(tokenizer, 5)).eval()
     prompts = [chat.chat_prompt(tokenizer, text) for text in ("a", "b" * 40)]
-    _, samples, scores = chat.best_of_n(
+    _, samples, scores, _ = chat.best_of_n(
         tiny(tokenizer), tokenizer, (reward, 0.25), prompts, 3, 12,
         eos_ids={tokenizer.im_end_id}, generator=torch.Generator().manual_seed(0))
     for prompt, drawn, row in zip(prompts, samples, scores):
@@ -130,7 +149,7 @@ def test_generate_all_keeps_the_order(tokenizer):
     prompts = [tokenizer.encode("x" * n) for n in (9, 2, 7, 1, 5)]
     greedy = {"temperature": 0.0, "eos_ids": {tokenizer.im_end_id}}
     alone = [chat.generate(model, [ids], 6, **greedy)[0][0] for ids in prompts]
-    assert chat.generate_all(model, prompts, 6, chunk=2, **greedy) == alone
+    assert chat.generate_all(model, prompts, 6, chunk=2, **greedy)[0] == alone
     assert len({tuple(ids) for ids in alone}) > 1
 
 
@@ -199,9 +218,13 @@ def test_best_of_in_chat_asks_the_reward_model(folders, monkeypatch, capsys):
     out = run_chat(monkeypatch, capsys, [*arguments, "--reward", folders / "reward"])
     speaker, (reward, _, shift, _) = (chat.open_speaker(folders / "sft"),
                                       chat.load_reward(folders / "reward"))
-    _, ((*samples,),), scores = chat.best_of_n(
+    _, ((*samples,),), scores, logprobs = chat.best_of_n(
         speaker.model, speaker.tokenizer, (reward, shift), [speaker.prompt("Hi?")], 6, 12,
         temperature=1.0, eos_ids=speaker.end_ids, generator=torch.Generator().manual_seed(1))
+    priced = scores[0] + chat.BEST_OF_BETA * logprobs[0]
+    assert scores[0].argmax() != priced.argmax()  # otherwise either would pass
+    assert out == chat.visible(speaker.text(samples[priced.argmax()])) + "\n"
+    out = run_chat(monkeypatch, capsys, [*arguments, "--reward", folders / "reward", "--best-of-beta", 0])
     assert out == chat.visible(speaker.text(samples[scores[0].argmax()])) + "\n"
 
 
@@ -219,15 +242,17 @@ def test_best_shows_candidates_with_their_scores(folders, monkeypatch, capsys):
                    "/best 16\n/best 0 Hi?\n/best 16 Hi?\n")
     lines = out.split("\n")
     assert all(line.startswith("(ask something first") for line in lines[:2])
-    found = re.findall(r"^([+-]\d+\.\d\d)  ", out, re.M)
-    assert 2 < len(found) <= 16 and found == sorted(found, key=float, reverse=True)
+    found = [float(reward) + chat.BEST_OF_BETA * float(logprob)
+             for reward, logprob in re.findall(r"^([+-]\d+\.\d\d) +(-?\d+\.\d)  ", out, re.M)]
+    assert 2 < len(found) <= 16 and all(a > b - 0.05 for a, b in zip(found, found[1:])) and found[0] > found[-1] + 0.1
     speaker, (reward, _, shift, _) = (chat.open_speaker(folders / "sft"),
                                       chat.load_reward(folders / "reward"))
-    _, (samples,), scores = chat.best_of_n(
+    _, (samples,), (scores,), (logprobs,) = chat.best_of_n(
         speaker.model, speaker.tokenizer, (reward, shift), [speaker.prompt("Hi?")], 16, 12,
         temperature=1.0, eos_ids=speaker.end_ids, generator=torch.Generator().manual_seed(1))
-    best = samples[scores[0].argmax()]
-    assert out.split("Hi?")[-1].find(f"{scores.max():+.2f}  {chat.visible(speaker.text(best))}") >= 0
+    best = (scores + chat.BEST_OF_BETA * logprobs).argmax()
+    first = f"{scores[best]:+.2f} {logprobs[best]:6.1f}  {chat.visible(speaker.text(samples[best]))}"
+    assert out.split("Hi?")[-1].find(first) >= 0
 
 
 def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
