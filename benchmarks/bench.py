@@ -379,9 +379,8 @@ def encode(bench):
     stories = text.split("<|endoftext|>")
     tokenizer = train_bpe(stories, 4096)
 
-    def theirs():
-        for story in stories:
-            tokenizer.encoding.encode_ordinary(story)
+    def theirs():  # a list of the ids, as ours
+        return [tokenizer.encoding.encode_ordinary(story) for story in stories]
     return compare(len(text.encode()) / 1e6, **{"ours": lambda: tokenizer.encode_batch(stories), "tiktoken": theirs})
 
 
