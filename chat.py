@@ -48,9 +48,7 @@ HELP = """/compare [QUESTION]  the question (or the last one) to every model bes
 /seed N              restart the sampling
 /help                this page
 Anything else is said to the model. Ctrl-D or Ctrl-C ends."""
-
-
-BEST_OF_BETA = 0.3  # 0.1 to 1 does nearly as well
+BEST_OF_BETA = 0.3  # 0.1 to 1 does nearly as well in the embedded world
 
 
 @dataclass
