@@ -14,8 +14,8 @@ after the last one, up to the next line break, is its answer:
 
 Best-of-n (Foundations of LLMs, section 4.4; Stiennon et al. 2020) is alignment at the time of
 answering: draw n answers, show one. The one that the reward model likes best need not be good: among
-many answers some fool it. So rarity has its price here, too (regularised best-of-n, Jinnai et al.,
-arXiv 2404.01054): we show the answer with the highest
+many answers some fool it. So straying from π, the model that answers, has its price here as in PPO
+(regularised best-of-n, Jinnai et al., arXiv 2404.01054): we show the answer with the highest
 
     r(x, y) + β log π(y|x)
 
@@ -216,8 +216,9 @@ def generate_all(model, prompts, max_new_tokens, chunk=512, **sampling):
     answers of like length side by side: a chunk takes as long as its longest answer."""
     answers, logprobs = [], []
     for start in range(0, len(prompts), chunk):
-        drawn = generate(model, prompts[start:start + chunk], max_new_tokens, **sampling)
-        answers, logprobs = answers + drawn[0], logprobs + drawn[1]
+        ids, of_ids = generate(model, prompts[start:start + chunk], max_new_tokens, **sampling)
+        answers += ids
+        logprobs += of_ids
     return answers, logprobs
 
 
@@ -309,13 +310,12 @@ def candidates(question, n, speaker, config, sampling, device):
     _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
     texts = [visible(speaker.text(answer)) for answer in drawn]
-    best = {}  # text -> (value, reward, log-prob), the best of it: the same words can end in two ways
-    for text, value, *parts in zip(texts, (scores + config.best_of_beta * logprobs).tolist(),
-                                   scores.tolist(), logprobs.tolist()):
-        best[text] = max((value, *parts), best.get(text, (value, *parts)))
-    for text, (_, value, logprob) in sorted(best.items(), key=lambda item: item[1], reverse=True):
+    shown = {}  # text -> place of the best of it: the same words can end in two ways
+    for place in (scores + config.best_of_beta * logprobs).argsort(descending=True).tolist():
+        shown.setdefault(texts[place], place)
+    for text, place in shown.items():
         times = texts.count(text)
-        print(f"{value:+.2f} {logprob:6.1f}  {text}" + (f"  ({times} times)" if times > 1 else ""))
+        print(f"{scores[place]:+.2f} {logprobs[place]:6.1f}  {text}" + (f"  ({times} times)" if times > 1 else ""))
 
 
 def check_same(speaker, tokenizer, folder):

@@ -104,8 +104,8 @@ SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 
 
 def fresh(config, path):
-    """Is it there, and younger than the runs it was made from?"""
-    made_from = (f"{config.runs}/{name}/done" for name in ("base", "sft", "reward"))
+    """Is it there, and younger than the runs it was made from and the code that made it?"""
+    made_from = (__file__, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
     return path.exists() and path.stat().st_mtime > max(os.path.getmtime(stamp) for stamp in made_from)
 
 

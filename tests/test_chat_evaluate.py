@@ -396,13 +396,17 @@ def test_prompts_are_chosen_evenly_but_rates_of_their_own_get_enough():
 @pytest.fixture(scope="module")
 def written(folders, some_tasks):
     """One tiny evaluation of everything -> the folder of its report."""
+    chosen_with = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "heldout_tasks", lambda: some_tasks)
         patch.setattr(world, "heldout_documents", lambda: ["Paris is in France."] * 3)
+        patch.setattr(evaluate, "best_of_n", lambda *args, **sampling: chosen_with.append(args[6:]) or
+                      chat.best_of_n(*args, **sampling))
         evaluate.main([*(str(folders / name) for name in ("base", "sft", "ppo")),
                        "--reward", str(folders / "reward"), "--data", str(folders / "pairs.jsonl"),
                        "--out", str(folders / "report"), "--max-new-tokens", "10", "--device",
-                       "cpu", "--best-of", "4", "--few-shot", "1", "--per-family", "2"])
+                       "cpu", "--best-of", "4", "--best-of-beta", "0.02", "--few-shot", "1", "--per-family", "2"])
+    assert chosen_with == [(0.02,)]
     return folders / "report"
 
 
@@ -432,6 +436,7 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
     assert rows["ppo"]["kl_from_sft"][0] > 0.1
     assert rows["best_of_4"]["kl_from_sft"][0] == pytest.approx(math.log(4) - 3 / 4, abs=1e-4)
     assert rows["best_of_4"]["proxy"][0] > rows["sft"]["proxy"][0]
+    assert found["settings"]["best_of_beta"] == 0.02
     judged = found["reward_model"]
     assert judged["pairs"] == 20 and judged["noise_ceiling"] == 0.8  # the row without p is not one
     assert judged["normalised"][0] == pytest.approx((judged["accuracy"][0] - 0.5) / 0.3, abs=1e-4)

@@ -141,6 +141,23 @@ def runs(tmp_path_factory):
     return root
 
 
+def test_what_is_older_than_a_run_or_the_code_is_measured_anew(tmp_path):
+    config, path = study.Config(runs=str(tmp_path)), tmp_path / "curves.json"
+    assert not study.fresh(config, path)
+    for name in ("base", "sft", "reward"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "done").touch()
+        os.utime(tmp_path / name / "done", (10, 10))
+    path.touch()
+    assert study.fresh(config, path)
+    os.utime(path, (20, 20))  # younger than the runs
+    assert not study.fresh(config, path)
+    path.touch()
+    (tmp_path / "sft" / "done").touch()
+    os.utime(tmp_path / "sft" / "done", (path.stat().st_mtime + 1,) * 2)
+    assert not study.fresh(config, path)
+
+
 def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     by_family = {}
     for task in world.heldout_tasks():
@@ -153,6 +170,9 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
         [*command[1:], "--max-new-tokens", "6", "--best-of", "2"]) if command[0] == "evaluate.py"
         else pytest.fail(f"not expected: {command}"))
     monkeypatch.setattr(study, "write_rejection", lambda *_: None)
+    chosen_by, best_of_groups = [], study.best_of_groups
+    monkeypatch.setattr(study, "best_of_groups", lambda gold, scores, n: chosen_by.append(scores) or
+                        best_of_groups(gold, scores, n))
     config = study.Config(runs=str(runs), out=str(runs / "study"), scale=0.05, device="cpu")
     for name, command in study.training_runs(config).items():
         (runs / "study" / name / "command").write_text(command)
@@ -170,6 +190,8 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     assert [p["n"] for p in ns] == [1, 2, 4, 8] and ns[0]["kl"] == 0
     assert ns[3]["kl"] == pytest.approx(math.log(8) - 7 / 8, abs=1e-5)
     assert ns[0]["proxy"][0] < ns[1]["proxy"][0] < ns[3]["proxy"][0]
+    assert len(chosen_by) == 2 * len(ns) and all((priced < plain).all() for plain, priced in zip(
+        chosen_by[::2], chosen_by[1::2]))  # β times a log-prob, which is below 0, was added
     assert ns[0]["distinct"][0] == 1 and ns[3]["distinct"][0] <= 8
 
     judge = found["reward_model"]
