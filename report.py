@@ -237,6 +237,7 @@ ABLATIONS = {  # what each row is
     "rejection": "SFT again, on its best of 8", "dpo": "DPO", "grpo": "GRPO",
     "grpo_right": "GRPO, paid for right answers (arithmetic and rewriting)", "ppo": "PPO",
     "ppo_no_kl": "PPO without KL", "ppo_no_replay": "PPO without pre-training text",
+    "ppo_no_sharpness": "PPO without learned sharpness",
     "ppo_no_eos_score": "PPO without a bad score for no end",
     "ppo_no_whitening": "PPO without whitening", "ppo_no_critic": "PPO without a value function",
     "ppo_hacked": "PPO without KL, longer, against a weak reward model"}

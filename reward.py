@@ -38,7 +38,7 @@ from model import ScalarModel, deepen
 from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, log, micro_batches, parse_args,
                       pick_device, progress, restore, run, save_checkpoint, save_state,
-                      seed_everything, set_learning_rate, start_run)
+                      seed_everything, set_share, start_run)
 
 
 @dataclass
@@ -203,8 +203,8 @@ def main():
     model.train()
     for epoch in range(step // per_epoch, config.epochs):
         for batch in batches(epoch)[step % per_epoch:]:
-            lr = learning_rate(step, steps, config.lr, config.warmup)
-            set_learning_rate(optimiser, lr)
+            share = learning_rate(step, steps, 1.0, config.warmup)
+            set_share(share, optimiser)
             optimiser.zero_grad(set_to_none=True)
             loss, margins = 0.0, []
             for rows, weight in micro_batches(batch, config.micro_batch):
@@ -225,7 +225,7 @@ def main():
                 margin = torch.cat(margins)  # (B,)
                 accuracy = (margin > 0).float().mean()
                 bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
-                log(config.out, step, loss=loss, accuracy=accuracy, lr=lr, gradient_norm=norm,
+                log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
                     margin=margin.mean())
             if step % config.eval_every == 0:  # parts from the training loss when it memorises
                 chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)

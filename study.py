@@ -81,6 +81,7 @@ def training_runs(config):
                       f"--group 16 --beta 0.04 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
         "ppo_no_replay": ppo_alone,
+        "ppo_no_sharpness": f"{ppo} --sharpness-lr 0",
         "ppo_no_eos_score": f"{ppo} --no-eos-score nan",
         "ppo_no_whitening": f"{ppo} --no-whiten",
         "ppo_no_critic": f"{ppo} --no-critic",
@@ -187,7 +188,7 @@ def policy_and_reward(config, device):
 
 ROWS = ("sft_scratch", "sft_best", "rejection", "dpo", "ppo", "ppo_seed2", "ppo_seed3", "grpo",
         "grpo_right", "ppo_no_kl", "ppo_no_kl_seed2", "ppo_no_kl_seed3", "ppo_no_replay",
-        "ppo_no_eos_score", "ppo_no_whitening", "ppo_no_critic", "ppo_hacked")
+        "ppo_no_sharpness", "ppo_no_eos_score", "ppo_no_whitening", "ppo_no_critic", "ppo_hacked")
 
 
 def evaluate_all(config):

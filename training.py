@@ -130,7 +130,7 @@ RANGES = {
     **dict.fromkeys(("steps", "epochs", "batch_size", "context_length", "documents", "conversations",
                      "prompts", "eval_prompts", "iterations", "episodes", "max_new_tokens", "layers",
                      "save_every", "keep_every", "eval_every", "samples_every", "micro_batch"), (1, 10**9)),
-    **dict.fromkeys(("lr", "embed_lr", "head_lr", "critic_lr", "decay", "gamma", "lam"), (0, 1)),
+    **dict.fromkeys(("lr", "embed_lr", "head_lr", "critic_lr", "sharpness_lr", "decay", "gamma", "lam"), (0, 1)),
     **dict.fromkeys(("warmup", "replay", "weight_decay", "adam_eps", "beta", "ratio_clip", "value_clip",
                      "stop_kl", "max_kl"), (0, 10**9)),
     "lora": (1, 10**4), "clip": (1e-9, 10**9), "pairs": (2, 10**9), "seed": (0, 2**32 - 1)}
@@ -255,8 +255,8 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     zero would shrink the signal it is there to keep."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "peak": lr, "weight_decay": weight_decay},
+              {"params": others, "peak": lr, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -368,11 +368,6 @@ def micro_batches(batch, size):
     size = size or len(batch)
     parts = [batch[start:start + size] for start in range(0, len(batch), size)]
     return [(part, len(part) / len(batch)) for part in parts]
-
-
-def set_learning_rate(optimiser, lr):
-    for group in optimiser.param_groups:
-        group["lr"] = lr
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1403,7 +1403,7 @@ OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to anot
 # its own for harmless answers. PPO and GRPO practise on fewer of them: a policy that is asked for
 # harm too often refuses what it does not understand.
 COMPARED = DEMONSTRATED + 3 * ("harmful", "howto") + ("unknown",)
-PRACTISED = DEMONSTRATED + ("harmful", "howto", "unknown")
+PRACTISED = DEMONSTRATED + 2 * ("harmful", "howto")
 
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):

@@ -310,7 +310,7 @@ def test_ppo_reaches_the_optimum(measured):
     optimiser = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=0.03)
     mask, steps = torch.ones(2048, 2), 250
     for step in range(steps):
-        training.set_learning_rate(optimiser, training.learning_rate(step, steps, 0.03))
+        optimiser.param_groups[0]["lr"] = training.learning_rate(step, steps, 0.03)
         with torch.no_grad():
             drawn = torch.multinomial(policy.logprobs(EVERY).sum(1).exp(), 2048, replacement=True)
             y = EVERY[drawn]
@@ -339,7 +339,7 @@ def test_dpo_reaches_the_optimum(measured):
     ref = reference.logprobs(EVERY).sum(1).detach()
     optimiser = torch.optim.Adam(policy.parameters(), lr=0.1)
     for step in range(400):
-        training.set_learning_rate(optimiser, training.learning_rate(step, 400, 0.1))
+        optimiser.param_groups[0]["lr"] = training.learning_rate(step, 400, 0.1)
         logp = policy.logprobs(EVERY).sum(1)
         loss, _ = rlhf.dpo_loss(logp[i], logp[j], ref[i], ref[j], BETA, label_smoothing=1 - p)
         optimiser.zero_grad()
@@ -366,7 +366,7 @@ def test_grpo_reaches_another_optimum(measured):
     optimiser = torch.optim.Adam([logits], lr=0.03)
     mask, steps = torch.ones(2048, 1), 300
     for step in range(steps):
-        training.set_learning_rate(optimiser, training.learning_rate(step, steps, 0.03))
+        optimiser.param_groups[0]["lr"] = training.learning_rate(step, steps, 0.03)
         y = torch.multinomial(logits.detach().softmax(0), 2048, replacement=True)
         old = token_logprobs(logits.detach().expand(2048, 1, -1), y[:, None])
         advantages = rlhf.grpo_advantages(reward[y].view(-1, group), standardise=False).flatten()

@@ -386,7 +386,7 @@ def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, to
     rows = [{"prompt": f"the mat {n}", "chosen": "cat " * (1 + n % 5), "rejected": f"dog {n}"} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
-        tmp_path / "dpo", "--holdout", 20, "--batch-size", 4, "--lr", 0, "--device", "cpu")
+        tmp_path / "dpo", "--holdout", 20, "--batch-size", 4, "--lr", 0, "--sharpness-lr", 0, "--device", "cpu")
     for row in metrics(tmp_path / "dpo")[:-1]:
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-5) and row["margin"] == pytest.approx(0, abs=1e-5)
 
@@ -423,6 +423,26 @@ def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
     assert last["lr"] < first["lr"]
     ends = [load_policy(folder)[0].embed.weight for folder in (tmp_path / "sft", out / "step_0010", out)]
     assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
+def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp_path, tokenizer):
+    """Alone (--lr 0) it moves, the reward rises (it is for repeated letters, so for long answers: be less sure;
+    DPO: the loss falls), and the checkpoint is SFT's but for the gains of its last norm, times s."""
+    (tmp_path / "sure.py").write_text(
+        "def of_itself(prompt, response): return 1 - len(set(response)) / (len(response) + 1)")
+    rate = ["--lr", 0, "--sharpness-lr", 0.1, "--beta", 0.01]
+    done, rows = (toy_dpo(monkeypatch, tmp_path, tokenizer, *rate) if stage == "dpo" else
+                  toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 10, *rate,
+                      "--reward", f"{tmp_path}/sure.py:of_itself"))
+    s = [row["sharpness"] for row in rows if "sharpness" in row]
+    before, after = (load_policy(tmp_path / folder)[0].state_dict() for folder in ("sft", stage))
+    for name in before:
+        torch.testing.assert_close(after[name], before[name] * (s[-1] if name == "norm.weight" else 1.0))
+    if stage == "dpo":
+        assert abs(math.log(s[-1])) > 0.1 and rows[-2]["loss"] < rows[0]["loss"] < math.log(2)
+    else:
+        assert s[-1] < 0.9 and done["heldout_score"] > done["heldout_score_before"] + 0.02
 
 
 @pytest.mark.parametrize("settings", [[], ["--no-standardise", "--aggregation", "token"]])
