@@ -89,7 +89,8 @@ quick:
 
 long:
 	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
-		--kv-heads 6 --ffn-width 576' SFT='--conversations 18000' PAIRS='--pairs 20000' PPO='--iterations 80'
+		--kv-heads 6 --ffn-width 576' SFT='--conversations 18000' PAIRS='--pairs 20000' \
+		DPO='--beta 0.15' PPO='--iterations 80 --beta 0.1'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.

@@ -302,7 +302,7 @@ class DPOConfig:
     out: str = flag("out/dpo", "folder of the checkpoint to write")
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
-    beta: float = flag(0.15, "price of a nat away from the reference; smaller strays further")
+    beta: float = flag(0.25, "price of a nat away from the reference; smaller strays further")
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
@@ -487,7 +487,7 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.1, "price of a nat away from the reference; 0 lets the score be tricked")
+    beta: float = flag(0.05, "price of a nat away from the reference; 0 lets the score be tricked")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "how far the critic's value may move per iteration")
