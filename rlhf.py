@@ -35,7 +35,7 @@ Learning what people like, a model forgets some of what it knew: the *alignment 
 documents tell, one SFT model got 84 % right, after PPO 57, and 81 with InstructGPT's remedy (eq. 2, PPO-ptx):
 some text of pre-training in every update, here for all three methods (`--replay-data`).
 
-All three also learn how sure the policy is, as one number, which is not in the papers: see `Sharpness`.
+All three also learn how sure the policy is, as one number, which is not in their papers: see `Sharpness`.
 `--sharpness-lr 0` is the method as published.
 
 Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
@@ -258,14 +258,15 @@ def last_token(mask):
 
 
 class Sharpness(torch.nn.Module):
-    """One number s > 0 that learns with the policy: π = softmax(s · logits). It is ours, not in the papers.
+    """One number s > 0 that learns with the policy: π = softmax(s · logits). In none of the three papers.
 
     Much of what alignment can gain is to be surer: SFT's answers at temperature 0.5, where s is 2, win
     63 % against its answers at 1. But AdamW moves a weight by about the learning rate, to and fro where
     its gradient is mostly noise, and the gains of the last norm, which scale all logits, only went from
     1.733 to 1.735 in a run of PPO. The gradient of one number is a sum over all tokens, in which noise
-    cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020.) Pre-training text that is
-    mixed in is read without s: the answers should become surer, the model of text is sure enough.
+    cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the
+    policy chooses a temperature for every token.) Pre-training text that is mixed in is read without s:
+    the answers should become surer, the model of text is sure enough.
     """
 
     def __init__(self):
