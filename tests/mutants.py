@@ -111,7 +111,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "    with autocast(device, 'float32'):  #", "test_rlhf.py"),
     ("a part of a minibatch weighs by its rows", "rlhf.py", "weight = (mask[rows].sum() / mask[minibatch].sum()).item()",
      "weight = len(rows) / len(minibatch)", "test_rlhf.py"),
-    ("DPO with a mean over tokens", "rlhf.py", "mask.to(device)).sum(1)", "mask.to(device)).mean(1)", "test_rlhf.py"),
+    ("DPO with a mean over tokens", "rlhf.py", "mask.to(device), temperature).sum(1)", "mask.to(device), temperature).mean(1)", "test_rlhf.py"),
     ("label smoothing on the same side", "rlhf.py", "label_smoothing * F.logsigmoid(-margin)",
      "label_smoothing * F.logsigmoid(margin)", "test_rlhf.py"),
     # ---- PPO
