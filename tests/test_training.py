@@ -200,6 +200,7 @@ def test_two_processes_train_as_one(tmp_path):
     same_losses(logged(tmp_path / "one"), logged(tmp_path / "two"), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
     """Stopped twice: two processes, then one, then two again, end where one would have."""
     steps = ["--steps", "70", "--resume", "--batch-size", "64", "--width", "64"]  # slow enough to be stopped
