@@ -834,8 +834,7 @@ def close(config, stage, step, policy, tokenizer, before, after, prompts, second
 class GRPOConfig(RolloutConfig):
     out: str = flag("out/grpo", "folder of the checkpoint to write")
     group: int = flag(8, "answers to each prompt; they are judged against each other")
-    beta: float = flag(0.2, "weight of the KL from the reference, k3 per token, in the loss; "
-                       "DeepSeekMath has 0.04")
+    beta: float = flag(0.04, "weight of the KL from the reference, k3 per token, in the loss")
     standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath), or "
                              "not (Dr. GRPO)")
     aggregation: str = flag("sequence", "mean within each response first (DeepSeekMath), or over "

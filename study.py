@@ -78,7 +78,7 @@ def training_runs(config):
         "dpo": f"{dpo} --keep-every 28",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
         "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
-                      f"--group 16 --beta 0.04 --iterations {times(84)}",
+                      f"--group 16 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
         "ppo_no_replay": ppo_alone,
         "ppo_no_sharpness": f"{ppo} --sharpness-lr 0",
