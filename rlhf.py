@@ -928,8 +928,8 @@ def grpo():
                     check_finite(step, config, loss=loss)
                     (weight * loss).backward()
                     for name, value in stats.items():
-                        share = weight if name == "policy_loss" else tokens
-                        means[name] = means.get(name, 0) + share * value.item()
+                        its_weight = weight if name == "policy_loss" else tokens
+                        means[name] = means.get(name, 0) + its_weight * value.item()
                 enough = means["approx_kl"] > config.stop_kl
                 if enough:
                     break

@@ -457,6 +457,7 @@ def test_grpo_learns(settings, monkeypatch, tmp_path, tokenizer):
     rows = [row for row in rows if "score" in row]
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-3)
     assert rows[-1]["score"] > rows[0]["score"] + 0.2 and rows[-1]["kl"] > 0.1
+    assert rows[0]["lr"] == pytest.approx(3e-3) and rows[-1]["lr"] == pytest.approx(3e-3 / 15)
     assert done["heldout_score"] > done["heldout_score_before"] + 0.2
     load_policy(tmp_path / "grpo")
 
