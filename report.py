@@ -69,7 +69,7 @@ GLOSSARY = (
     ("tokens", "mean length of an answer, without its end token", "neither", "12 to 18",
      "rising with the reward: the reward model likes length"),
     ("bits/byte", "bits to foresee a byte of held-out documents: what alignment forgot of the text", "lower",
-     "base 0.26, PPO 0.27 (± 0.01)", "far above the base: the rate is too high"),
+     "base 0.26, PPO 0.28 (± 0.01)", "far above the base: the rate is too high"),
 )
 PARTS = ("total", "helpful", "honest", "harmless")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito

@@ -258,7 +258,8 @@ def last_token(mask):
 
 
 class Sharpness(torch.nn.Module):
-    """One number s > 0 that learns with the policy: π = softmax(s · logits). In none of the three papers.
+    """One number s > 0 that learns with the policy: π = softmax(s · logits). DPO, PPO and GRPO as
+    published have no such number.
 
     Much of what alignment can gain is to be surer: SFT's answers at temperature 0.5, where s is 2, win
     63 % against its answers at 1. But AdamW moves a weight by about the learning rate, to and fro where
@@ -456,7 +457,8 @@ class RolloutConfig:
     iterations: int = flag(36, "rounds of sampling and updating")
     episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
-    temperature: float = flag(1.0, "of sampling and of every log-prob; no top-k, no top-p")
+    temperature: float = flag(1.0, "of sampling and of every log-prob, the policy's sharpness aside; no top-k, "
+                              "no top-p")
     no_eos_score: float | None = flag(-1.0, "score of a response that did not end by itself; "
                                       "nan keeps the score it was given")
     epochs: int = flag(2, "passes over the episodes per iteration")
@@ -609,7 +611,7 @@ class Rollout:
 
 
 def sample_rollout(policy, reference, score_responses, prompts, config, tokenizer, generator, sharpness=1.0):
-    """Steps 1 to 4 of PPO: answers to `prompts`, with log-probs and scores."""
+    """Steps 1 to 4 of PPO: answers to `prompts`, with log-probs and scores. `sharpness` is the policy's, a float."""
     temperature = config.temperature / sharpness  # of the policy; the reference keeps config's
     device = next(policy.parameters()).device
     # 1. Sample at the training temperature from the whole vocabulary. With top-k or top-p we would

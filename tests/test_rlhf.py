@@ -440,6 +440,9 @@ def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp
     for name in before:
         torch.testing.assert_close(after[name], before[name] * (s[-1] if name == "norm.weight" else 1.0))
     if stage == "dpo":
+        (tmp_path / "old.txt").write_text("the dog sat on the log and the cat sat on the mat and " * 20)
+        _, again = toy_dpo(monkeypatch, tmp_path, tokenizer, *rate, "--replay-data", tmp_path / "old.txt")
+        assert [row["sharpness"] for row in again if "sharpness" in row] == s  # text is read without it
         assert abs(math.log(s[-1])) > 0.1 and rows[-2]["loss"] < rows[0]["loss"] < math.log(2)
     else:
         assert s[-1] < 0.9 and done["heldout_score"] > done["heldout_score_before"] + 0.02
