@@ -431,21 +431,22 @@ def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp
     DPO: the loss falls), and the checkpoint is SFT's but for the gains of its last norm, times s."""
     (tmp_path / "sure.py").write_text(
         "def of_itself(prompt, response): return 1 - len(set(response)) / (len(response) + 1)")
-    rate = ["--lr", 0, "--sharpness-lr", 0.1, "--beta", 0.01]
-    done, rows = (toy_dpo(monkeypatch, tmp_path, tokenizer, *rate) if stage == "dpo" else
-                  toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 10, *rate,
-                      "--reward", f"{tmp_path}/sure.py:of_itself"))
-    s = [row["sharpness"] for row in rows if "sharpness" in row]
+    (tmp_path / "old.txt").write_text("the dog sat on the log and the cat sat on the mat and " * 20)
+    s = {}
+    for replay in ([], ["--replay-data", tmp_path / "old.txt"]):
+        args = "--lr", 0, "--sharpness-lr", 0.1, "--beta", 0.01, *replay
+        done, rows = (toy_dpo(monkeypatch, tmp_path, tokenizer, *args) if stage == "dpo" else
+                      toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 10, *args,
+                          "--reward", f"{tmp_path}/sure.py:of_itself"))
+        s[bool(replay)] = [row["sharpness"] for row in rows if "sharpness" in row]
+    assert s[True] == s[False]  # text is read without it
     before, after = (load_policy(tmp_path / folder)[0].state_dict() for folder in ("sft", stage))
     for name in before:
-        torch.testing.assert_close(after[name], before[name] * (s[-1] if name == "norm.weight" else 1.0))
+        torch.testing.assert_close(after[name], before[name] * (s[True][-1] if name == "norm.weight" else 1.0))
     if stage == "dpo":
-        (tmp_path / "old.txt").write_text("the dog sat on the log and the cat sat on the mat and " * 20)
-        _, again = toy_dpo(monkeypatch, tmp_path, tokenizer, *rate, "--replay-data", tmp_path / "old.txt")
-        assert [row["sharpness"] for row in again if "sharpness" in row] == s  # text is read without it
-        assert abs(math.log(s[-1])) > 0.1 and rows[-2]["loss"] < rows[0]["loss"] < math.log(2)
+        assert abs(math.log(s[True][-1])) > 0.1 and rows[-2]["loss"] < rows[0]["loss"] < math.log(2)
     else:
-        assert s[-1] < 0.9 and done["heldout_score"] > done["heldout_score_before"] + 0.02
+        assert s[True][-1] < 0.9 and done["heldout_score"] > done["heldout_score_before"] + 0.02
 
 
 @pytest.mark.parametrize("settings", [[], ["--no-standardise", "--aggregation", "token"]])
