@@ -447,6 +447,8 @@ def bad_commands(files):
     yield say("ppo", out, "--minibatches", 17), "--minibatches 17: expected"
     yield say("ppo", out, "--lam", 2), "--lam 2.0: expected"
     yield say("grpo", out, "--group", 1), "--group 1: expected"
+    for stage, windows in (("sft", -1), ("dpo", 0), ("ppo", 0), ("grpo", 0)):
+        yield say(stage, out, "--replay", windows), f"--replay {windows}: expected"
     yield say("dpo", out, "--label-smoothing", 0.7), "--label-smoothing 0.7: expected"
     yield say("dpo", out, "--beta", "nan"), "--beta nan: expected"
     yield say("sft", out, "--lr", -1), "--lr -1.0: expected"
