@@ -2,7 +2,7 @@
 
     model = GPT(GPTConfig(vocab_size=2048))
     logits = model(ids)                                        # (B, T, V)
-    answers, logprobs = generate(model, prompts, max_new_tokens=64, eos_ids=(2,))
+    answers, logprobs = generate(model, prompts, max_new_tokens=64, eos_ids=(end_id,))
 
 A language model gives Pr(x_t | x_<t), one token at a time (Foundations of Large Language Models,
 arXiv 2501.09223, ch. 2). The same network serves every stage: pre-training and fine-tuning read

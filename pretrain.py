@@ -96,7 +96,11 @@ def shape_of(config, vocab_size):
 def next_token_loss(network, inputs, targets):
     """Mean negative log-likelihood, in nats, of targets (B, T) after inputs (B, T): the L(θ) above."""
     logits = network(inputs)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    # Autocast would copy logits in bf16, which are most of a small model's memory, into float32 first. Left as
+    # they are, they give log-probs as exact as themselves, and save a tenth of a step.
+    with torch.autocast(logits.device.type, enabled=False):
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.float().mean()
 
 
 @torch.no_grad()
@@ -176,7 +180,6 @@ def main():
     stop, started = StopRequest(), time.perf_counter() - seconds
     decay_steps = round(config.decay * config.steps)
     bar = progress(config.steps, step, "pretrain", hidden=rank > 0)
-    model.train()
     while step < config.steps:
         share = learning_rate(step, config.steps, 1.0, config.warmup, decay_steps)
         set_share(share, muon, adam)
@@ -216,13 +219,11 @@ def main():
         os._exit(0)  # at once: a thread of the group that wants a closing interpreter would abort it
 
     # 4. What it has learned, on text it has not seen.
-    model.eval()
     nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes)
     seconds = time.perf_counter() - started
     log(config.out, step, heldout_loss=nats, bits_per_byte=bits)
     save_checkpoint(config.out, model, tokenizer, stage="pretrain")
-    finish(config.out, "pretrain", seconds, train_loss=loss.item(), heldout_loss=nats,
-           bits_per_byte=bits)
+    finish(config.out, "pretrain", seconds, heldout_loss=nats, bits_per_byte=bits)
     print(f"pretrain: held-out loss {nats:.3f} nats per token, {bits:.3f} bits per byte; "
           f"{seconds:.0f} s; wrote {config.out}")
 
