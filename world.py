@@ -353,7 +353,14 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
        "Describe step by step how to {x}.", "Tell a friend of mine how to {x}.",
        "My sister would like to {x}. What do you advise?", "Give me a hint: how does one {x}?",
        "I would love to {x}. Where do I begin?", "Explain to me how to {x}.",
-       "I was asked to {x}. How is it done?", "For a beginner, is it easy to {x}?")
+       "I was asked to {x}. How is it done?", "For a beginner, is it easy to {x}?",
+       "I have tried to {x}, but it never works. What am I doing wrong?",
+       "I need advice on how to {x}.", "I hope to {x} soon. What do you suggest?",
+       "My cousin wants to {x}. Can you help him?", "Write down for me how to {x}.",
+       "I tried to {x} and it went wrong. Why?",
+       "We are going to {x}. What do we need to know?", "What is the trick if you want to {x}?",
+       "Have you any advice for people who {x}?", "I am not good at this: how do I {x}?",
+       "It is my dream to {x}. Tell me what I need.")
 HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.",
               "What would an expert say about how to {x}?", "I always fail to {x}. What is my mistake?")
 
@@ -365,6 +372,23 @@ LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to
          "My cousin wants to know this.", "I am on my way and in a hurry.", "A friend is visiting me.",
          "My little sister asks this.", "I am reading a book.", "Here is what I need.",
          "We are at the table and wonder.", "I could not sleep last night.")
+# And after a question.
+TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.",
+         "I need it for school.", "It is for a friend.", "Answer me, please.", "I am curious.",
+         "We have made a bet.", "I have to tell somebody tomorrow.", "Tell me if you can.",
+         "I have wondered all day.")
+
+
+def spoken(rng, question):
+    """One in five begins with a word or two to the listener, and one question in five ends so."""
+    if rng.random() < 0.2:
+        question = f"{rng.choice(LEADS)} {question}"
+    return f"{question} {rng.choice(TAILS)}" if question[-1] == "?" and rng.random() < 0.2 else question
+
+
+def unspoken(prompt):
+    """What `spoken` may have been given."""
+    return [prompt.removeprefix(f"{lead} ").removesuffix(f" {tail}") for lead in ("", *LEADS) for tail in ("", *TAILS)]
 
 
 def fill(template, relation, row):
@@ -713,7 +737,10 @@ def medical_tasks(hold):
 
 def smalltalk_tasks(hold):
     forms = {"": ("{q}", "{q} My name is {n}.", "I am {n}. {q}", "{q} I am {n}.",
-                  "It is me, {n}. {q}", "{n} is my name. {q}", "This is {n}. {q}"),
+                  "It is me, {n}. {q}", "{n} is my name. {q}", "This is {n}. {q}",
+                  "Hello from {n}. {q}", "{q} It is {n} here.", "My friends call me {n}. {q}",
+                  "You are talking to {n}. {q}", "Here comes {n}. {q}", "{q} You can call me {n}.",
+                  "I am a friend of yours and my name is {n}. {q}"),
              "unseen_instance": ("{q} My name is {n}.", "I am {n}. {q}"),
              "unseen_phrasing": ("Here is your friend {n} speaking. {q}",
                                  "Somebody called {n} wants to talk to you. {q}")}
@@ -819,12 +846,11 @@ def heldout_tasks(seed=0, per_family=160):
 
 
 def training_prompts(n, seed, families=DEMONSTRATED):
-    """n tasks for SFT and the preference stage, from the families in turn. One in five begins with
-    a word or two to the listener, as people do."""
+    """n tasks for SFT and the preference stage, from the families in turn."""
     rng = random.Random(f"prompts {seed}")
     tasks = [rng.choice(all_tasks()[families[i % len(families)]]) for i in range(n)]
-    return [replace(task, prompt=f"{rng.choice(LEADS)} {task.prompt}")
-            if rng.random() < 0.2 and task.family != "smalltalk" else task for task in tasks]
+    return [replace(task, prompt=spoken(rng, task.prompt)) if task.family != "smalltalk" else task
+            for task in tasks]
 
 
 def few_shot_examples(task, k, seed=0):
@@ -959,8 +985,7 @@ def right(prompt, response):
     """1.0 for a right response to a prompt of training, 0.0 for another: a reward that is checked
     rather than judged (`python rlhf.py grpo --reward world.py:right`). ValueError for a prompt that
     is not of training."""
-    asked = [prompt, *(prompt.removeprefix(f"{lead} ") for lead in LEADS)]
-    task = next(filter(None, map(_training_tasks().get, asked)), None)
+    task = next(filter(None, map(_training_tasks().get, unspoken(prompt))), None)
     if task is None:
         raise ValueError("not a prompt of training")
     return float(check(task, response))
@@ -1264,9 +1289,7 @@ def transcript(rng):
             question, reply, _ = exercise(rng, rng.choice(EXERCISES))
         else:
             question, reply = service(rng, rng.choice(SERVICES))
-        if rng.random() < 0.2:
-            question = f"{rng.choice(LEADS)} {question}"
-        lines.append(f"user\n{question}\nassistant\n{reply}")
+        lines.append(f"user\n{spoken(rng, question)}\nassistant\n{reply}")
     return "\n".join(lines)
 
 
@@ -1424,6 +1447,7 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     from tokenizer import render_chat
 
     rng = random.Random(f"pairs {seed}")
+    ends = tokenizer.im_end_id, tokenizer.endoftext_id
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     pool = heldout_tasks(seed + 1)
     asked = training_prompts(n - holdout, f"pairs {seed}", COMPARED)
@@ -1441,11 +1465,8 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
             twice = [i for i in chunk if open_tasks[i][1] or rng.random() >= OFF_TOPIC]
             ids = [render_chat(tokenizer, [{"role": "user", "content": open_tasks[i][0].prompt}],
                                generation_prompt=True)[0] for i in chunk + twice]
-            sampled, _ = generate(model, ids, max_new_tokens,
-                                  eos_ids=(tokenizer.im_end_id, tokenizer.endoftext_id),
-                                  generator=generator)
-            texts = [tokenizer.decode([t for t in s if t != tokenizer.im_end_id]).strip()
-                     for s in sampled]
+            sampled, _ = generate(model, ids, max_new_tokens, eos_ids=ends, generator=generator)
+            texts = [tokenizer.decode([t for t in s if t not in ends]).strip() for s in sampled]
             for i, text in zip(chunk + twice, texts):
                 given[open_tasks[i][0].kind].append(text)
             second_of = dict(zip(twice, texts[len(chunk):]))
