@@ -549,6 +549,12 @@ def pair_lengths(pairs):
     return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
 
 
+def show_pair(tokenizer, pair):
+    """The same for both answers of an EncodedPair."""
+    return "\n".join(show_conversation(tokenizer, pair.prompt + answer, [0] * len(pair.prompt) + [1] * len(answer))
+                     for answer in (pair.chosen, pair.rejected))
+
+
 def show_conversation(tokenizer, ids, mask):
     """Text for --show-batch: supervised runs in [brackets], terminal control codes made visible."""
     text = ""

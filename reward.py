@@ -47,7 +47,8 @@ class Config:
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
     out: str = flag("out/reward", "folder of the checkpoint to write")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up (where rows have a p, "
+                         "these are, and no others)")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, the identity at first")
     epochs: int = flag(2, "passes over the pairs; more tend to learn them by heart")
@@ -128,8 +129,8 @@ def score_pairs(model, pairs, pad_id):
 
 def load_pairs(config, policy, tokenizer):
     """(train, heldout) lists of data.EncodedPair: from files, or sampled from `policy` and labelled
-    by the embedded world. No held-out prompt occurs in training, and no row with a `p`, whose
-    prompt is held out of every stage."""
+    by the embedded world. Where rows have a `p`, as the world's held-out ones do, these are held out,
+    else the last ones. No held-out prompt occurs in training."""
     if config.data == ["world"]:
         heldout = config.holdout * (config.pairs if config.holdout < 1 else 1)
         rows = world.sample_pairs(policy, tokenizer, config.pairs, round(heldout), config.seed)
@@ -137,9 +138,10 @@ def load_pairs(config, policy, tokenizer):
                            row["rejected"], row.get("p")) for row in rows]
     else:
         pairs = data.load_preferences(config.data)
-    train, heldout = data.split_holdout(pairs, config.holdout)
-    heldout = [pair for pair in train if pair.p is not None] + heldout
-    train = [pair for pair in train if pair.p is None]
+    train = [pair for pair in pairs if pair.p is None]
+    heldout = [pair for pair in pairs if pair.p is not None]
+    if not heldout:
+        train, heldout = data.split_holdout(pairs, config.holdout)
     if not train:
         raise InputError(f"{' '.join(config.data)}: every row has a 'p', which marks it as held out; "
                          "expected some rows without one to train on")
@@ -153,13 +155,10 @@ def heldout_report(margins, pairs):
     right = margins > 0
     report = {"heldout_accuracy": wilson(right.sum().item(), len(pairs)),
               "heldout_loss": -F.logsigmoid(margins).mean().item(), "heldout_pairs": len(pairs)}
-    known = torch.tensor([pair.p is not None for pair in pairs])
-    if known.any():
-        ceiling = sum(max(p.p, 1 - p.p) for p in pairs if p.p is not None) / known.sum().item()
-        report["noise_ceiling"] = ceiling
+    if pairs[0].p is not None:
+        ceiling = report["noise_ceiling"] = sum(max(pair.p, 1 - pair.p) for pair in pairs) / len(pairs)
         if ceiling > 0.5:  # 0 = guessing, 1 = as good as the labels allow
-            accuracy = right[known].float().mean().item()
-            report["normalised_accuracy"] = (accuracy - 0.5) / (ceiling - 0.5)
+            report["normalised_accuracy"] = (right.float().mean().item() - 0.5) / (ceiling - 0.5)
     return report
 
 
@@ -174,9 +173,7 @@ def main():
     train, heldout = load_pairs(config, policy, tokenizer)
     lengths = data.pair_lengths(train)
     if config.show_batch:
-        for answer in (train[0].chosen, train[0].rejected):
-            ids, mask = train[0].prompt + answer, [0] * len(train[0].prompt) + [1] * len(answer)
-            print(data.show_conversation(tokenizer, ids, mask))
+        print(data.show_pair(tokenizer, train[0]))
         return
 
     # 2. The policy's backbone, a block more, and a scalar head.
@@ -200,7 +197,6 @@ def main():
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"reward: {len(train):,} pairs, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "reward")
-    model.train()
     for epoch in range(step // per_epoch, config.epochs):
         for batch in batches(epoch)[step % per_epoch:]:
             share = learning_rate(step, steps, 1.0, config.warmup)
@@ -240,7 +236,6 @@ def main():
     bar.close()
 
     # 4. Held-out pairs.
-    model.eval()
     chosen, rejected = score_pairs(model, heldout, tokenizer.pad_id)
     report = heldout_report(chosen - rejected, heldout)
 

@@ -4,12 +4,13 @@
     python rlhf.py ppo --init out/sft --reward out/reward --data world --out out/ppo
     python rlhf.py grpo --init out/sft --reward out/reward --data world --out out/grpo
     python rlhf.py grpo --reward world.py:right --families arithmetic rewriting --out out/grpo_right
-    python rlhf.py ppo --init out/sft --reward my_score.py:polite --data prompts.jsonl --out out/ppo
+    python rlhf.py ppo --init out/sft --reward my_score.py:polite --data chats.jsonl --out out/ppo
     python rlhf.py dpo --help                                   # the flags of each
 
-All look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward, but close to
-the reference π_ref, the model they start from. The reward model knows only answers like those it
-was trained on; β is what keeps the policy from wandering off to where it is wrong.
+DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward, but
+close to the reference π_ref, the model they start from; GRPO for much the same, at another price
+(`grpo_loss`). The reward model knows only answers like those it was trained on; β is what keeps the
+policy from wandering off to where it is wrong.
 
 dpo     Direct preference optimisation (arXiv 2305.18290): the best policy of that problem satisfies
         r(x, y) = β log π(y|x)/π_ref(y|x) + const(x), so put this in place of r in the reward
@@ -142,8 +143,9 @@ def step_statistics(log_ratio, mask, clip):
 
 def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2,
              value_clip=0.2, value_coef=0.1):
-    """PPO's clipped surrogate and the critic's loss, clipped alike about its old values (eq. 9 of
-    arXiv 1707.06347, without the entropy bonus). Tables (B, T), means over the tokens of the mask.
+    """PPO's clipped surrogate and the critic's loss (eq. 9 of arXiv 1707.06347, without the entropy
+    bonus). That the values are clipped too, about the old ones, is not in the paper but in its authors'
+    code. Tables (B, T), means over the tokens of the mask.
     """
     mask = mask.to(logp.dtype)
     log_ratio = (logp - old_logp) * mask
@@ -266,8 +268,8 @@ class Sharpness(torch.nn.Module):
     its gradient is mostly noise, and the gains of the last norm, which scale all logits, only went from
     1.733 to 1.735 in a run of PPO. The gradient of one number is a sum over all tokens, in which noise
     cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the
-    policy chooses a temperature for every token.) Pre-training text that is mixed in is read without s:
-    the answers should become surer, the model of text is sure enough.
+    policy chooses a temperature for every token.) Pre-training text that is mixed in is read without s,
+    which so learns from the answers alone; the saved model reads all with it, text too.
     """
 
     def __init__(self):
@@ -302,10 +304,11 @@ class DPOConfig:
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
     out: str = flag("out/dpo", "folder of the checkpoint to write")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up (where rows have a p, "
+                         "these are, and no others)")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     beta: float = flag(0.25, "price of a nat away from the reference; smaller strays further")
-    label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, below 0.5")
+    label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, at most 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
     replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: 'world' or "
@@ -348,9 +351,7 @@ def dpo():
     # 1. Pairs of answers to one prompt, both ending with <|im_end|>.
     train, heldout = load_pairs(config, model, tokenizer)
     if config.show_batch:
-        for answer in (train[0].chosen, train[0].rejected):
-            ids, mask = train[0].prompt + answer, [0] * len(train[0].prompt) + [1] * len(answer)
-            print(data.show_conversation(tokenizer, ids, mask))
+        print(data.show_pair(tokenizer, train[0]))
         return
 
     # 2. The reference is the model itself, now, and never changes: read it once for all pairs.
@@ -448,7 +449,8 @@ class RolloutConfig:
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
     reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION, called as "
                        "function(prompt, response) with texts, returning a number")
-    data: list[str] = flag(["world"], "'world', or files to take the prompts from (.json .jsonl)")
+    data: list[str] = flag(["world"], "'world', or files of conversations or preferences, of which the "
+                           "prompts are taken (.json .jsonl)")
     families: list[str] | None = flag(None, "only prompts of these families (with --data world)")
     out: str = flag("out/ppo", "folder of the checkpoint to write")
     holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
@@ -467,7 +469,8 @@ class RolloutConfig:
     replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: 'world' or "
                                          "text files")
     replay: int = flag(1, "windows of it in every update")
-    ratio_clip: float = flag(0.2, "how far a token's probability ratio may move per iteration")
+    ratio_clip: float = flag(0.2, "a token whose probability ratio went further than this from 1, with its "
+                             "advantage, gets no gradient")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
                          "exceeds this: little of the reference is left then")
@@ -493,7 +496,8 @@ class PPOConfig(RolloutConfig):
     beta: float = flag(0.05, "price of a nat away from the reference; 0 lets the score be tricked")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
-    value_clip: float = flag(0.2, "how far the critic's value may move per iteration")
+    value_clip: float = flag(0.2, "a value that went further than this from its old one, to where it should go, "
+                             "gets no gradient")
     critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
     critic: bool = flag(True, "without one, λ is 1 and every state has the same value")
     whiten: bool = flag(True, "give the advantages of an iteration mean 0 and variance 1")
@@ -554,8 +558,8 @@ def load_reward_source(spec, policy, tokenizer, device):
 
         def model_score(prompts, responses):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
-        # The critic starts as the reward model: its guess is right at the last token, and close
-        # before it. A copy, because it goes on to learn and the reward must not.
+        # The critic starts as the reward model: its guess would be right after the last token, and is
+        # close before it. A copy, because it goes on to learn and the reward must not.
         return model_score, copy.deepcopy(model), shift
 
     function = load_function(path, name)
@@ -596,7 +600,8 @@ def call(function, spec, prompt, response):
 
 
 def answer_text(tokenizer, response):
-    return tokenizer.decode([token for token in response if token != tokenizer.im_end_id])
+    ends = tokenizer.im_end_id, tokenizer.endoftext_id
+    return tokenizer.decode([token for token in response if token not in ends])
 
 
 @dataclass

@@ -128,6 +128,7 @@ def main():
     else:
         conversations = data.load_conversations(config.data)
     train, heldout = data.split_holdout(conversations, config.holdout)
+    heldout = data.drop_seen(heldout, train, key=lambda messages: messages[:-1])
     train = data.encode_conversations(train, tokenizer, model.config.context_length)
     heldout = data.encode_conversations(heldout, tokenizer, model.config.context_length)
     lengths = [len(ids) for ids, _ in train]
@@ -160,7 +161,6 @@ def main():
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"sft: {len(train):,} conversations, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "sft")
-    model.train()
     for epoch in range(step // per_epoch, config.epochs):
         for batch in batches(epoch)[step % per_epoch:]:
             share = learning_rate(step, steps, 1.0, config.warmup)
@@ -198,7 +198,6 @@ def main():
     bar.close()
 
     # 3. Held-out conversations.
-    model.eval()
     nats = heldout_loss(model, heldout, tokenizer.pad_id, device)
     seconds = time.perf_counter() - started
     log(config.out, step, heldout_loss=nats)

@@ -101,7 +101,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_reward.py"),
     ("the shift is not in the unit of the head", "reward.py", "save_checkpoint(config.out, model, tokenizer, "
      "reward_shift=mean / std,", "save_checkpoint(config.out, model, tokenizer, reward_shift=mean,", "test_reward.py"),
-    ("the noise ceiling is the mean of p", "reward.py", "ceiling = sum(max(p.p, 1 - p.p) for", "ceiling = sum(p.p for",
+    ("the noise ceiling is the mean of p", "reward.py", "sum(max(pair.p, 1 - pair.p) for", "sum(pair.p for",
      "test_reward.py"),
     # ---- DPO
     ("DPO without its reference", "rlhf.py", "chosen = beta * (policy_chosen - ref_chosen)",

@@ -52,17 +52,16 @@ def test_preference_loss_refuses_to_broadcast():
 
 
 def test_pairs_with_heldout_prompts_are_never_trained_on(tokenizer, tmp_path):
-    """The embedded world marks them with "p"; --holdout may ask for fewer than there are."""
+    """The embedded world marks them with "p", and then --holdout takes no others."""
     rows = [{"prompt": f"the cat {n}", "chosen": "sat", "rejected": "log"} for n in range(40)]
-    for row in rows[-20:]:
+    for row in rows[10:30]:
         row["p"] = 0.9
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for holdout, held in ((0.1, 20), (0.75, 30)):
+    for holdout in (0.1, 0.75):
         config = reward.Config(data=[str(file)], holdout=holdout)
         train, heldout = reward.load_pairs(config, tiny(), tokenizer)
-        assert len(heldout) == held and sum(pair.p is not None for pair in heldout) == 20
-        assert len(train) == 40 - held and not [pair for pair in train if pair.p is not None]
+        assert [pair.p for pair in heldout] == [0.9] * 20 and [pair.p for pair in train] == [None] * 20
 
 
 def test_score_is_read_at_the_last_token_whatever_the_padding():
@@ -97,10 +96,10 @@ def test_wilson():
 
 
 def test_report_knows_the_noise_ceiling():
-    pairs = [data.EncodedPair([1], [2], [3], p) for p in (0.9, 0.2, 0.6, None)]
-    report = reward.heldout_report(torch.tensor([1.0, 2.0, -1.0, -1.0]), pairs)
-    assert report["heldout_accuracy"] == reward.wilson(2, 4)
-    ceiling = (0.9 + 0.8 + 0.6) / 3  # of the rows that carry p
+    pairs = [data.EncodedPair([1], [2], [3], p) for p in (0.9, 0.2, 0.6)]
+    report = reward.heldout_report(torch.tensor([1.0, 2.0, -1.0]), pairs)
+    assert report["heldout_accuracy"] == reward.wilson(2, 3)
+    ceiling = (0.9 + 0.8 + 0.6) / 3
     assert report["noise_ceiling"] == pytest.approx(ceiling)
     assert report["normalised_accuracy"] == pytest.approx((2 / 3 - 0.5) / (ceiling - 0.5))
 
