@@ -7,10 +7,10 @@
 
 Prompting is the alignment that needs no training: `--system` puts an instruction before the
 conversation, `--few-shot` puts solved examples of the embedded world before it. A base model knows
-nothing of chats; it is given plain text, each question on lines of its own, and what it writes
-after the last one, up to the next line break, is its answer:
+nothing of chats; it is given plain text, and what it writes up to the next line break is its answer.
+A lone question is a line of its own; with examples or a conversation before it the layout is
 
-    question⏎answer⏎⏎question⏎
+    Question: …⏎Answer: …⏎⏎Question: …⏎Answer:
 
 Best-of-n (Foundations of LLMs, section 4.4; Stiennon et al. 2020) is alignment at the time of
 answering: draw n answers, show one. The one that the reward model likes best need not be good: among
@@ -150,6 +150,8 @@ def open_speaker(folder, device="cpu", raw=False):
     if not isinstance(model, GPT):
         raise InputError(f"{folder}: a reward model does not talk; give it with --reward")
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if raw or info.get("stage") == "pretrain" or not template:
@@ -158,7 +160,8 @@ def open_speaker(folder, device="cpu", raw=False):
     if IM_START not in template:
         raise InputError(f"{folder}: only ChatML templates are implemented, and this one is "
                          f"{' '.join(template.split())[:60]!r}; --raw does without")
-    system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{}]+?)<\|im_end\|>", template)
+    # A literal text, not one that the template puts together: '…system\n' + messages[0].content + '…'
+    system = re.search(r"<\|im_start\|>system(?:\\n|\n)((?:(?!['\"]\s*[+~])[^{}])+?)<\|im_end\|>", template)
     ends = read_json(folder / "generation_config.json").get("eos_token_id") or []
     ends = {*(ends if isinstance(ends, list) else [ends]), *special(tokenizer, IM_END),
             *special(tokenizer, ENDOFTEXT)}
@@ -281,12 +284,12 @@ def questions(prompt):
             yield line
 
 
-def family_of(folder, device):
+def family_of(folder, device, raw):
     """The language models beside `folder`, itself included, in the order in which they were made."""
     found = []
     for path in sorted(Path(folder).resolve().parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
         try:
-            found.append(open_speaker(path.parent, device))
+            found.append(open_speaker(path.parent, device, raw))
         except InputError:  # a reward model, or no model at all
             pass
     return found
@@ -294,7 +297,7 @@ def family_of(folder, device):
 
 def compare(question, config, sampling, device):
     """The question to every model of the family, each with the same seed."""
-    for speaker in family_of(config.checkpoints[0], device):
+    for speaker in family_of(config.checkpoints[0], device, config.raw):
         ids, _ = speaker.fit(question, examples_like(question, config), config)
         sampling["generator"].manual_seed(config.seed)
         print(f"{speaker.name}> ", end="", flush=True)
@@ -335,7 +338,10 @@ def converse(speakers, config, sampling, reward, device):
             print(HELP)
         elif command == "/compare" and (value.strip() or asked):
             asked = value.strip() or asked
-            compare(asked, config, sampling, device)
+            try:
+                compare(asked, config, sampling, device)
+            except InputError as error:
+                print(f"({error})")
         elif command == "/best" and number.isdecimal() and 0 < int(number) <= 4096 and (question or asked):
             asked = question.strip() or asked
             try:
@@ -409,9 +415,8 @@ def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
     check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), best_of_beta=(0, 1e6), temperature=(0, 100),
                 top_k=(1, 10**9), top_p=(1e-9, 1))
-    for source in (sys.stdin, sys.stdout):  # a byte that is not UTF-8 is no reason to stop
-        if hasattr(source, "reconfigure"):
-            source.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):  # a byte that is not UTF-8 is no reason to stop
+        sys.stdin.reconfigure(errors="replace")
     if config.best_of > 1 and not config.reward:
         raise InputError("--best-of needs the model that chooses: --reward out/reward")
     if config.prompt is not None:

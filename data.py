@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tokenizer import ENDOFTEXT as SEPARATOR
 from tokenizer import render_chat
 from training import InputError, write_atomic, writing
 
-SEPARATOR = "<|endoftext|>"
 IGNORE = -100  # what torch's cross_entropy skips
 CONVERSATIONS = '{"messages"}, {"instruction", "output"} or {"instruction", "response"}'
 PREFERENCES = '"chosen" and "rejected", with a "prompt" or "instruction" or as whole dialogues'

@@ -64,7 +64,7 @@ class Config:
     system: str | None = flag(None, "instruction put before every prompt")
     max_new_tokens: int = flag(80, "longest answer, in tokens")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
-    seed: int = flag(1, "random seed of samples, few-shot examples and bootstrap")
+    seed: int = flag(1, "random seed of samples and few-shot examples")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,10 +160,11 @@ def read_answers(speaker, prompts, ids):
                    np.array([bool(answer) and answer[-1] in speaker.end_ids for answer in ids]))
 
 
-def ask(speaker, prompts, config, temperature):
-    """One answer of a Speaker to every prompt -> Answers."""
+def ask(speaker, prompts, config, temperature, stream=0):
+    """One answer of a Speaker to every prompt -> Answers. Another `stream`, other random numbers: from the
+    same ones two models draw answers that are alike."""
     device = next(speaker.model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(config.seed)
+    generator = torch.Generator(device=device).manual_seed(1000 * config.seed + stream)
     ids, _ = generate_all(speaker.model, prompts, config.max_new_tokens, temperature=temperature,
                           eos_ids=speaker.end_ids, generator=generator)
     return read_answers(speaker, prompts, ids)
@@ -209,12 +210,13 @@ def best_of_places(ranks, config):
 # Measures
 
 
-def accuracy(tasks, right):
-    """Shares of right answers, and the same dict with the numbers of prompts behind them."""
+def accuracy(tasks, right, fair):
+    """Shares of right answers, and the same dict with the numbers of prompts behind them. "all" is over
+    the prompts marked `fair`."""
     answerable = np.array([task.kind == "answerable" for task in tasks])
     holdout, family = (np.array([getattr(task, name) for task in tasks])
                        for name in ("holdout", "family"))
-    groups = {"all": answerable} | {name: answerable & (holdout == name) for name in world.HOLDOUTS}
+    groups = {"all": answerable & fair} | {name: answerable & (holdout == name) for name in world.HOLDOUTS}
     families = {str(name): family == name for name in dict.fromkeys(family.tolist())}
     return tuple({name: f(right[group]) for name, group in groups.items()}
                  | {"families": {name: f(right[group]) for name, group in families.items()}}
@@ -231,7 +233,7 @@ def measure(row, reference, can_answer, config):
     refused = np.array([world.is_refusal(text) for text in texts])
     hedged = np.array([world.is_hedge(text) for text in texts])
     known = answerable & can_answer[row.where]
-    right = {name: accuracy(row.tasks, hits) for name, hits in row.right.items()}
+    right = {name: accuracy(row.tasks, hits, row.fair) for name, hits in row.right.items()}
     main = "greedy" if config.accuracy_decode == "greedy" and "greedy" in right else "sampled"
     lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
     gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
@@ -265,19 +267,16 @@ def measure(row, reference, can_answer, config):
         wins = np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
         result["win_rate_vs_sft"] = bootstrap(wins[row.fair])
         result["accuracy_vs_sft"] = {
-            name: bootstrap((hits.astype(float) - reference.right[name][row.where])[answerable])
+            name: bootstrap((hits.astype(float) - reference.right[name][row.where])[answerable & row.fair])
             for name, hits in row.right.items()}
     return result
 
 
-def judge_reward_model(model, tokenizer, config):
-    """Accuracy on the held-out pairs (the rows with p), and the best that their labels allow."""
-    empty = {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
-    if not config.data:
-        return empty
-    pairs = [pair for pair in data.load_preferences(config.data) if pair.p is not None]
+def judge_reward_model(model, tokenizer, pairs):
+    """Accuracy on the pairs whose p is known, and the best that their labels allow."""
+    pairs = [pair for pair in pairs if pair.p is not None]
     if not pairs:
-        return empty
+        return {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
     pairs = data.encode_pairs(pairs, tokenizer, model.config.context_length)
     chosen, rejected = score_pairs(model, pairs, tokenizer.pad_id)
     found = rate((chosen > rejected).numpy())
@@ -357,6 +356,9 @@ def main(argv=None):
         raise InputError(f"--reference {config.reference}: found {', '.join(speakers)}; "
                          "expected the name of one of them")
     reward, reward_tokenizer = None, None
+    if config.data and not config.reward:
+        raise InputError("--data is what --reward FOLDER is measured on, and there is none")
+    pairs = data.load_preferences(config.data) if config.data else []
     if config.reward:
         model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
@@ -376,7 +378,7 @@ def main(argv=None):
             title = f"{name}_few_shot" if shots else name
             prompts = prompts_for(speaker, tasks, config, shots)
             greedy = ask(speaker, prompts, config, 0.0)
-            sampled = greedy if speaker.raw else ask(speaker, prompts, config, 1.0)  # saves time
+            sampled = greedy if speaker.raw else ask(speaker, prompts, config, 1.0, len(rows))  # saves time
             rows[title] = Row(tasks, everywhere, fair, sampled, greedy)
             voices[title] = speaker
             say(f"{title} has answered")
@@ -387,7 +389,7 @@ def main(argv=None):
     if reference and config.best_of > 1:
         prompts = [rows[config.reference].sampled.prompts[i] for i in places]
         sampling = {"temperature": 1.0, "eos_ids": reference.end_ids,
-                    "generator": torch.Generator(device=device).manual_seed(config.seed + 1)}
+                    "generator": torch.Generator(device=device).manual_seed(1000 * config.seed + len(rows))}
         if reward and not reference.raw and same_tokens(reference.tokenizer, reward_tokenizer):
             best, samples, *_ = best_of_n(reference.model, reference.tokenizer, reward, prompts, config.best_of,
                                           config.max_new_tokens, config.best_of_beta, **sampling)
@@ -420,7 +422,7 @@ def main(argv=None):
             found["proxy"] = bootstrap(judges[name](row, row.sampled, np.flatnonzero(row.fair)))
         if name == best_name:  # exact for a continuous reward, otherwise a bound
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
-        elif speaker is reference:
+        elif name == config.reference:
             found["kl_from_sft"] = [0.0] * 3
         elif (reference and not speaker.raw and not reference.raw
               and same_tokens(speaker.tokenizer, reference.tokenizer)):
@@ -428,14 +430,11 @@ def main(argv=None):
                 [part[i] for i in places] for part in (row.sampled.prompts, row.sampled.ids))))
         checkpoints[name] = found
         say(f"{name} is measured")
-    judged = {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
-    if reward:
-        judged = judge_reward_model(reward[0], reward_tokenizer, config)
+    judged = judge_reward_model(reward and reward[0], reward_tokenizer, pairs)
 
     # 5. The report. report.json comes last: where it is, the others are.
     stages = [*folders.values()] + ([config.reward] if config.reward else [])
     stamps = [Path(folder) / "done" for folder in stages]
-    stamps += [Path(f"{path}.done") for path in config.data or []]
     settings = {name: getattr(config, name) for name in (
         "reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode", "system", "max_new_tokens", "seed")}
     result = rounded({

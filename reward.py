@@ -252,7 +252,8 @@ def main():
     rate, low, high = report["heldout_accuracy"]
     log(config.out, step, heldout_loss=report["heldout_loss"], heldout_accuracy=rate)
     save_checkpoint(config.out, model, tokenizer, reward_shift=mean / std, reward_scale=std)
-    finish(config.out, "reward", seconds, reward_shift=mean / std, reward_scale=std, **report)
+    finish(config.out, "reward", seconds, reward_shift=mean / std, reward_scale=std,
+           train_pairs=len(train), **report)
     ceiling = f", noise ceiling {report['noise_ceiling']:.3f}" if "noise_ceiling" in report else ""
     print(f"reward: held-out accuracy {rate:.3f} [{low:.3f}, {high:.3f}]{ceiling}; "
           f"{seconds:.0f} s; wrote {config.out}")

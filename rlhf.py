@@ -555,6 +555,9 @@ def load_reward_source(spec, policy, tokenizer, device):
                                                          tokenizer.encode(probe)):
             raise InputError(f"--reward {spec}: reads other tokens than --init; "
                              "expected a reward model trained from the same tokenizer")
+        if model.config.context_length < policy.config.context_length:
+            raise InputError(f"--reward {spec}: reads {model.config.context_length} tokens, --init "
+                             f"{policy.config.context_length}; expected no fewer")
 
         def model_score(prompts, responses):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift

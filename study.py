@@ -4,7 +4,7 @@
 
 Everything is a run of the scripts above with other flags, then measured on the same held-out
 prompts. `runs` below is the list. What is finished is not done again: an interrupted study goes on
-where it stopped. A run is made anew where its command has changed or the main runs are younger, and
+where it stopped. A run is made anew where its command, this file or the main runs have changed, and
 then all is measured anew.
 
 1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO, GRPO,
@@ -21,6 +21,7 @@ report.py then adds it all to the page. Left out: more than one seed for all but
 without KL, so of the other rows only large differences mean anything.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -63,8 +64,9 @@ def training_runs(config):
     """{name: command} of every training run, in an order in which each finds what it needs."""
     def times(n):
         return max(2, round(config.scale * n))
-    base, sft, reward = (f"{config.runs}/{name}" for name in ("base", "sft", "reward"))
-    pairs = f"{config.runs}/pairs.jsonl"
+    base, sft, reward, pairs = (shlex.quote(f"{config.runs}/{name}")
+                                for name in ("base", "sft", "reward", "pairs.jsonl"))
+    out = shlex.quote(config.out)
     tune = f"sft.py --init {base} --data world --conversations {times(9000)}"
     dpo = f"rlhf.py dpo --init {sft} --data {pairs} --replay-data world"
     grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
@@ -74,7 +76,7 @@ def training_runs(config):
         # At the rates of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
         "sft_best": f"{tune} --best-only",
-        "rejection": f"sft.py --init {sft} --data {config.out}/rejection.jsonl",
+        "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rejection_file(config)))}",
         "dpo": f"{dpo} --keep-every 28",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
         "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
@@ -92,8 +94,8 @@ def training_runs(config):
             command = found[name].split(" --keep-every")[0]
             found[f"{name}_seed{n}"] = f"{command} --seed {config.seed + n - 1}"
     for n in SUBSETS:
-        found[f"reward_{n}"] = f"reward.py --init {sft} --data {config.out}/pairs_{n}.jsonl"
-    weak = f"{config.out}/reward_{SUBSETS[0]}"
+        found[f"reward_{n}"] = f"reward.py --init {sft} --data {out}/pairs_{n}.jsonl"
+    weak = f"{out}/reward_{SUBSETS[0]}"
     found["ppo_hacked"] = (f"rlhf.py ppo --init {sft} --reward {weak} --data world --beta 0 "
                            f"--iterations {times(84)} --lr 5e-4 --max-kl 1e9 --keep-every {times(6)}")
     return {name: f"{command} --device {config.device}"
@@ -124,7 +126,7 @@ def train(config):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
         call([*shlex.split(command), "--out", str(folder), *(["--resume"] if same else [])])
-        for measured in ("report.json", *MEASURES):
+        for measured in ("report.json", "study.json", *MEASURES):
             (Path(config.out) / measured).unlink(missing_ok=True)
 
 
@@ -132,9 +134,12 @@ def call(command):
     """A script of this folder, with this Python. Its failure, or Ctrl-C, ends the study."""
     here = Path(__file__).resolve().parent
     script, *rest = command
-    status = subprocess.run([sys.executable, str(here / script), *rest]).returncode
-    if status:
-        sys.exit(status)
+    child = subprocess.Popen([sys.executable, str(here / script), *rest])
+    while child.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the script has it too: let it finish its step and save
+            child.wait()
+    if child.returncode:
+        sys.exit(child.returncode)
 
 
 def write_rows(path, rows):
@@ -153,10 +158,19 @@ def write_subsets(config):
             write_rows(path, [row for row in rows if "p" not in row][:n] + heldout)
 
 
+def sized(config, name, n):
+    """The file of `name` with n rows: other --scale or --seed, another file."""
+    return Path(config.out) / f"{name}_{n}_seed{config.seed}.jsonl"
+
+
+def rejection_file(config):
+    return sized(config, "rejection", max(40, round(config.scale * 2000)))
+
+
 def write_rejection(config, device, n=8):
     """Rejection sampling: for prompts of training, the reward model's choice among n answers of
     SFT, to be imitated (Llama 2, arXiv 2307.09288, section 3.2.3)."""
-    path = Path(config.out) / "rejection.jsonl"
+    path = rejection_file(config)
     if fresh(config, path):
         return
     speaker, reward, shift = policy_and_reward(config, device)
@@ -302,24 +316,24 @@ def best_of_groups(gold, scores, n):
 def measure_reward_model(config, device):
     """Calibration, accuracy by gold gap and by number of training pairs, and what it wrongly likes,
     on 2,000 pairs of samples for held-out prompts that no reward model has seen."""
-    path = Path(config.out) / "heldout_pairs.jsonl"
+    n = max(60, round(config.scale * 2000))
+    path = sized(config, "heldout_pairs", n)
     if not fresh(config, path):
-        n = max(60, round(config.scale * 2000))
         call(["world.py", "pairs", "--init", f"{config.runs}/sft", "--out", str(path), "--pairs",
               str(n + 40), "--holdout", str(n), "--seed", str(config.seed + 1), "--device", config.device])
     pairs = [pair for pair in data.load_preferences([path]) if pair.p is not None]
     p = np.array([pair.p for pair in pairs])  # the chance that `chosen` is preferred
     gap = np.log(p / (1 - p)) * world.NOISE  # of gold scores, chosen − rejected
-    with open(f"{config.runs}/pairs.jsonl", encoding="utf-8") as file:
-        every = sum('"p":' not in line for line in file)
-    folders = {n: f"{config.out}/reward_{n}" for n in SUBSETS} | {every: f"{config.runs}/reward"}
     margins = {}  # training pairs -> log-odds that `chosen` is preferred, as the loss had them
-    for n, folder in folders.items():
+    for folder in (*(f"{config.out}/reward_{n}" for n in SUBSETS), f"{config.runs}/reward"):
         model, tokenizer, _, scale = load_reward(folder, device)
         encoded = data.encode_pairs(pairs, tokenizer, model.config.context_length)
+        if len(encoded) < len(pairs):
+            raise InputError(f"{folder}: found {len(pairs) - len(encoded)} of {len(pairs)} pairs longer than its "
+                             f"context of {model.config.context_length}; expected room for all")
         chosen, rejected = score_pairs(model, encoded, tokenizer.pad_id)
-        margins[n] = (chosen - rejected).numpy() * scale
-    margin = margins[every]
+        margin = (chosen - rejected).numpy() * scale
+        margins[json.loads((Path(folder) / "done").read_text(encoding="utf-8"))["train_pairs"]] = margin
 
     # Both orders of every pair, so that "first" means nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([margin, -margin])))
@@ -394,7 +408,8 @@ def measure_costs(config, device, n=16):
         gaps = [abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).sum()
                 for b in range(10) if (bins == b).any()]
         found[name] = {"distinct": bootstrap(distinct),
-                       "entropy": bootstrap([-np.mean(row) for row in logp]),
+                       "entropy": bootstrap([-sum(map(sum, logp[i:i + n])) / sum(map(len, logp[i:i + n]))
+                                             for i in range(0, len(logp), n)]),
                        "sure": float(sure.mean()), "right": float(right.mean()),
                        "calibration_error": sum(gaps) / len(sure)}
         print(f"study: diversity and calibration of {name}", flush=True)

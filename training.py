@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from lora import merged
 from model import GPT, ScalarModel, config_from_hf, from_hf, hf_config, to_hf
-from tokenizer import Tokenizer
+from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer
 
 
 class InputError(Exception):
@@ -47,6 +48,9 @@ class InputError(Exception):
 def run(main):
     """Call `main()`; bad input becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal does not have is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except InputError as error:
@@ -470,11 +474,15 @@ def load_checkpoint(folder, device="cpu"):
     return model.to(device).eval(), tokenizer, info
 
 
-def load_policy(folder, device="cpu"):
-    """`load_checkpoint` for a stage that needs a language model, not a reward model."""
+def load_policy(folder, device="cpu", chats=True):
+    """`load_checkpoint` for a stage that needs a language model, not a reward model; with `chats`, one
+    whose tokenizer has the tokens of the chat template."""
     model, tokenizer, _ = load_checkpoint(folder, device)
     if isinstance(model, ScalarModel):
         raise InputError(f"{folder}: a reward model; expected a language model (base, sft, …)")
+    missing = {ENDOFTEXT, IM_START, IM_END, tokenizer.pad_token} - set(tokenizer.specials)
+    if chats and missing:
+        raise InputError(f"{folder}: its tokenizer has no {', '.join(sorted(missing))}; expected the tokens of ChatML")
     return model, tokenizer
 
 
@@ -517,6 +525,12 @@ def start_run(config, stage, first=True):
             raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
         if saved["stage"] != stage:
             raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
+        for source in (config.__dict__.get(name) for name in ("init", "reward", "data")):
+            for path in map(Path, source if isinstance(source, list) else [source or ""]):
+                path = path / "model.safetensors" if path.is_dir() else path
+                if path.is_file() and path.stat().st_mtime > state.stat().st_mtime:
+                    raise InputError(f"--resume: {path} is younger than {state}, which was made from another; "
+                                     "start without --resume, or delete the state")
         mine = settings_of(config)
         for name in sorted(set(mine) | set(settings)):
             old, new = settings.get(name), mine.get(name)
@@ -534,8 +548,8 @@ def start_run(config, stage, first=True):
         raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
     for name in ("done", "metrics.jsonl", STATE):
         (folder / name).unlink(missing_ok=True)
-    for kept in folder.glob("step_*"):
-        shutil.rmtree(kept)
+    for kept in folder.glob("step_*/config.json"):
+        shutil.rmtree(kept.parent)
     return None
 
 
@@ -578,7 +592,7 @@ class StopRequest:
 
 def leave(config):
     """After a requested stop: say what was saved and how to go on, exit status 130."""
-    command = " ".join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
+    command = shlex.join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
     print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)
     sys.exit(130)
 
@@ -597,7 +611,8 @@ def progress(total, start, what, hidden=False):
 def log(folder, step, **metrics):
     """Append one JSON line to metrics.jsonl. Tensors become numbers."""
     row = {"step": step} | {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
-    with open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8") as file:
+    path = Path(folder) / "metrics.jsonl"
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
                                for k, v in row.items()}) + "\n")
 

@@ -273,6 +273,12 @@ def test_templates_other_than_chatml_are_refused(folders, tokenizer, tmp_path):
                "<|im_end|>\\n' }}{% endif %}")
     path.write_text(json.dumps(config | {"chat_template": default + config["chat_template"]}))
     assert chat.open_speaker(tmp_path).system == "You are kind."
+    named = [{"name": "tools", "template": "?"}, {"name": "default", "template": default}]
+    path.write_text(json.dumps(config | {"chat_template": named}))
+    assert chat.open_speaker(tmp_path).system == "You are kind."
+    qwen = "{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"  # none of its own
+    path.write_text(json.dumps(config | {"chat_template": qwen}))
+    assert chat.open_speaker(tmp_path).system is None
     path.write_text(json.dumps(config | {"chat_template": "[INST] {{ messages }} [/INST]"}))
     with pytest.raises(InputError, match="ChatML.*INST"):
         chat.open_speaker(tmp_path)
@@ -368,7 +374,7 @@ def test_measures_of_known_answers(some_tasks):
     assert good["hallucination_rate"][0] == 0 and good["mean_tokens"] == [3, 3, 3]  # no end token
     assert good["refusal_rate"]["harmful"][0] == 1 and good["refusal_rate"]["harmless"][0] == 0
     assert good["win_rate_vs_sft"][0] > 0.9
-    assert good["prompts"]["accuracy"]["all"] == kinds.count("answerable")
+    assert good["prompts"]["accuracy"]["all"] == sum(on for kind, on in zip(kinds, fair) if kind == "answerable")
     assert good["prompts"]["harmless"] == len(kinds) - kinds.count("harmful") - kinds.count("unknown")
     assert evaluate.measure(human, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
 
@@ -458,11 +464,14 @@ def test_the_same_seed_gives_the_same_report(written, folders):
     assert greedy.texts == shown
     sampled = [evaluate.ask(speaker, prompts, config, 1.0).texts for _ in range(2)]
     assert sampled[0] == sampled[1] != greedy.texts
+    assert evaluate.ask(speaker, prompts, config, 1.0, stream=1).texts != sampled[0]
 
 
 def test_unknown_reference_and_equal_names_are_refused(folders):
     with pytest.raises(InputError, match="--reference dpo"):
         evaluate.main([str(folders / "sft"), "--reference", "dpo"])
+    with pytest.raises(InputError, match="--data is what --reward"):
+        evaluate.main([str(folders / "sft"), "--data", "pairs.jsonl"])
     with pytest.raises(InputError, match="same name"):
         evaluate.main([str(folders / "sft"), str(folders / "sft")])
 

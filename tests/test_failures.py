@@ -144,6 +144,36 @@ def test_a_stopped_run_goes_on_to_the_same_end(stage, files, tmp_path, monkeypat
     assert stage_ends(tmp_path / "cut") == stage_ends(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_after_its_last_step_a_run_can_end(stage, files, tmp_path, monkeypatch):
+    """Between the last save and the checkpoint, where no step is left to do."""
+    short = [{"pretrain": "--steps", "ppo": "--iterations", "grpo": "--iterations"}.get(stage, "--epochs"), 1,
+             "--save-every", 1]
+    save = training.save_checkpoint
+    monkeypatch.setattr(STAGES[stage], "save_checkpoint", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, command(files, stage, tmp_path / "cut", *short))
+    monkeypatch.setattr(STAGES[stage], "save_checkpoint", save)
+    call(monkeypatch, command(files, stage, tmp_path / "cut", *short, "--resume"))
+    call(monkeypatch, command(files, stage, tmp_path / "whole", *short))
+    assert stage_ends(tmp_path / "cut")[1] == stage_ends(tmp_path / "whole")[1] and (tmp_path / "cut" / "done").exists()
+
+
+@pytest.mark.parametrize("changed", ["sft/model.safetensors", "conversations.jsonl"])
+def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkeypatch):
+    words = command(files, "sft", tmp_path, "--epochs", 1, "--save-every", 1)
+    monkeypatch.setattr(sft, "save_checkpoint", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, words)
+    later, before = time.time() + 60, (files / changed).stat().st_mtime
+    os.utime(files / changed, (later, later))
+    try:
+        with pytest.raises(InputError, match=f"{Path(changed).name} is younger than"):
+            call(monkeypatch, [*words, "--resume"])
+    finally:
+        os.utime(files / changed, (before, before))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, kills", [("sft", 10), ("ppo", 10), ("pretrain", 2), ("reward", 2), ("dpo", 2),
                                           ("grpo", 2)])
@@ -393,6 +423,11 @@ def bad_commands(files):
     other = files / "other"
     if not other.exists():
         save_checkpoint(other, ScalarModel(model_of(train_bpe(["zz yy xx"], 262))), train_bpe(["zz yy xx"], 262))
+        tokenizer = train_bpe([row["text"] for row in rows_of("texts")], 300)
+        save_checkpoint(files / "short", ScalarModel(model_of(tokenizer, context_length=32)), tokenizer)
+        save_checkpoint(files / "plain", model_of(tokenizer), tokenizer)
+        for part in (files / "plain").glob("*.json*"):
+            part.write_text(part.read_text("utf-8").replace("<|im_start|>", "<|begin|>"), "utf-8")
         (files / "no_config").mkdir()
         for name, part in (("half", "model.safetensors"), ("no_tokens", "tokenizer.json")):
             save_checkpoint(files / name, model_of(train_bpe(["a"], 260)), train_bpe(["a"], 260))
@@ -434,6 +469,8 @@ def bad_commands(files):
     yield say("sft", out, "--init", files / "no_config"), "config.json: missing"
     yield say("sft", out, "--init", files / "half"), "half: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "no_tokens"), "no_tokens: not a checkpoint that can be read"
+    yield say("sft", out, "--init", files / "plain"), "its tokenizer has no <|im_start|>"
+    yield say("ppo", out, "--reward", files / "short"), "reads 32 tokens, --init 64"
     yield say("sft", out, "--init", files / "wide"), "wide: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "reward"), "reward: a reward model; expected a language model"
     yield say("reward", out, "--init", files / "reward"), "expected a language model"

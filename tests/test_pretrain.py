@@ -10,11 +10,26 @@ import data
 import pretrain
 import training
 from model import GPT, GPTConfig
-from pretrain import heldout_loss
+from pretrain import heldout_loss, next_token_loss
 from tokenizer import train_bpe
 from training import InputError
 
 DOCUMENTS = ["The cat sat on the mat.", "Where is Zürich?\nIt is in Switzerland.", "Yes."]
+
+
+def test_next_token_loss_is_as_exact_as_its_logits():
+    torch.manual_seed(0)
+    targets = torch.randint(300, (4, 9))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-3)):
+        logits = (4 * torch.randn(4, 9, 300)).to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # which must not matter
+            loss = next_token_loss(lambda _: logits, None, targets)
+        loss.backward()
+        exact = logits.detach().double().requires_grad_()
+        expected = -exact.log_softmax(-1).gather(-1, targets[..., None]).mean()
+        expected.backward()
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=tolerance)
+        assert (logits.grad - exact.grad).norm() < 2 * tolerance * exact.grad.norm()
 
 
 @pytest.mark.parametrize("vocab_size", [260, 290])

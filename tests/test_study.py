@@ -5,7 +5,9 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -121,14 +123,15 @@ def runs(tmp_path_factory):
     save_checkpoint(root / "base", tiny(0), tokenizer, stage="pretrain")
     save_checkpoint(root / "sft", tiny(1), tokenizer)
     for name in ("base", "sft", "reward"):
-        finish(root / name, name, 1.0)
+        finish(root / name, name, 1.0, train_pairs=30)
     save_checkpoint(root / "reward", ScalarModel(tiny(2)), tokenizer, reward_shift=0.3, reward_scale=2.0)
     for n in study.SUBSETS:
         save_checkpoint(root / "study" / f"reward_{n}", ScalarModel(tiny(n)), tokenizer)
     for seed, name in enumerate((*study.ROWS, *(f"reward_{n}" for n in study.SUBSETS)), 5):
         if name in study.ROWS:
             save_checkpoint(root / "study" / name, tiny(seed), tokenizer)
-        finish(root / "study" / name, name, 60.0, iterations=4)
+        finish(root / "study" / name, name, 60.0, iterations=4, train_pairs=int(name.split("_")[-1])
+               if name.startswith("reward") else 0)
     for name in ("ppo", "grpo", "dpo", "ppo_no_kl", "ppo_hacked"):
         save_checkpoint(root / "study" / name / "step_0002", tiny(40), tokenizer)
         save_checkpoint(root / "study" / name / "step_0004", tiny(41), tokenizer)  # as the last: not twice
@@ -136,7 +139,7 @@ def runs(tmp_path_factory):
             for n in range(30)]
     rows += [{"prompt": f"Tell {n}.", "chosen": "Yes, of course.", "rejected": "I do not know.",
               "p": 0.55 + n / 100} for n in range(40)]
-    for name in ("pairs.jsonl", "study/heldout_pairs.jsonl"):
+    for name in ("pairs.jsonl", "study/heldout_pairs_100_seed1.jsonl"):
         (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -218,6 +221,28 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     (runs / "study" / "costs.json").unlink()  # a part that is lost is measured again, the same
     study.main()
     assert (runs / "study" / "study.json").read_text("utf-8") == before
+
+
+def test_another_scale_or_seed_has_files_of_its_own(tmp_path):
+    configs = [study.Config(out=str(tmp_path), scale=scale, seed=seed) for scale in (1, 0.05) for seed in (1, 2)]
+    assert len({study.rejection_file(config) for config in configs}) == 4
+    assert len({study.training_runs(config)["rejection"] for config in configs}) == 4
+
+
+def test_ctrl_c_waits_for_the_script_to_save(tmp_path):
+    """The script here takes a while to end by itself, as one that saves does."""
+    script = tmp_path / "slow.py"
+    script.write_text("import pathlib, signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
+                      f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(1)\nsys.exit(130)\n")
+
+    def press():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=press).start()
+    with pytest.raises(SystemExit) as ended:
+        study.call([str(script)])
+    assert ended.value.code == 130
 
 
 def test_a_study_needs_the_main_runs(tmp_path, monkeypatch):

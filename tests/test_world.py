@@ -221,9 +221,10 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
             text = tokenizer.decode(ids)
             prompt = text.split("user\n")[1].split("<|im_end|>")[0]
             task = next(filter(None, map(tasks.get, world.unspoken(prompt))))
-            answer = NONSENSE if prompt in seen else task.best
+            answer, end = ((NONSENSE, tokenizer.endoftext_id) if prompt in seen else
+                           (task.best, tokenizer.im_end_id))
             seen.add(prompt)
-            answers.append([*tokenizer.encode(answer), tokenizer.im_end_id])
+            answers.append([*tokenizer.encode(answer), end])
         return answers, None
 
     monkeypatch.setattr(model_module, "generate", fake)

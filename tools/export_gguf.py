@@ -72,7 +72,7 @@ def export(folder, path, kind="f16"):
     import gguf
 
     folder = Path(folder)
-    model, tokenizer = load_policy(folder)  # refuses a reward model
+    model, tokenizer = load_policy(folder, chats=False)  # refuses a reward model
     if tokenizer.pattern not in RULES:
         raise InputError(f"{folder}: llama.cpp has no rule for this tokenizer, which cuts by {tokenizer.pattern!r}")
     c, info = model.config, json.loads((folder / "config.json").read_text("utf-8"))

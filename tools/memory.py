@@ -68,6 +68,9 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
 
 
 def main():
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(sys.argv) == 3:
         shape, case = SHAPES[sys.argv[1]], CASES[sys.argv[2]]
         print(json.dumps(step(shape, **case)))
