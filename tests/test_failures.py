@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +158,17 @@ def test_stopped_after_its_last_step_a_run_can_end(stage, files, tmp_path, monke
     call(monkeypatch, command(files, stage, tmp_path / "cut", *short, "--resume"))
     call(monkeypatch, command(files, stage, tmp_path / "whole", *short))
     assert stage_ends(tmp_path / "cut")[1] == stage_ends(tmp_path / "whole")[1] and (tmp_path / "cut" / "done").exists()
+
+
+@pytest.mark.parametrize("stage, shown", [
+    ("pretrain", [r"^\[.*birds.*\]$"]), ("sft", [r"user\nSay \d+.*assistant\n\[It is \d+\.<\|im_end\|>\]$"]),
+    *((stage, [r"assistant\n\[Gladly: \d+\.<\|im_end\|>\]", r"assistant\n\[No\. \d+<\|im_end\|>\]"])
+      for stage in ("reward", "dpo")), *((stage, [r"assistant\n\[.+\]"]) for stage in ("ppo", "grpo"))])
+def test_show_batch_marks_what_is_trained_on_and_writes_nothing(stage, shown, files, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, command(files, stage, tmp_path / "out", "--show-batch"))
+    printed = capsys.readouterr().out
+    assert all(re.search(pattern, printed.strip(), re.S) for pattern in shown), printed
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changed", ["sft/model.safetensors", "conversations.jsonl"])
@@ -441,6 +453,7 @@ def bad_commands(files):
                 "types.jsonl": b'{"messages": 5}\n', "torn.jsonl.gz": gzip.compress(b"{}" * 999)[:30],
                 "false.jsonl.gz": b"not gzip", "nothing.jsonl": lines(
                     [{"messages": [{"role": "user", "content": "hi"}]}] * 9).encode(), "x.csv": b"a,b\n",
+                "same.jsonl": lines(rows_of("conversations", 1) * 60).encode(),
                 "all_p.jsonl": lines([row | {"p": 0.9} for row in rows_of("preferences")]).encode(),
                 "p.jsonl": b'{"prompt": "a", "chosen": "b", "rejected": "c", "p": 2}\n'}.items():
             (files / name).write_bytes(content)
@@ -463,6 +476,7 @@ def bad_commands(files):
     yield say("dpo", out, "--data", files / "p.jsonl"), "expected a probability"
     yield say("reward", out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
     yield say("sft", out, "--holdout", 60), "expected some rows left"
+    yield say("sft", out, "--data", files / "same.jsonl"), "found the prompts of all 3 held-out rows in training"
     yield say("sft", out, "--holdout", 0), "expected a fraction or a count above 0"
     yield say("sft", out, "--holdout", -1), "expected a fraction or a count above 0"
     yield say("sft", out, "--init", files / "nowhere"), "nowhere: no such folder"

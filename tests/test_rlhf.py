@@ -319,6 +319,12 @@ def test_reward_model_becomes_score_and_critic(tokenizer, tmp_path):
     assert torch.allclose(scores(prompts, responses), expected, atol=1e-6)
 
 
+def test_a_reward_function_sees_no_end_token(tokenizer):
+    ids = tokenizer.encode("the cat sat")
+    for end in ([], [tokenizer.im_end_id], [tokenizer.endoftext_id]):
+        assert rlhf.answer_text(tokenizer, ids + end) == "the cat sat"
+
+
 def test_reward_function_errors_name_the_prompt(tokenizer, tmp_path):
     (tmp_path / "f.py").write_text("def good(p, r): return len(p) + len(r)\n"
                                    "def bad(p, r): return 1 / (len(p) - 7)\n"
