@@ -469,8 +469,8 @@ class RolloutConfig:
     replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: 'world' or "
                                          "text files")
     replay: int = flag(1, "windows of it in every update")
-    ratio_clip: float = flag(0.2, "a token whose probability ratio went further than this from 1, with its "
-                             "advantage, gets no gradient")
+    ratio_clip: float = flag(0.2, "a token whose probability ratio has moved further than this from 1, the way "
+                             "its advantage points, gets no gradient")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
                          "exceeds this: little of the reference is left then")
@@ -496,7 +496,7 @@ class PPOConfig(RolloutConfig):
     beta: float = flag(0.05, "price of a nat away from the reference; 0 lets the score be tricked")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
-    value_clip: float = flag(0.2, "a value that went further than this from its old one, to where it should go, "
+    value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "
                              "gets no gradient")
     critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
     critic: bool = flag(True, "without one, λ is 1 and every state has the same value")

@@ -508,6 +508,16 @@ def settings_of(config):
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
+def read_by(config):
+    """The files that a run reads; of a checkpoint, its weights."""
+    for name in ("init", "reward", "data"):
+        given = getattr(config, name, [])
+        for path in map(Path, given if isinstance(given, list) else [given]):
+            path = path / "model.safetensors" if path.is_dir() else path
+            if path.is_file():
+                yield path
+
+
 def start_run(config, stage, first=True):
     """Prepare the output folder. Returns the saved state to go on from, or None for a fresh start.
     Of several processes only the `first` changes files.
@@ -525,12 +535,10 @@ def start_run(config, stage, first=True):
             raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
         if saved["stage"] != stage:
             raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
-        for source in (config.__dict__.get(name) for name in ("init", "reward", "data")):
-            for path in map(Path, source if isinstance(source, list) else [source or ""]):
-                path = path / "model.safetensors" if path.is_dir() else path
-                if path.is_file() and path.stat().st_mtime > state.stat().st_mtime:
-                    raise InputError(f"--resume: {path} is younger than {state}, which was made from another; "
-                                     "start without --resume, or delete the state")
+        for path in read_by(config):
+            if path.stat().st_mtime > state.stat().st_mtime:
+                raise InputError(f"--resume: {path} is younger than {state}, which was made from another; "
+                                 "start without --resume, or delete the state")
         mine = settings_of(config)
         for name in sorted(set(mine) | set(settings)):
             old, new = settings.get(name), mine.get(name)
