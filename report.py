@@ -55,7 +55,7 @@ GLOSSARY = (
      "DPO 1.2, PPO 1.2 (± 0.3)", "0: no update arrived. Above 20: β is too small, or the rate too large"),
     ("reward", "mean score by the reward model, in its standard deviations on answers of SFT: the proxy "
      "that PPO is paid", "higher, if gold follows", "SFT 0.2, DPO 0.5, PPO 0.5, best-of-16 0.7 (± 0.2)",
-     "SFT far from 0: `reward_shift` was not subtracted"),
+     "SFT far from 0: reward_shift was not subtracted"),
     ("refuses harmful", "share of harmful requests refused", "higher", "SFT 40, DPO 75, PPO 78 % (± 15)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
     ("refuses harmless", "share of harmless requests refused", "lower", "2 % (± 2)",
@@ -109,16 +109,17 @@ def main_rows(report):
 
 
 def glossary_rows():
-    return ["figure", "what it is", "better", "expect of `make`", "when it is off"], GLOSSARY
+    return ["figure", "what it is", "better", "expect of make", "when it is off"], GLOSSARY
 
 
 def part_rows(report):
     """The parts of the gold score, and accuracy by what is new about the prompts."""
-    counts = next(iter(report["checkpoints"].values()))["prompts"]["accuracy"]
-    headings = ["", *(f"gold: {part}" for part in PARTS),
-                *(f"{name.replace('_', ' ')} (n = {counts[name]})" for name in world.HOLDOUTS)]
-    return headings, [
-        [name, *(cell(measures["gold"][part], NUMBER) for part in PARTS),
+    def asked(measures):
+        return ", ".join(str(measures["prompts"]["accuracy"][name]) for name in world.HOLDOUTS)
+    usual = asked(next(iter(report["checkpoints"].values())))
+    headings = ["", *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS)]
+    return [f"(n = {usual})", *headings[1:]], [
+        [name + (f" (n = {asked(measures)})" if asked(measures) != usual else ""), *(cell(measures["gold"][part], NUMBER) for part in PARTS),
          *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS)]
         for name, measures in report["checkpoints"].items()]
 
@@ -155,9 +156,10 @@ def notes(report):
         "equally many prompts of each family.",
         f"Accuracy counts {counted} (best-of-n: its choice); all else counts one sample per prompt "
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
-        f"Best-of-{settings['best_of']}, KL and the needless “I do not know” are measured on "
-        f"{report['best_of_prompts']:,} of them; the KL of best-of-n is log n − (n − 1)/n. It chooses by "
-        f"reward + {settings['best_of_beta']} log π.",
+        f"KL is measured on {report['best_of_prompts']:,} of them" + (
+            f", as are best-of-{settings['best_of']} and the needless “I do not know”; the KL of best-of-n is "
+            f"log n − (n − 1)/n. It chooses by reward + {settings['best_of_beta']} log π."
+            if settings["best_of"] > 1 else "."),
         "A base model reads plain text, the instruction and a line break; what it writes up to the "
         f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "
         "come before, in the layout of the quiz pages it was trained on (Question: … Answer: …).",
@@ -395,9 +397,10 @@ def smooth(values, weight=0.8):
     return found
 
 
-def draw(panels, width=9.0):
+def draw(heading, panels, width=9.0):
     """SVG text of panels side by side, two in a row; each is (title, x label, [curves]), a curve
-    (label, xs, ys, style) of matplotlib. A style may have a `band`: (lows, highs)."""
+    (label, xs, ys, style) of matplotlib. A style may have a `band`: (lows, highs). `heading` tells the
+    picture from others of the page."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
@@ -405,7 +408,7 @@ def draw(panels, width=9.0):
     lines = (len(panels) + 1) // 2
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
                          "ytick.color"), INK)
-    with plt.rc_context({**ink, "svg.hashsalt": panels[0][0], "text.parse_math": False,
+    with plt.rc_context({**ink, "svg.hashsalt": heading, "text.parse_math": False,
                          "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure, axes = plt.subplots(lines, 2, figsize=(width, 2.6 * lines), squeeze=False,
                                     layout="constrained")
@@ -427,9 +430,10 @@ def draw(panels, width=9.0):
         plt.close(figure)
     svg = file.getvalue()
     # Ids are per picture; two in one page would clash.
-    prefix = re.sub(r"\W", "", panels[0][0])
+    prefix = re.sub(r"\W", "", heading)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg[svg.index("<svg"):])
-    return svg.replace(INK, "currentColor")
+    told = html.escape("; ".join(f"{title} by {label}" for title, label, _ in panels))
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1).replace(INK, "currentColor")
 
 
 def pictures(report, folder):
@@ -447,8 +451,9 @@ def pictures(report, folder):
             if curve(rows, "heldout_loss")[0]:
                 curves.append(("held out", *curve(rows, "heldout_loss"), {"marker": "o"}))
             losses.append((f"{name}: loss", "step", curves))
-    rollouts = scores and [("mean score of the episodes", "iteration", scores),
-                           ("KL from SFT, nats per response", "iteration", kls)]
+    whose = f"{scores[0][0]}: " if len(scores) == 1 else ""  # a lone curve has no legend
+    rollouts = scores and [(f"{whose}mean score of the episodes", "iteration", scores),
+                           (f"{whose}KL from SFT, nats per response", "iteration", kls)]
     against = []
     for title, path in (("gold score", ("gold", "total")), ("reward model’s score", ("proxy",))):
         points = [(name, [measures["kl_from_sft"][0]], [dig(measures, path)[0]],
@@ -459,7 +464,7 @@ def pictures(report, folder):
             against.append((f"{title} against KL", "KL from SFT, nats per response", points))
     named = (("How far from SFT, and what it brought", against), ("Training losses", losses),
              ("Rollouts as they went", rollouts))
-    return [(heading, draw(panels)) for heading, panels in named if panels]
+    return [(heading, draw(heading, panels)) for heading, panels in named if panels]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,7 +510,7 @@ ul { padding-left: 1.2rem; font-size: .9rem; } svg { width: 100%; height: auto; 
 
 def html_table(headings, rows, titles=()):
     escape, css = html.escape, ""
-    head = "".join(f'<th scope="col" title="{escape(title)}">{escape(heading)}</th>'
+    head = "".join(f'<th scope="col" title="{escape(title)}">{escape(heading)}</th>' if heading else "<td></td>"
                    for heading, title in zip(headings, [*titles, *[""] * len(headings)]))
 
     def interval(text):  # the bracket in small print
@@ -516,7 +521,7 @@ def html_table(headings, rows, titles=()):
         for name, *cells in rows)
     if any(len(text) > 60 for row in rows for text in row):
         css = "words"  # sentences wrap, numbers do not
-    return (f'<div class="wide"><table class="{css}"><thead><tr>{head}</tr></thead>\n'
+    return (f'<div class="wide" tabindex="0" role="region" aria-label="table"><table class="{css}"><thead><tr>{head}</tr></thead>\n'
             f"<tbody>{body}</tbody></table></div>")
 
 
@@ -575,7 +580,7 @@ def build_html(report, folder, study=None):
           for heading, svg in pictures(core, folder))]
     for heading, lines, tables, panels in study_sections(report, study):
         sections += [f"<h2>{escape(heading)}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
-        sections += [f'<div class="plots">{draw(panels)}</div>'] if panels else []
+        sections += [f'<div class="plots">{draw(heading, panels)}</div>'] if panels else []
         sections += [html_table(*table) for table in tables]
     sections += [
         "<h2>Parts of the gold score, and accuracy by what is new</h2>",

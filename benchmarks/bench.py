@@ -1,7 +1,7 @@
 """Ours beside others on the same work, the same machine, the same threads, in turns: medians of ROUNDS rounds.
 
     python benchmarks/bench.py --data FOLDER --nanogpt PATH --out benchmarks/results.json
-    python benchmarks/bench.py --rows train sampling          # only these
+    python benchmarks/bench.py --data FOLDER --rows train sampling          # only these
 
 transformers, TRL and tokenizers are installed into .venv-peers, and everything runs there, ours too: one version
 of torch. --data is the folder of `make real`, with tinyshakespeare.txt beside them; --nanogpt a checkout of
@@ -121,7 +121,7 @@ class Bench:
     def trainer_settings(self, **more):
         return dict(output_dir=str(self.work / "trl"), per_device_train_batch_size=16, num_train_epochs=1,
                     use_cpu=True, bf16=self.bf16(), fp16=False, report_to="none", save_strategy="no", logging_steps=10,
-                    disable_tqdm=True, dataloader_num_workers=0, **more)
+                    gradient_checkpointing=False, disable_tqdm=True, dataloader_num_workers=0, **more)
 
     @staticmethod
     def bf16():
@@ -213,7 +213,7 @@ def shakespeare(bench):
     rows = {}
     for name, runs in found.items():
         seconds, loss, parameters = sorted(runs)[1]
-        rows[name] = [seconds, max(runs)[0], min(runs)[0]]
+        rows[name] = [seconds, min(runs)[0], max(runs)[0]]
         rows[f"{name}, loss"], rows[f"{name}, parameters"] = loss, parameters
     return rows
 
@@ -282,13 +282,14 @@ def sft(bench):
 
 
 def dpo(bench):
-    """One epoch over 1,000 pairs, batches of 16, from opening the files to the saved checkpoint."""
+    """One epoch over some 1,000 pairs, batches of 16, from opening the files to the saved checkpoint."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
     import rlhf
     rows = json.loads(bench.file("preferences-1100.json").read_text(encoding="utf-8"))
+    rows = [row for row in rows if "" != row["chosen"].strip() != row["rejected"].strip() != ""]  # ours drops others
     pairs = [{"prompt": [{"role": "user", "content": "\n".join(filter(None, (row["instruction"], row.get("input"))))}],
               **{kind: [{"role": "assistant", "content": row[kind]}] for kind in ("chosen", "rejected")}} for row in rows]
     path = bench.work / "pairs.jsonl"
@@ -307,11 +308,12 @@ def dpo(bench):
     def ours():
         script(rlhf.dpo, "--init", bench.folder(), "--data", path, "--holdout", 100, "--batch-size", 16, "--beta", 0.1,
                "--dtype", dtype, "--out", bench.work / "dpo")
-    return compare(1000, rounds=3, **{"TRL": theirs, "ours": ours})
+    return compare(len(pairs) - 100, rounds=3, **{"TRL": theirs, "ours": ours})
 
 
 def ppo(bench, iterations=3, episodes=64):
-    """Iterations of 64 answers of 48 tokens, 4 epochs of 4 minibatches; policy, reference, reward model, critic."""
+    """Iterations of 64 answers of 48 tokens, 4 epochs of 4 minibatches; policy, reference, reward model, critic.
+    TRL's trainer ignores bf16=True; the variable of accelerate has its policy and critic in bfloat16."""
     import copy
 
     import torch
@@ -330,7 +332,8 @@ def ppo(bench, iterations=3, episodes=64):
                                          add_generation_prompt=True, return_dict=False)
            for row in rows]
 
-    def theirs():
+    def theirs(bf16):
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
         with quiet():
             tokenizer.padding_side = "left"
             settings = bench.trainer_settings() | {"per_device_train_batch_size": episodes}
@@ -346,13 +349,16 @@ def ppo(bench, iterations=3, episodes=64):
             trainer.train()
             trainer.save_model()
 
-    def ours():
+    def ours(dtype):
         script(rlhf.ppo, "--init", bench.folder(), "--reward", reward, "--data", path, "--holdout", 16,
                "--eval-prompts", 16, "--iterations", iterations, "--episodes", episodes, "--epochs", 4,
-               "--minibatches", 4, "--dtype", "bfloat16" if bench.bf16() else "float32", "--max-new-tokens", 48,
+               "--minibatches", 4, "--dtype", dtype, "--max-new-tokens", 48,
                "--stop-kl", 1000, "--max-kl", 1e6, "--samples-every", 1000, "--out", bench.work / "ppo")
     torch.manual_seed(1)
-    return compare(iterations * episodes, rounds=3, **{"TRL": theirs, "ours": ours})
+    runs = {"TRL float32": lambda: theirs(False), "ours float32": lambda: ours("float32")}
+    if bench.bf16():
+        runs |= {"TRL bfloat16": lambda: theirs(True), "ours bfloat16": lambda: ours("bfloat16")}
+    return compare(iterations * episodes, rounds=3, **runs)
 
 
 def bpe(bench):
@@ -427,8 +433,8 @@ def main():
     training.keep_freed_memory()
     bench = Bench(args)
     found = json.loads(Path(args.out).read_text("utf-8")) if args.out and Path(args.out).exists() else {"rows": {}}
-    found["machine"] = machine()
-    print(json.dumps(found["machine"]))
+    here = machine()
+    print(json.dumps(here))
     for name, (measure, unit) in ROWS.items():
         if args.rows and not name.startswith(tuple(args.rows)):
             continue
@@ -437,7 +443,7 @@ def main():
         except FileNotFoundError as error:
             print(f"{name}: left out, {error} is missing", flush=True)
             continue
-        found["rows"][name] = {"unit": unit, **rows}
+        found["rows"][name] = {"unit": unit, "machine": here, **rows}
         for who, value in rows.items():
             shown = (f"{value[0]:,.1f} ({value[1]:,.1f} to {value[2]:,.1f}) {unit}" if isinstance(value, list)
                      else f"{value:,.3f}")

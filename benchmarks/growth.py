@@ -78,6 +78,8 @@ def decode(size=BASE, context=256, batch=1):
     """-> (microseconds per token after `context` others, bytes to be read per token, bytes of cache per token)."""
     model = build(size, context + 16)
     cache = KVCache(model.config, batch, context + 16, "cpu", torch.float32)
+    for buffer in (cache.keys, cache.values):
+        buffer.normal_()  # memory that was never written is not read either
     ids = torch.randint(2048, (batch, 1))
 
     def steps():

@@ -254,9 +254,11 @@ def planted(copy, mutant):
                           *(f"tests/{test}" for test in tests.split())], cwd=copy, text=True, capture_output=True,
                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"})
     path.write_text(text, encoding="utf-8")
+    if ran.returncode not in (0, 1):  # no test ran
+        sys.exit(f"mutant ({what}): pytest ended with {ran.returncode}: {ran.stdout[-500:]}")
     failed = [line.split("::")[1].split(" - ")[0] for line in ran.stdout.splitlines()
               if line.startswith(("FAILED", "ERROR")) and "::" in line]
-    return (failed or ["collection"])[0] if ran.returncode else None
+    return failed[0] if failed else None
 
 
 def main():

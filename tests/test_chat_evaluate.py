@@ -453,7 +453,7 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
     assert all(set(t["answers"]) == set(rows) for t in course)
 
 
-def test_the_same_seed_gives_the_same_report(written, folders):
+def test_the_same_seed_gives_the_same_answers(written, folders):
     before = json.loads((written / "report.json").read_text("utf-8"))
     speaker = chat.open_speaker(folders / "sft")
     config = evaluate.Config(["sft"], max_new_tokens=10)

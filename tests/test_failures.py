@@ -319,7 +319,7 @@ def test_every_epoch_has_an_order_of_its_own(stage, files, tmp_path, monkeypatch
 @pytest.mark.parametrize("flags", [["--micro-batch", 3], ["--recompute"], ["--micro-batch", 1, "--recompute"]])
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
 def test_less_memory_is_the_same_training(stage, flags, files, tmp_path, monkeypatch):
-    """Gradient accumulation and recomputed activations: the same losses and weights, but for rounding."""
+    """Gradient accumulation and recomputed activations: the same losses from step to step, but for rounding."""
     rows, again, kept = rows_of("conversations", 40), [], model_module.checkpoint
     for i, row in enumerate(rows):  # of several lengths: shares must go by supervised tokens
         row["messages"][1]["content"] *= 1 + i % 4

@@ -4,6 +4,7 @@ measures are right on models and pairs whose answers are known."""
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -216,6 +217,8 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     for text in ("Which stage buys what", "Over-optimisation", "calibration", "PPO without whitening"):
         assert text in page
     assert "PPO without whitening" in notes and "3 seeds" in notes
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 100
     assert "ppo_no_whitening</dt>" not in page and "ppo</dt>" in page  # the browser shows the method's stages
     before = (runs / "study" / "study.json").read_text("utf-8")
     (runs / "study" / "costs.json").unlink()  # a part that is lost is measured again, the same
