@@ -45,7 +45,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "fc4c36819b6334be"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "5037af0db7367843"
 
 
 def test_size_of_the_world():
@@ -119,7 +119,7 @@ def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on, replayed)
               for phrase in phrases}
     frames |= {"on a scale", "My teacher wants to know", "This is the story:", "My homework says",
                "I am making a poster", "My daughter cannot sleep", "Here is your friend",
-               "'s birthday, who is", "Write something funny", "My sister cannot think of",
+               "It is the birthday of", "Write something funny", "My sister cannot think of",
                "and I am worried. Please advise"}
     everything = "\n".join([*trained_on, *world.documents(8000, 4), *replayed])
     for frame in sorted(frames):
