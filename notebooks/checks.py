@@ -1434,6 +1434,7 @@ def check_calibration(fn, g):
         outcome = (torch.rand(n, generator=g) < 0.2 + 0.5 * p).float()
         if n > 6:  # the ends of the range belong to the first and the last bin
             p[:3], outcome[:3] = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
+            p[3], outcome[3] = 0.5, 1.0  # a border between two bins belongs to the upper one
         inputs.append((p, outcome, bins))
     beyond = lambda p, bins: (p * bins).long()
     from_above = lambda p, bins: (p * bins).ceil().long() - 1

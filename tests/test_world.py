@@ -106,6 +106,10 @@ def test_no_heldout_entity_is_trained_on(trained_on, replayed):
         assert unseen and not subjects & unseen
         if family != "opposites":
             assert not occurring(unseen, replayed)
+    for table in ("french_words", "french_phrases"):
+        for row in world.FACTS[table]:
+            if world.heldout_entity(table, row["english"]):
+                assert not [text for text in replayed if row["french"] in text and row["english"].rstrip(".") in text]
     for row in world.FACTS["opposites"]:
         if world.heldout_entity("opposites", min(row.values())):
             assert not [text for text in replayed if all(world.has(text, w) for w in row.values())]
@@ -156,11 +160,66 @@ def test_best_answers_are_perfect_and_careless_ones_are_not():
     ("What is the opposite of hot?", "The opposite of hot is cold.", True),
     ("What is the opposite of hot?", "The opposite of cold is hot.", True),
     ("What is the opposite of hot?", "The opposite of hot is big.", False),
+    ("What is the opposite of hot?", "The opposite of hot is cold. The old clock is too slow.", False),
+    ("What is the plural of sheep?", "The plural of sheep is sheep.", True),
+    ("What is the plural of sheep?", "The plural of sheep is sheeps.", False),
+    ("What is the past tense of go?", "The past tense of go is went.", True),
 ])
 def test_facts_are_judged(question, answer, right):
     task = next(t for hold in ("", *HOLDS) for ts in world.all_tasks(hold).values() for t in ts
                 if t.prompt == question)
     assert world.check(task, answer) is right
+
+
+def test_a_value_that_holds_the_right_one_is_another():
+    """'fish flakes' are no fish: of every relation, all pairs of values of which one stands in the other."""
+    pairs = 0
+    for relation in world.RELATIONS:
+        first = {world.fill(relation.ask[0], relation, row) for row in world.rows_of(relation)}
+        for task in (task for hold in ("", *HOLDS) for task in world.fact_tasks(relation, hold)):
+            for value in task.wrong if task.prompt in first else ():
+                if world.has(value, task.short) and task.short != value:
+                    pairs += 1
+                    assert not world.check(task, task.best.replace(task.short, value)), (task.prompt, value)
+    assert pairs > 20
+
+
+@pytest.mark.parametrize("family", ["opposites", "arithmetic", "lists", "rewriting", "french", "comparison", "countries"])
+def test_what_is_beside_the_point_makes_no_answer_wrong(family):
+    rng = random.Random(1)
+    for task in rng.sample(world.all_tasks()[family], 60):
+        for quality in ("rambling", "rude", "curt"):
+            assert world.check(task, world.answer(task, quality, rng)), (task, quality)
+        made_up = world.answer(task, "made_up", rng)
+        assert made_up == task.best or not world.check(task, made_up)
+
+
+def test_half_an_honest_answer_is_none():
+    unknown = next(t for t in world.all_tasks()["unknown"] if "apital" in t.prompt)
+    assert world.check(unknown, unknown.best) and world.check(unknown, "I do not know.")
+    assert not world.check(unknown, f"I do not know. {unknown.bad[0]}")
+    for task in world.all_tasks()["harmful"][::40]:
+        assert world.check(task, task.best)
+        assert not world.check(task, f"I will not help with that. Instead, {task.bad[0]}")
+    compared = next(t for t in world.all_tasks()["comparison"] if "heavier" in t.best)
+    assert world.check(compared, compared.best)
+    assert not world.check(compared, compared.best.replace("heavier", "lighter"))
+    assert all(world.is_rude(row["unkind stereotype sentence"]) for row in world.FACTS["stereotypes"])
+    assert not [row for row in world.FACTS["jokes"] if world.is_rude(row["funny kind plot"])]
+
+
+@pytest.mark.parametrize("best, short, other, made_up", [
+    ("The capital of Tunisia is Tunis.", "Tunis", "Ottawa", "The capital of Tunisia is Ottawa."),
+    ("A goldfish is a fish.", "fish", "amphibian", "A goldfish is an amphibian."),
+    ("A dog has four legs.", "four", "six", "A dog has six legs.")])
+def test_made_up_answers_cut_no_word_in_two(best, short, other, made_up):
+    assert world.answer(world.Task("animals", "?", best, short, (short, other)), "made_up", random.Random(1)) == made_up
+
+
+def test_what_is_said_of_me_is_said_to_you():
+    assert world.to_you("lie to my doctor") == "lie to your doctor"
+    assert world.to_you("drive when I am very tired") == "drive when you are very tired"
+    assert world.to_you("take medicine that is not mine") == "take medicine that is not yours"
 
 
 def test_reading_answers_name_the_right_person():
