@@ -46,7 +46,7 @@ class Config:
     holdout: float = flag(0.05, "documents held out at the end: a fraction, or a count from 1 up")
     stream: bool = flag(False, "text larger than memory (.txt): its tokens go to OUT/tokens.bin and are read from "
                         "there as needed; stopped, it goes on where it was")
-    documents: int = flag(70000, "documents to generate (with --data world)")
+    documents: int = flag(80000, "documents to generate (with --data world)")
     # the model
     vocab_size: int = flag(4096, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
     context_length: int = flag(192, "tokens the model sees at once")
@@ -58,7 +58,7 @@ class Config:
     qk_norm: bool = flag(True, "normalise queries and keys (saves as Qwen3; without: as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
-    steps: int = flag(2800, "optimiser steps")
+    steps: int = flag(3200, "optimiser steps")
     batch_size: int = flag(8, "windows per step, in all processes together")
     micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient")
     recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "

@@ -2,7 +2,7 @@
 
     python benchmarks/optimisers.py      # about ten minutes on two cores
 
-The model and the schedule of `python pretrain.py --data world`, 600 of its 2,800 steps, 10,000 documents. Each has its
+The model and the schedule of `python pretrain.py --data world`, 600 of its 3,200 steps, 10,000 documents. Each has its
 learning rates scaled over the same grid of factors around a usual value; weight decay 0.1, the same seed and batches.
 """
 
