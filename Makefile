@@ -87,11 +87,11 @@ quick:
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32' \
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3'
 
-# β of its own: the better of two for DPO and for PPO, by held-out prompts that are not reported.
+# PPO has a β of its own, the better of two by held-out prompts that are not reported.
 long:
 	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--kv-heads 6 --ffn-width 576' SFT='--conversations 18000' PAIRS='--pairs 20000' \
-		DPO='--beta 0.15' PPO='--iterations 80 --beta 0.1'
+		PPO='--iterations 80 --beta 0.1'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.
