@@ -309,7 +309,7 @@ def test_what_was_sampled_is_read_without_a_gradient(tokenizer):
 def test_reward_model_becomes_score_and_critic(tokenizer, tmp_path):
     model = ScalarModel(tiny(tokenizer, seed=5))
     save_checkpoint(tmp_path / "reward", model, tokenizer, reward_shift=0.7, reward_scale=2.0)
-    scores, critic, shift = rlhf.load_reward_source(str(tmp_path / "reward"), None, tokenizer, "cpu")
+    scores, critic, shift = rlhf.load_reward_source(str(tmp_path / "reward"), tiny(tokenizer), tokenizer, "cpu")
     prompts, responses = [rlhf.Prompt([5, 6], "")] * 2, [[7], [8, 9, 10]]
     expected = score(model, [[5, 6]] * 2, responses, 0) - 0.7
     assert torch.allclose(scores(prompts, responses), expected, atol=1e-6)
