@@ -452,7 +452,7 @@ def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp
     if stage == "dpo":
         assert abs(math.log(s[True][-1])) > 0.1 and rows[-2]["loss"] < rows[0]["loss"] < math.log(2)
     else:
-        assert s[True][-1] < 0.9 and done["heldout_score"] > done["heldout_score_before"] + 0.02
+        assert s[True][-1] < 0.9 and done["heldout_score"] > done["heldout_score_before"] + 0.005
 
 
 @pytest.mark.parametrize("settings", [[], ["--no-standardise", "--aggregation", "token"]])
