@@ -397,12 +397,13 @@ def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, to
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-5) and row["margin"] == pytest.approx(0, abs=1e-5)
 
 
-def toy(stage, monkeypatch, tmp_path, tokenizer, out, *args):
-    """The reward is the share of small letters in the response, as a plain Python function."""
+def toy(stage, monkeypatch, tmp_path, tokenizer, out, *args, logits=0.5):
+    """The reward is the share of small letters in the response, as a plain Python function. The policy is random,
+    its logits half of what they would be, less sure: there must be something to explore."""
     if not (tmp_path / "sft").exists():
         policy = tiny(tokenizer)
         with torch.no_grad():
-            policy.embed.weight *= 0.5  # less sure of itself: there must be something to explore
+            policy.embed.weight *= logits
         save_checkpoint(tmp_path / "sft", policy, tokenizer)
         (tmp_path / "share.py").write_text(
             "def of_small_letters(prompt, response):\n"
@@ -433,7 +434,7 @@ def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
 def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp_path, tokenizer):
-    """Alone (--lr 0) it moves, the reward rises (it is for repeated letters, so for long answers: be less sure;
+    """Alone (--lr 0) it moves, the reward rises (it is for repeated letters, and a sure model repeats itself;
     DPO: the loss falls), and the checkpoint is SFT's but for the gains of its last norm, times s."""
     (tmp_path / "sure.py").write_text(
         "def of_itself(prompt, response): return 1 - len(set(response)) / (len(response) + 1)")
@@ -443,7 +444,7 @@ def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp
         args = "--lr", 0, "--sharpness-lr", 0.1, "--beta", 0.01, *replay
         done, rows = (toy_dpo(monkeypatch, tmp_path, tokenizer, *args) if stage == "dpo" else
                       toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 10, *args,
-                          "--reward", f"{tmp_path}/sure.py:of_itself"))
+                          "--reward", f"{tmp_path}/sure.py:of_itself", logits=2.0))
         s[bool(replay)] = [row["sharpness"] for row in rows if "sharpness" in row]
     assert s[True] == s[False]  # text is read without it
     before, after = (load_policy(tmp_path / folder)[0].state_dict() for folder in ("sft", stage))
@@ -452,7 +453,7 @@ def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp
     if stage == "dpo":
         assert abs(math.log(s[True][-1])) > 0.1 and rows[-2]["loss"] < rows[0]["loss"] < math.log(2)
     else:
-        assert s[True][-1] < 0.9 and done["heldout_score"] > done["heldout_score_before"] + 0.005
+        assert s[True][-1] > 1.5 and done["heldout_score"] > done["heldout_score_before"] + 0.1
 
 
 @pytest.mark.parametrize("settings", [[], ["--no-standardise", "--aggregation", "token"]])
