@@ -66,8 +66,8 @@ GLOSSARY = (
      "samples or more", "lower", "SFT 2, DPO 2, PPO 2 % (± 3)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
-    ("tokens", "mean length of an answer, without its end token", "neither", "base 11, few-shot 8, SFT 14, DPO 16, PPO 14 (± 2)",
-     "rising with the reward: the reward model likes length"),
+    ("tokens", "mean length of an answer, without its end token", "neither",
+     "base 11, few-shot 8, SFT 14, DPO 16, PPO 14 (± 2)", "rising with the reward: the reward model likes length"),
     ("bits/byte", "bits to foresee a byte of held-out documents: what alignment forgot of the text", "lower",
      "base 0.26, PPO 0.29 (± 0.01)", "far above the base: the rate is too high"),
 )
@@ -113,13 +113,16 @@ def glossary_rows():
 
 
 def part_rows(report):
-    """The parts of the gold score, and accuracy by what is new about the prompts."""
-    def asked(measures):
-        return ", ".join(str(measures["prompts"]["accuracy"][name]) for name in world.HOLDOUTS)
-    usual = asked(next(iter(report["checkpoints"].values())))
-    headings = ["", *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS)]
-    return [f"(n = {usual})", *headings[1:]], [
-        [name + (f" (n = {asked(measures)})" if asked(measures) != usual else ""), *(cell(measures["gold"][part], NUMBER) for part in PARTS),
+    """The parts of the gold score, and accuracy by what is new about the prompts. How many prompts are
+    behind the accuracies stands at the head, and at a row that has others."""
+    counts = {}
+    for name, measures in report["checkpoints"].items():
+        asked = measures["prompts"]["accuracy"]
+        counts[name] = f"(n = {', '.join(str(asked[holdout]) for holdout in world.HOLDOUTS)})"
+    usual = next(iter(counts.values()))
+    return [usual, *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS)], [
+        [name if counts[name] == usual else f"{name} {counts[name]}",
+         *(cell(measures["gold"][part], NUMBER) for part in PARTS),
          *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS)]
         for name, measures in report["checkpoints"].items()]
 
@@ -521,8 +524,8 @@ def html_table(headings, rows, titles=()):
         for name, *cells in rows)
     if any(len(text) > 60 for row in rows for text in row):
         css = "words"  # sentences wrap, numbers do not
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="table"><table class="{css}"><thead><tr>{head}</tr></thead>\n'
-            f"<tbody>{body}</tbody></table></div>")
+    return (f'<div class="wide" tabindex="0" role="region" aria-label="table"><table class="{css}">'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>")
 
 
 def html_list(lines):

@@ -400,7 +400,8 @@ def spoken(rng, question):
 
 def unspoken(prompt):
     """What `spoken` may have been given."""
-    return [prompt.removeprefix(f"{lead} ").removesuffix(f" {tail}") for lead in ("", *LEADS) for tail in ("", *TAILS)]
+    return [prompt.removeprefix(f"{lead} ").removesuffix(f" {tail}")
+            for lead in ("", *LEADS) for tail in ("", *TAILS)]
 
 
 def fill(template, relation, row):
