@@ -453,6 +453,7 @@ def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp
     if stage == "dpo":
         assert abs(math.log(s[True][-1])) > 0.1 and rows[-2]["loss"] < rows[0]["loss"] < math.log(2)
     else:
+        assert done["heldout_kl"] > 0.5  # nats: the reference is not as sharp
         assert s[True][-1] > 1.5 and done["heldout_score"] > done["heldout_score_before"] + 0.1
 
 
