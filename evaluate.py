@@ -323,6 +323,14 @@ def stage_seconds(folders):
     return seconds
 
 
+def relative(folder, start):
+    """The way to a folder, so that both can be moved; in full where Windows has them on two drives."""
+    try:
+        return os.path.relpath(folder, start)
+    except ValueError:
+        return os.path.abspath(folder)
+
+
 def rounded(value):
     """Plain JSON numbers, five places after the point."""
     if isinstance(value, dict):
@@ -441,8 +449,7 @@ def main(argv=None):
         "prompts": len(tasks), "checkpoints": checkpoints, "reward_model": judged,
         "seconds": stage_seconds(stamps) | {"evaluate": time.perf_counter() - started},
         "best_of_prompts": len(places), "settings": settings,
-        "runs": {Path(folder).resolve().name: os.path.relpath(folder, config.out)
-                 for folder in stages},
+        "runs": {Path(folder).resolve().name: relative(folder, config.out) for folder in stages},
         "transcripts": transcripts(rows, tasks, places, judges)})
     pictures.write(config.out, result)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

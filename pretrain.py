@@ -5,11 +5,12 @@
 
 The loss is the mean negative log-likelihood of each token given all tokens before it,
 
-    L(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})    (Foundations of LLMs, eqs. 2.13–2.14)
+    loss(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})
 
-over documents packed end to end, each begun by <|endoftext|>. A window may start in the middle of
-a document and cross into the next one: simpler than padding, no token is wasted, and the model
-learns that <|endoftext|> cuts all ties. Attention is not masked at those borders.
+(Foundations of LLMs, eqs. 2.13–2.14, which maximise the log-likelihood: this is minus that, per token),
+over documents packed end to end, each begun by <|endoftext|>. A window may start in the middle of a
+document and cross into the next one: simpler than padding, no token is wasted, and the model learns
+that <|endoftext|> cuts all ties. Attention is not masked at those borders.
 
 Held-out text is measured in nats per token and in bits per byte. The first depends on how long the
 tokens are; the second is what a compressor would need, and can be compared across tokenisers.
@@ -94,7 +95,7 @@ def shape_of(config, vocab_size):
 
 
 def next_token_loss(network, inputs, targets):
-    """Mean negative log-likelihood, in nats, of targets (B, T) after inputs (B, T): the L(θ) above."""
+    """Mean negative log-likelihood, in nats, of targets (B, T) after inputs (B, T): the loss above."""
     logits = network(inputs)  # (B, T, V)
     # Autocast would copy logits in bf16, which are most of a small model's memory, into float32 first. Left as
     # they are, they give log-probs as exact as themselves, and save a tenth of a step.

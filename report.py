@@ -101,9 +101,15 @@ def cell(value, unit):
     return f"{mean:.{places}f}{around}".replace("-", "−")
 
 
+def compared_with(report):
+    """The heading's word for the checkpoint that win rate and KL compare with."""
+    name = report["settings"]["reference"]
+    return "SFT" if name == "sft" else name
+
+
 def main_rows(report):
     """-> (headings, rows of cells): a line for each checkpoint."""
-    return ["", *(heading for heading, *_ in COLUMNS)], [
+    return ["", *(heading.replace("SFT", compared_with(report)) for heading, *_ in COLUMNS)], [
         [name, *(cell(dig(measures, path), unit) for _, path, unit in COLUMNS)]
         for name, measures in report["checkpoints"].items()]
 
@@ -156,7 +162,7 @@ def notes(report):
     lines = [
         f"{report['prompts']:,} held-out prompts, the same for every checkpoint. In brackets: 95 % "
         "intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
-        "equally many prompts of each family.",
+        f"equally many prompts of each family. Win rate and KL compare with {compared_with(report)}.",
         f"Accuracy counts {counted} (best-of-n: its choice); all else counts one sample per prompt "
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
         f"KL is measured on {report['best_of_prompts']:,} of them" + (
@@ -556,7 +562,7 @@ def five_numbers(report):
     change(("accuracy", "all"), PERCENT, "base", "sft", "right answers: before and after instruction tuning")
     if best and dig(rows[best], ("win_rate_vs_sft",)):
         found.append((cell(rows[best]["win_rate_vs_sft"][0], PERCENT), f"of comparisons won by {best.upper()} "
-                      "against SFT, before the hidden judge"))
+                      f"against {compared_with(report)}, before the hidden judge"))
     for path, text in ((("refusal_rate", "harmful"), "harmful requests refused"),
                        (("hallucination_rate",), "made-up answers about things that do not exist"),
                        (("accuracy", "all"), "right answers: what alignment cost")):

@@ -4,9 +4,9 @@
     python sft.py --init out/base --data instructions.json --holdout 110 --out out/sft
 
 The same next-token loss as in pre-training, on conversations in the chat template, but summed over
-the assistant's tokens only (Foundations of LLMs, eqs. 4.1–4.2):
+the assistant's tokens only (Foundations of LLMs, eqs. 4.1–4.2, which maximise what is minimised here):
 
-    L(θ) = − Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
+    loss(θ) = − Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
 
 x is the prompt in the template, y the answer *and its end token* <|im_end|>: a model whose end
 token is never supervised never stops. Each batch holds conversations of like length, padded on the

@@ -3,8 +3,11 @@
 import io
 import json
 import math
+import ntpath
+import os
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -476,6 +479,12 @@ def test_unknown_reference_and_equal_names_are_refused(folders):
         evaluate.main([str(folders / "sft"), str(folders / "sft")])
 
 
+def test_a_folder_on_another_drive_is_named_in_full(monkeypatch):
+    assert evaluate.relative("out/sft", "out/report") == os.path.join("..", "sft")
+    monkeypatch.setattr(evaluate, "os", SimpleNamespace(path=ntpath))
+    assert evaluate.relative(r"D:\out\sft", r"C:\report") == r"D:\out\sft"
+
+
 # ---- the pages -----------------------------------------------------------------------------------
 
 
@@ -526,6 +535,15 @@ def test_pages_can_be_rebuilt_from_the_json(written, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(written / "nowhere")])
     with pytest.raises(InputError, match="report.json"):
         report.main()
+
+
+def test_pages_name_the_checkpoint_that_all_are_compared_with(written):
+    found = json.loads((written / "report.json").read_text("utf-8"))
+    assert "beats SFT" in report.main_table(found) and "compare with SFT." in report.build_markdown(found)
+    found["settings"]["reference"] = "ppo"
+    page, notes = report.build_html(found, written), report.build_markdown(found)
+    assert "beats ppo" in notes and "compare with ppo." in notes and ">beats ppo</th>" in page
+    assert "against SFT, before the hidden judge" not in page
 
 
 def test_cells():
