@@ -131,8 +131,9 @@ real: .venv/installed
 notebooks: all
 	$(PY) -m pytest -q tests/test_notebooks.py
 
+# Files side by side, a core each: most tests are too small for two threads.
 test: .venv/installed
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # With killed runs, scripts as processes and planted mistakes; writes what it found into tests/README.md.
 test-all: .venv/installed
