@@ -29,13 +29,13 @@ def replayed():
 
 
 def occurring(phrases, texts):
-    """Which of the phrases stand in the texts, from the beginning of a word on; over line ends, too."""
+    """Which of the phrases stand anywhere in the texts, over line ends, too."""
     size = min(map(len, phrases))
     starts, found = {}, set()
     for phrase in phrases:
         starts.setdefault(phrase[:size], []).append(phrase)
     for text in (text.replace("\n", " ") for text in texts):
-        for i in (word.start() for word in re.finditer(r"\b\w", text)):
+        for i in range(len(text) - size + 1):
             found.update(p for p in starts.get(text[i:i + size], ()) if text.startswith(p, i))
     return found
 
@@ -79,8 +79,8 @@ def test_no_text_asks_a_heldout_prompt(replayed):
                for task in tasks} | set(world.COURSE)
     texts = world.documents(20000, 1)  # a draw like the one that pre-training makes
     asked = {t.prompt for t in world.all_tasks()["countries"]}
-    found = occurring(heldout | asked, texts + replayed)
-    assert not found & heldout
+    found = occurring(heldout | asked, texts)
+    assert not found & heldout and not occurring(heldout, replayed)
     # The search does find what is there, and the documents do ask the prompts of training.
     assert occurring(heldout, [f"user\n{prompt}\nassistant" for prompt in heldout]) == heldout
     assert len(found & asked) > 500
