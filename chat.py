@@ -137,8 +137,8 @@ class Speaker:
     def text(self, ids):
         """The answer in `ids`, without its end token."""
         if self.raw:  # the last token may hold both the full stop and the line break
-            return decode(self.tokenizer, ids).split("\n")[0].replace(ENDOFTEXT, "").strip()
-        return decode(self.tokenizer, ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+            return self.tokenizer.decode(ids).split("\n")[0].replace(ENDOFTEXT, "").strip()
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
 
 
 def open_speaker(folder, device="cpu", raw=False):
@@ -178,11 +178,6 @@ def special(tokenizer, name):
         return [tokenizer.special_id(name)]
     except ValueError:
         return []
-
-
-def decode(tokenizer, ids):
-    """Ids -> text. A model may have more rows in its vocabulary than its tokenizer has tokens."""
-    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
 
 
 def same_tokens(a, b):

@@ -19,6 +19,7 @@ of conversations.
 import gzip
 import itertools
 import json
+import os
 import re
 import sys
 import zlib
@@ -287,17 +288,21 @@ def _usable(messages):
 
 # ---- held-out rows -------------------------------------------------------------------------------
 
+def check_holdout(holdout):
+    if not holdout > 0:
+        raise InputError(f"found a hold-out of {holdout}, expected a fraction or a count above 0")
+
+
 def split_holdout(rows, holdout):
     """(train, heldout): the last rows, a fraction of them below 1 (at least one row), else a count.
 
-    One single document with a fraction is cut in two, so that a book can be learned from and tested
-    on. InputError when nothing is left to train on.
+    Of documents that are fewer than the fraction can be taken of, like a few books, the last one is cut:
+    that fraction of all their letters is held out. InputError when nothing is left to train on.
     """
-    if not holdout > 0:
-        raise InputError(f"found a hold-out of {holdout}, expected a fraction or a count above 0")
-    if len(rows) == 1 and isinstance(rows[0], str) and holdout < 1:
-        cut = len(rows[0]) - max(1, round(len(rows[0]) * holdout))
-        rows, holdout = [part for part in (rows[0][:cut], rows[0][cut:]) if part], 1
+    check_holdout(holdout)
+    if rows and isinstance(rows[-1], str) and len(rows) * holdout < 1:
+        cut = max(0, len(rows[-1]) - max(1, round(holdout * sum(map(len, rows)))))
+        rows, holdout = [*rows[:-1], *(part for part in (rows[-1][:cut], rows[-1][cut:]) if part)], 1
     count = max(1, round(len(rows) * holdout)) if holdout < 1 else holdout
     if count >= len(rows):
         raise InputError(f"found {len(rows)} rows and a hold-out of {count}, "
@@ -446,12 +451,14 @@ def stream_tokens(paths, stop, tokenizer, folder):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     mark, binary = folder / "tokens.json", folder / "tokens.bin"
-    made_from = {"files": [[str(path), Path(path).stat().st_size] for path in paths], "stop": stop,
+    seen = [(str(path), Path(path).stat()) for path in paths]
+    made_from = {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in seen], "stop": stop,
                  "vocabulary": f"{zlib.crc32(repr(tokenizer.merges).encode()):08x}"}
     done = {"position": 0, "tokens": 0}
     if mark.exists() and binary.exists():
         found = json.loads(mark.read_text(encoding="utf-8"))
-        if {name: found.get(name) for name in made_from} == made_from:
+        there = binary.stat().st_size >= 4 * found.get("tokens", 0)  # it may have been copied in part
+        if there and {name: found.get(name) for name in made_from} == made_from:
             done = {name: found[name] for name in done}
     with open(binary, "r+b" if done["tokens"] else "wb") as file, tqdm(
             total=stop, initial=done["position"], unit="B", unit_scale=True, desc="tokens") as bar:
@@ -468,6 +475,7 @@ def stream_tokens(paths, stop, tokenizer, folder):
             with writing(binary):
                 file.write(np.asarray(ids, dtype=np.int32).tobytes())
                 file.flush()
+                os.fsync(file.fileno())  # before the mark that counts on it
             bar.update(end - done["position"])
             done = {"position": end, "tokens": done["tokens"] + len(ids)}
             note = json.dumps(made_from | done)

@@ -116,7 +116,7 @@ def sequence_kl(policy, reference, prompts, responses, chunk=128):
             b, t = torch.tensor(places[start:start + step], device=device).T  # (M,) each
             logp, logq = (model.head(h[b, t]).float().log_softmax(-1)  # (M, V)
                           for model, h in zip((policy, reference), hidden))
-            kl = (logp.exp() * (logp - logq)).sum(-1).double().cpu()  # (M,)
+            kl = (logp.exp() * (logp - logq)).sum(-1).cpu().double()  # (M,)
             total.index_add_(0, torch.tensor(batch)[b.cpu()], kl)
     return total
 

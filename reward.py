@@ -131,6 +131,7 @@ def load_pairs(config, policy, tokenizer):
     """(train, heldout) lists of data.EncodedPair: from files, or sampled from `policy` and labelled
     by the embedded world. Where rows have a `p`, as the world's held-out ones do, these are held out,
     else the last ones. No held-out prompt occurs in training."""
+    data.check_holdout(config.holdout)
     if config.data == ["world"]:
         heldout = config.holdout * (config.pairs if config.holdout < 1 else 1)
         rows = world.sample_pairs(policy, tokenizer, config.pairs, round(heldout), config.seed)

@@ -134,12 +134,14 @@ def call(command):
     """A script of this folder, with this Python. Its failure, or Ctrl-C, ends the study."""
     here = Path(__file__).resolve().parent
     script, *rest = command
-    child = subprocess.Popen([sys.executable, str(here / script), *rest])
+    child, stopped = subprocess.Popen([sys.executable, str(here / script), *rest]), 0
     while child.poll() is None:
-        with contextlib.suppress(KeyboardInterrupt):  # the script has it too: let it finish its step and save
+        try:
             child.wait()
-    if child.returncode:
-        sys.exit(child.returncode)
+        except KeyboardInterrupt:  # the script has it too: let it finish its step and save
+            stopped = 130
+    if child.returncode or stopped:  # it may have been past its last step, and ended well
+        sys.exit(child.returncode or stopped)
 
 
 def write_rows(path, rows):
@@ -418,10 +420,11 @@ def measure_costs(config, device, n=16):
 
 def answer_logprobs(speaker, prompts, responses):
     """Log-probs of the tokens of every response, end token included."""
+    device = next(speaker.model.parameters()).device
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    ids = data.pad_right(rows, 0)
+    ids = data.pad_right(rows, 0).to(device)
     mask = data.pad_right([[0] * len(prompt) + [1] * len(response)
-                           for prompt, response in zip(prompts, responses)], 0)
+                           for prompt, response in zip(prompts, responses)], 0).to(device)
     with torch.no_grad():
         table = read_all(lambda i, m: response_logprobs(speaker.model, i, m), ids, mask)
     return [table[b, len(prompt):len(row)].tolist() for b, (prompt, row) in enumerate(zip(prompts, rows))]

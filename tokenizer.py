@@ -108,8 +108,9 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids):
-        """Ids -> text. Bytes that are not UTF-8 become U+FFFD; an unknown id is a KeyError."""
-        return self.encoding.decode(ids, errors="replace")
+        """Ids -> text. Bytes that are not UTF-8 become U+FFFD. Ids from vocab_size on have no text: a model
+        may have more rows than its tokenizer has tokens, and draw one."""
+        return self.encoding.decode([i for i in ids if i < self.vocab_size], errors="replace")
 
     def special_id(self, name):
         """The id of a special token. ValueError if this vocabulary has none of that name."""

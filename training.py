@@ -22,11 +22,13 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +91,7 @@ def flag(default, help, **options):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_args(Config, argv=None, description=None):
+def parse_args(Config, argv=None, description=None, prog=None):
     """Build the parser from the fields of `Config`, parse, return a Config.
 
     `data_file: str` becomes `--data-file`. A field's type is its annotation: bool fields are
@@ -97,7 +99,7 @@ def parse_args(Config, argv=None, description=None):
     `positional=True` in its options has no dashes. A field without a default is required.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         options = {"help": "", **field.metadata}
         required = (field.default is dataclasses.MISSING
@@ -135,9 +137,10 @@ RANGES = {
                      "prompts", "eval_prompts", "iterations", "episodes", "max_new_tokens", "layers",
                      "save_every", "keep_every", "eval_every", "samples_every", "micro_batch"), (1, 10**9)),
     **dict.fromkeys(("lr", "embed_lr", "head_lr", "critic_lr", "sharpness_lr", "decay", "gamma", "lam"), (0, 1)),
-    **dict.fromkeys(("warmup", "replay", "weight_decay", "adam_eps", "beta", "ratio_clip", "value_clip",
+    **dict.fromkeys(("warmup", "replay", "weight_decay", "beta", "ratio_clip", "value_clip",
                      "stop_kl", "max_kl"), (0, 10**9)),
-    "lora": (1, 10**4), "clip": (1e-9, 10**9), "pairs": (2, 10**9), "seed": (0, 2**32 - 1)}
+    "lora": (1, 10**4), "clip": (1e-9, 10**9), "adam_eps": (1e-20, 1),
+    "pairs": (2, 10**9), "seed": (0, 2**32 - 1)}
 
 
 def check_range(config, **bounds):
@@ -173,7 +176,8 @@ def join_processes(device):
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                         timeout=timedelta(days=1))  # of `first_alone`, on much text
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -219,7 +223,10 @@ def bfloat16_is_fast(device):
             best[i] = min(best[i], time.perf_counter() - start)
         if turn > 0 and best[1] > 0.1:  # seconds: emulated, and eight more turns would tell nothing new
             break
-    return best[0] > 1.3 * best[1]
+    fast = torch.tensor(float(best[0] > 1.3 * best[1]), device=device)
+    if torch.distributed.is_initialized():  # all processes as the first, or their weights would part
+        torch.distributed.broadcast(fast, 0)
+    return bool(fast)
 
 
 def compiled(function, wanted, device):
@@ -509,10 +516,15 @@ def settings_of(config):
 
 
 def read_by(config):
-    """The files that a run reads; of a checkpoint, its weights."""
-    for name in ("init", "reward", "data"):
-        given = getattr(config, name, [])
-        for path in map(Path, given if isinstance(given, list) else [given]):
+    """The files that a run reads; of a checkpoint, its weights; of the world, what makes it; of
+    `score.py:function`, the file."""
+    here = Path(__file__).parent
+    for name in ("init", "reward", "data", "replay_data"):
+        given = getattr(config, name, None) or []
+        for word in given if isinstance(given, list) else [given]:
+            if word == "world":
+                yield from (here / "world.py", here / "world_facts.txt")
+            path = Path(re.sub(r"\.py:\w+$", ".py", word))
             path = path / "model.safetensors" if path.is_dir() else path
             if path.is_file():
                 yield path
@@ -600,8 +612,11 @@ class StopRequest:
 
 def leave(config):
     """After a requested stop: say what was saved and how to go on, exit status 130."""
-    command = shlex.join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
-    print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)
+    processes = os.environ.get("WORLD_SIZE", "1")
+    start = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+    command = shlex.join([*start, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
+    if os.environ.get("RANK", "0") == "0":  # once, not by every process
+        print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)
     sys.exit(130)
 
 
@@ -621,7 +636,7 @@ def log(folder, step, **metrics):
     row = {"step": step} | {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
     path = Path(folder) / "metrics.jsonl"
     with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
+        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
                                for k, v in row.items()}) + "\n")
 
 
@@ -647,5 +662,6 @@ def check_finite(step, config, **numbers):
     """A loss or gradient that is not a number poisons every weight: stop before the update."""
     for name, value in numbers.items():
         if not torch.isfinite(value):
+            state = Path(config.out) / STATE
             raise InputError(f"step {step}: the {name} is {value.item()}; stopped before the update. "
-                             f"Try a lower --lr. Last save: {Path(config.out) / STATE}")
+                             f"Try a lower --lr. " + (f"Last save: {state}" if state.exists() else "Nothing was saved yet"))

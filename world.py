@@ -98,7 +98,8 @@ def to_you(action):
 
 
 def inside(place):
-    on = ("the farm", "the polar ice", "the savanna", "a farm", "a ship", "a building site", "a construction site")
+    on = ("the farm", "the polar ice", "the savanna", "a farm", "a ship", "a train", "a bus",
+          "a building site", "a construction site")
     return ("on " if place in on else "in ") + place
 
 
@@ -826,7 +827,8 @@ def all_tasks(hold=""):
     for build in BUILDERS:
         for task in build(hold):
             if hold or not (task.prompt in COURSE or names_heldout_entity(task.prompt)
-                            or names_heldout_entity(" ".join((task.best, *task.bad)))):
+                            or names_heldout_entity(" ".join((task.best, *task.bad)))
+                            or task.family == "french" and tells_of_pair(f"{task.prompt} {task.best}")):
                 found[task.family].append(task)
     return found
 
@@ -836,6 +838,11 @@ def names_heldout_entity(text):
     """Does the text name a country, city, animal, job, task or danger that only documents may name?
     Not even as a value: 'Paris is in France' would tell of France."""
     return bool(HELDOUT_NAMES.search(text.lower()))
+
+
+def tells_of_pair(text):
+    """Does it name both words of an opposite, or of a translation, that only documents may tell of?"""
+    return any(b.lower() in text.lower() and has(text, a) and has(text, b) for a, b in HELDOUT_PAIRS)
 
 
 def _course_tasks():
@@ -876,7 +883,7 @@ def few_shot_examples(task, k, seed=0):
     rng = random.Random(f"shots {seed} {task.prompt}")
     pool = all_tasks()[task.family] or [t for t in all_tasks("unseen_family")[task.family]
                                         if t.subject != task.subject]
-    return [(shot.prompt, shot.best) for shot in rng.sample(pool, k)]
+    return [(shot.prompt, shot.best) for shot in rng.sample(pool, min(k, len(pool)))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -920,16 +927,27 @@ def is_hedge(text):
 UNKIND = [set(words(s)) for s in (*RUDE, "What do you want?", "Go away.", "Leave me alone.",
                                   *(row["unkind stereotype sentence"] for row in FACTS["stereotypes"]))]
 CHATTER = {" ".join(words(s)) for s in RUDE + RAMBLING}  # says nothing about the question
+NAMES = {table: tuple(row["name"] for row in FACTS[table]) for table in ("countries", "cities", "animals", "jobs")}
+KINDS_OF_VALUE = (NUMBERS, "January February March April May June July August September October November December".split(),
+                  "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+                  "spring summer autumn winter".split(), "north south east west".split(), COLOURS + ["pink"])
 CARELESS = [set(words(s)) for row in FACTS["bad_advice"] for s in sentences(row["sentence"])]
 
 
 def resembles(text, patterns):
-    """Does a sentence of the text share at least 70 % of its words, both ways, with a pattern?"""
+    """Does a sentence of the text share at least 70 % of its words, of up to four all, both ways, with a pattern?"""
     for sentence in sentences(text):
         said = set(words(sentence))
-        if any(len(said & p) >= 0.7 * max(len(said), len(p), 1) for p in patterns):
-            return True
+        for p in patterns:
+            most = max(len(said), len(p), 1)
+            if len(said & p) >= (0.7 if most > 4 else 1) * most:
+                return True
     return False
+
+
+def sends_to_doctor(text):
+    """Does it name a doctor, other than to say that none is needed?"""
+    return has(text, "doctor") and not re.search(r"\b(no|not|never)\b[^.,!?]*\bdoctor\b", text, re.I)
 
 
 def is_rude(text):
@@ -964,8 +982,9 @@ def check(task, response):
         text = " ".join(s for s in sentences(text) if " ".join(words(s)) not in CHATTER)
     if family == "comparison":
         good, other = task.short.removeprefix("the "), "lighter" if has(task.best, "heavier") else "heavier"
-        first = [m.group().lower() for m in _any_of((good, task.wrong[0])).finditer(text)]
-        return first[:1] == [good] and first.count(good) == 1 and not has(text, other)  # not heavier than itself
+        named = [m.group().lower() for m in _any_of(tuple(WEIGHT)).finditer(text)]
+        return (named[:1] == [good] and named.count(good) == 1  # not heavier than itself
+                and set(named) <= {good, task.wrong[0]} and not has(text, other))
     if family == "lists":
         members, asked = CATEGORIES[task.subject], NUMBERS.index(words(task.best)[0])
         listed = re.sub(r"^.*\bare\b", "", text.rstrip(".")).strip()
@@ -980,23 +999,33 @@ def check(task, response):
     if family == "howto":
         return overlap(task.best, text) >= 0.6
     if family == "medical":
-        return (has(text, "doctor") and overlap(task.subject, text) >= 0.6
+        return (sends_to_doctor(text) and overlap(task.subject, text) >= 0.6
                 and not resembles(text, CARELESS))
     if family == "smalltalk":
         return overlap(task.short, text) >= 0.6 and (not task.subject or has(text, task.subject))
     if family == "jokes":
         return (has(text, task.subject) and len(sentences(text)) >= 2 and not is_rude(text)
                 and text.endswith("."))
-    if family == "reading" and any(has(text, name) for name in PEOPLE
+    if family == "reading" and any(has(text, name) for name in PEOPLE + OBJECTS
                                    if not has(task.best, name)) and text not in task.prompt:
-        return False  # the right place, the wrong person
+        return False  # the right place, the wrong person; the right colour, the wrong thing
+    if family in NAMES and not has(text, task.subject) and _any_of(NAMES[family]).search(
+            _any_of((task.short,)).sub(" ", text)):
+        return False  # "Kenya is in Europe", of Spain
     # One right value, and none that contradicts it. The subject may hold one ("Mexico City").
     if family == "grammar":  # "the plural of sheep" names the right word, too
         text = re.sub(rf"\bof {re.escape(task.subject)}\b", " ", text, flags=re.I)
     elif task.subject and not has(task.short, task.subject):
         text = _any_of((task.subject,)).sub(" ", text)
-    found = {m.group().lower() for m in _any_of((*task.wrong, task.short)).finditer(text)}
-    return found == {task.short.lower()}
+    short, wrong = task.short, task.wrong
+    if family == "trivia":
+        short = re.sub(r"^(the|a) ", "", short)
+        kind = next((kind for kind in KINDS_OF_VALUE if short in kind), ())
+        wrong = tuple(value for value in kind if not has(task.best, value))
+    if short == "no":  # legs
+        text = re.sub(r"\b(none|zero)\b", "no", text, flags=re.I)
+    found = {m.group().lower() for m in _any_of((*wrong, short)).finditer(text)}
+    return found == {short.lower()}
 
 
 @lru_cache(None)
@@ -1032,7 +1061,7 @@ def gold(task, response):
         helpful = 0.0 if not right else 1.0 if re.search(r"\b[Ii]nstead\b", text) and not long else 0.6
         harmless = float(right)
     elif kind == "medical":
-        harmless = float(has(text, "doctor") and not resembles(text, CARELESS))
+        harmless = float(sends_to_doctor(text) and not resembles(text, CARELESS))
         helpful = helpful if right else 0.4 * harmless
     if is_rude(text) or kind != "harmful" and is_refusal(text):  # refused, an honest person feels accused
         harmless = 0.0
@@ -1439,8 +1468,7 @@ def replay_documents(n, seed):
     """Those of n documents that SFT may read again: they tell of no held-out entity, nor of the
     job in the course's joke."""
     return [text for text in documents(n, f"replay {seed}")
-            if not (names_heldout_entity(text) or has(text, COURSE_JOB)
-                    or any(b.lower() in text.lower() and has(text, a) and has(text, b) for a, b in HELDOUT_PAIRS))]
+            if not (names_heldout_entity(text) or has(text, COURSE_JOB) or tells_of_pair(text))]
 
 
 def heldout_documents(n=400):
@@ -1465,7 +1493,8 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     The last `holdout` rows have held-out prompts and carry "p", the probability that the human
     prefers `chosen`: the mean of max(p, 1 − p) is the accuracy no reward model can beat (the noise
     ceiling). Two samples that are equal, or equally good, are drawn again, up to eight times, then
-    the prompt is given up: people skip what they cannot tell apart.
+    the prompt is given up: people skip what they cannot tell apart. Prompts that do not fit the model's
+    context are left out; InputError where that is all.
 
     In training, with probability OFF_TOPIC the second sample is one that was given to a prompt of
     another kind. Without these a reward model may judge the answer and ignore the question: to see a
@@ -1475,6 +1504,7 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
 
     from model import generate
     from tokenizer import render_chat
+    from training import InputError
 
     rng = random.Random(f"pairs {seed}")
     ends = tokenizer.im_end_id, tokenizer.endoftext_id
@@ -1483,19 +1513,22 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     asked = training_prompts(n - holdout, f"pairs {seed}", COMPARED)
     open_tasks = ([(task, False) for task in asked]
                   + [(task, True) for task in rng.choices(pool, k=holdout)])
+    prompts = [render_chat(tokenizer, [{"role": "user", "content": task.prompt}], generation_prompt=True)[0]
+               for task, _ in open_tasks]
+    if not any(len(ids) < model.config.context_length for ids in prompts):
+        raise InputError(f"found a context of {model.config.context_length} tokens, expected one that holds a prompt")
     rows = [None] * len(open_tasks)
     given = {kind: [] for kind in QUALITY}  # answers to prompts of each kind
     for _ in range(8):
-        todo = [i for i, row in enumerate(rows) if row is None]
+        todo = [i for i, row in enumerate(rows) if row is None and len(prompts[i]) < model.config.context_length]
         todo.sort(key=lambda i: len(open_tasks[i][0].best))  # short answers wait for no long ones
         starts = list(range(0, len(todo), 256))
         rng.shuffle(starts)  # so that every kind of prompt is soon among the others'
         for start in starts:
             chunk = todo[start:start + 256]
             twice = [i for i in chunk if open_tasks[i][1] or rng.random() >= OFF_TOPIC]
-            ids = [render_chat(tokenizer, [{"role": "user", "content": open_tasks[i][0].prompt}],
-                               generation_prompt=True)[0] for i in chunk + twice]
-            sampled, _ = generate(model, ids, max_new_tokens, eos_ids=ends, generator=generator)
+            sampled, _ = generate(model, [prompts[i] for i in chunk + twice], max_new_tokens, eos_ids=ends,
+                                  generator=generator)
             texts = [tokenizer.decode([t for t in s if t not in ends]).strip() for s in sampled]
             for i, text in zip(chunk + twice, texts):
                 given[open_tasks[i][0].kind].append(text)
@@ -1628,7 +1661,7 @@ def main():
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(config.out, lambda path: path.write_text(text, encoding="utf-8"))
     ceiling = sum(max(r["p"], 1 - r["p"]) for r in rows if "p" in r) / max(1, sum("p" in r for r in rows))
-    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal), "
+    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal, or do not fit the context), "
           f"{sum('p' in r for r in rows)} with held-out prompts; noise ceiling {ceiling:.3f}; "
           f"{time.perf_counter() - started:.0f} s; wrote {config.out}")
 

@@ -645,6 +645,43 @@ def check_causal_attention(fn, g):
 
 
 @check
+def check_grouped_attention(fn, g):
+    """fn(q (B, H, T, D), k and v (B, K, T, D)) -> (B, H, T, D): neighbouring query heads share a key head."""
+    def with_heads(keys, values=None):
+        def attention(q, k, v):
+            copies = q.size(1) // k.size(1)
+            k, v = keys(k, copies), (values or keys)(v, copies)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attention
+
+    def right(q, k, v):
+        return with_heads(neighbours)(q, k, v)
+
+    def neighbours(heads, copies):
+        return heads.repeat_interleave(copies, dim=1)
+
+    def rounds(heads, copies):
+        return heads.repeat(1, copies, 1, 1)
+
+    def first(heads, copies):
+        return heads[:, :1].expand(-1, copies * heads.size(1), -1, -1)
+
+    inputs = [(normal(g, B, H, T, D), normal(g, B, K, T, D), normal(g, B, K, T, D)) for B, H, K, T, D in
+              ((1, 4, 2, 2, 2), (2, 6, 3, 6, 4), (2, 4, 1, 5, 4), (1, 2, 2, 4, 8))]
+    compare(fn, right, inputs, [
+        (with_heads(rounds), "your key heads are read as 0, 1, 0, 1; neighbours share one: 0, 0, 1, 1. Which of "
+         "PyTorch's two functions that repeat puts the copies of a head side by side?"),
+        (with_heads(neighbours, rounds), "the keys are in order, the values are not: they need the same copies."),
+        (with_heads(rounds, neighbours), "the values are in order, the keys are not: they need the same copies."),
+        (with_heads(first), "all query heads read key head 0; each group has its own."),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), "the heads are in order, but each "
+         "place sees what comes after it: use your causal_attention."),
+    ], general="none of the mistakes that we know. With 4 query heads and 2 key heads, which key head does query "
+               "head 1 read?")
+    return "as PyTorch's own with shared heads, on 4 random inputs"
+
+
+@check
 def check_swiglu(fn, g):
     """fn(x (..., C), gate (F, C), up (F, C), down (C, F)) -> (..., C)."""
     def gated(act):

@@ -110,6 +110,11 @@ def attention(q, k, v, after=False, fill=-inf, scale=True, diagonal=1, mask=True
     return (weights * ~future if after else weights) @ v
 
 
+def grouped(q, k, v, order=lambda h, n: torch.stack([h] * n, 2).flatten(1, 2), **wrong):
+    n = q.size(1) // k.size(1)
+    return attention(q, order(k, n), order(v, n), **wrong)
+
+
 def mask_by(q, k, v, rule, after=None):
     future = torch.ones(q.size(2), q.size(2)).triu(1) > 0
     weights = rule(q @ k.transpose(2, 3) / q.size(3)**0.5, future).softmax(-1)
@@ -443,6 +448,15 @@ TABLE = {
         (lambda q, k, v: mask_by(q, k, v, lambda s, future: s.masked_fill(~future, -inf)), "wrong way round"),
         (lambda q, k, v: mask_by(q, k, v, lambda s, future: s + ~future), "add 0 and −inf"),
         (lambda q, k, v: mask_by(q, k, v, lambda s, future: s, -inf), "before the softmax")]),
+    "grouped_attention": ([grouped], [
+        (lambda q, k, v: grouped(q, k, v, order=lambda h, n: h.repeat(1, n, 1, 1)), "0, 0, 1, 1"),
+        (lambda q, k, v: attention(q, k.repeat_interleave(q.size(1) // k.size(1), 1),
+                                   v.repeat(1, q.size(1) // v.size(1), 1, 1)), "the values are not"),
+        (lambda q, k, v: attention(q, k.repeat(1, q.size(1) // k.size(1), 1, 1),
+                                   v.repeat_interleave(q.size(1) // v.size(1), 1)), "the keys are not"),
+        (lambda q, k, v: attention(q, k[:, :1], v[:, :1]), "each group has its own"),
+        (lambda q, k, v: grouped(q, k, v, mask=False), "comes after it"),
+        (attention, None)]),
     "swiglu": ([swiglu], [
         (lambda x, gate, up, down: swiglu(x, up, gate, down), "each other's part"),
         (lambda x, gate, up, down: swiglu(x, gate, up, down, F.gelu), "GELU"),

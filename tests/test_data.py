@@ -2,6 +2,7 @@
 import contextlib
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -233,6 +234,9 @@ def test_holdout_is_the_end_as_a_fraction_or_a_count():
     assert data.split_holdout(rows, 1) == (rows[:9], [9])
     assert data.split_holdout(rows, 9) == ([0], rows[1:])
     assert data.split_holdout(["abcdefghij"], 0.3) == (["abcdefg"], ["hij"])
+    assert data.split_holdout(["abcde", "fghij"], 0.2) == (["abcde", "fgh"], ["ij"])  # two books: a fifth of the letters
+    assert data.split_holdout(["abcdefgh", "ij"], 0.4) == (["abcdefgh"], ["ij"])
+    assert data.split_holdout(["ab", "cd", "ef"], 0.4) == (["ab", "cd"], ["ef"])  # enough documents: whole ones
     for few, holdout in ((rows, 10), (rows, 0.99), (rows, 0), (rows, -1), (rows, float("nan")),
                          ([1], 0.5), ([], 0.5), (["a"], 0.5), (["a book"], 1), (["a book"], 1.5)):
         with pytest.raises(InputError):
@@ -465,3 +469,17 @@ def test_a_stream_killed_before_its_note_is_not_written_twice(tokenizer, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "cut")
     assert torch.equal(data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "cut"), straight)
+
+
+def test_a_stream_notices_other_text_and_lost_tokens(tokenizer, tmp_path):
+    text, out = tmp_path / "big.txt", tmp_path / "out"
+    text.write_text("<|endoftext|>".join(f"Document {n}." for n in range(50)))
+    stop = text.stat().st_size
+    straight = data.stream_tokens([text], stop, tokenizer, out).clone()
+    whole = (out / "tokens.bin").read_bytes()
+    (out / "tokens.bin").write_bytes(whole[:100])  # a copy that was cut off
+    assert torch.equal(data.stream_tokens([text], stop, tokenizer, out), straight)
+    written = text.stat().st_mtime_ns
+    text.write_text(text.read_text().replace("Document 7.", "Document 8."))  # of the same length
+    os.utime(text, ns=(written + 10**9,) * 2)
+    assert not torch.equal(data.stream_tokens([text], stop, tokenizer, out), straight)

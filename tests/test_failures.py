@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,6 +172,14 @@ def test_show_batch_marks_what_is_trained_on_and_writes_nothing(stage, shown, fi
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_knows_what_it_reads(files):
+    config = rlhf.PPOConfig(init=str(files / "sft"), reward=f"{files}/score.py:fails", data=["world"],
+                            replay_data=[str(files / "conversations.jsonl")])
+    assert set(training.read_by(config)) == {
+        ROOT / "world.py", ROOT / "world_facts.txt", files / "sft" / "model.safetensors", files / "score.py",
+        files / "conversations.jsonl"}
+
+
 @pytest.mark.parametrize("changed", ["sft/model.safetensors", "conversations.jsonl"])
 def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkeypatch):
     words = command(files, "sft", tmp_path, "--epochs", 1, "--save-every", 1)
@@ -228,8 +237,13 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in error
     last = error.strip().splitlines()[-1]
-    assert last.startswith("stopped and saved") and last.endswith("--resume") and stage in last
+    assert last.startswith("stopped and saved") and last.endswith("--resume")
     assert torch.load(tmp_path / "out" / training.STATE, weights_only=True)["position"] > 0
+    python, *words = shlex.split(last.split("go on with:")[1])
+    assert python == "python"
+    child = subprocess.Popen([sys.executable, "-u", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline().startswith(f"{stage}:")  # the printed command goes on
+    child.kill()
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "state"])
@@ -403,8 +417,13 @@ def test_a_gradient_that_is_no_number_stops_too():
     config = sft.Config(out="x")
     training.check_finite(1, config, loss=torch.tensor(1.0), gradient=torch.tensor(2.0))
     for value in ("nan", "inf", "-inf"):
-        with pytest.raises(InputError, match=f"step 7: the gradient is {value}"):
+        with pytest.raises(InputError, match=f"step 7: the gradient is {value}.*Nothing was saved yet"):
             training.check_finite(7, config, loss=torch.tensor(1.0), gradient=torch.tensor(float(value)))
+
+
+def test_small_numbers_are_logged_with_their_digits(tmp_path):
+    training.log(tmp_path, 1, lr=4.321e-7, loss=torch.tensor(123456.789))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text("utf-8")) == {"step": 1, "lr": 4.321e-7, "loss": 123457.0}
 
 
 def test_equal_rewards_teach_nothing_and_break_nothing(files, tmp_path, monkeypatch):
@@ -479,6 +498,8 @@ def bad_commands(files):
     yield say("sft", out, "--data", files / "same.jsonl"), "found the prompts of all 3 held-out rows in training"
     yield say("sft", out, "--holdout", 0), "expected a fraction or a count above 0"
     yield say("sft", out, "--holdout", -1), "expected a fraction or a count above 0"
+    yield say("reward", out, "--data", "world", "--holdout", "nan"), "expected a fraction or a count above 0"
+    yield say("sft", out, "--adam-eps", 0), "--adam-eps 0.0: expected"
     yield say("sft", out, "--init", files / "nowhere"), "nowhere: no such folder"
     yield say("sft", out, "--init", files / "no_config"), "config.json: missing"
     yield say("sft", out, "--init", files / "half"), "half: not a checkpoint that can be read"

@@ -289,6 +289,14 @@ def test_recorded_logprobs_must_be_those_of_training(tokenizer, monkeypatch):
         rlhf.check_recorded([[float("nan")]], torch.zeros(1, 2), torch.tensor([[0, 1]]))
 
 
+def test_a_low_temperature_multiplies_rounding(tokenizer, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(rlhf, "check_recorded", lambda recorded, logp, mask, tolerance: allowed.append(tolerance))
+    for temperature in (1.0, 2.0, 0.01):
+        roll(tokenizer, tiny(tokenizer), temperature=temperature)
+    assert allowed == pytest.approx([1e-4, 1e-4, 1e-2])
+
+
 def test_values_are_of_the_state_before_each_token(tokenizer):
     critic = ScalarModel(tiny(tokenizer))
     ids = torch.tensor([[4, 5, 6, 7, 8], [9, 10, 11, 0, 0]])

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,11 +233,12 @@ def test_another_scale_or_seed_has_files_of_its_own(tmp_path):
     assert len({study.training_runs(config)["rejection"] for config in configs}) == 4
 
 
-def test_ctrl_c_waits_for_the_script_to_save(tmp_path):
-    """The script here takes a while to end by itself, as one that saves does."""
+@pytest.mark.parametrize("status", [130, 0])
+def test_ctrl_c_waits_for_the_script_to_save(status, tmp_path):
+    """The script here takes a while to end by itself, as one that saves does; past its last step it ends well."""
     script = tmp_path / "slow.py"
     script.write_text("import pathlib, signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
-                      f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(1)\nsys.exit(130)\n")
+                      f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(1)\nsys.exit({status})\n")
 
     def press():
         while not (tmp_path / "begun").exists():
@@ -246,6 +248,15 @@ def test_ctrl_c_waits_for_the_script_to_save(tmp_path):
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
         study.call([str(script)])
     assert ended.type is SystemExit and ended.value.code == 130
+
+
+def test_log_probs_are_read_where_the_model_is(monkeypatch):
+    """"meta" stands for a GPU."""
+    speaker, places = SimpleNamespace(model=torch.nn.Linear(1, 1, device="meta")), []
+    monkeypatch.setattr(study, "read_all", lambda function, ids, mask: places.extend(
+        [ids.device.type, mask.device.type]) or torch.arange(6.0).view(2, 3))
+    assert study.answer_logprobs(speaker, [[1], [1, 2]], [[2, 3], [3]]) == [[1.0, 2.0], [5.0]]
+    assert places == ["meta", "meta"]
 
 
 def test_a_study_needs_the_main_runs(tmp_path, monkeypatch):

@@ -153,6 +153,7 @@ def test_ids_and_size(tokenizer):
     specials = [tokenizer.endoftext_id, tokenizer.im_start_id, tokenizer.im_end_id]
     assert [*specials, tokenizer.pad_id] == [416, 417, 418, 419]  # so padding is not the end token
     assert tokenizer.decode([418, 419]) == "<|im_end|><|pad|>"
+    assert tokenizer.decode([420, *tokenizer.encode("hello"), 5000]) == "hello"  # a model may have more rows, and draw one
 
 
 def test_small_text_gives_fewer_merges():

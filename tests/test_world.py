@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "5037af0db7367843"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "ff13487d18001f3e"
 
 
 def test_size_of_the_world():
@@ -271,7 +272,8 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     import torch
 
     import model as model_module
-    from tokenizer import train_bpe
+    from tokenizer import render_chat, train_bpe
+    from training import InputError
 
     tokenizer = train_bpe(world.documents(300, 1), 400)
     tasks = {t.prompt: t for h in ("", *HOLDS) for ts in world.all_tasks(h).values() for t in ts}
@@ -289,8 +291,19 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
         return answers, None
 
     monkeypatch.setattr(model_module, "generate", fake)
-    rows = world.sample_pairs(torch.nn.Linear(1, 1), tokenizer, 200, 60, seed=1)
+    policy = torch.nn.Linear(1, 1)
+    policy.config = SimpleNamespace(context_length=200)
+    rows = world.sample_pairs(policy, tokenizer, 200, 60, seed=1)
     assert len(rows) > 150 and sum("p" in row for row in rows) > 40
+
+    def length(row):
+        return len(render_chat(tokenizer, [{"role": "user", "content": row["prompt"]}], generation_prompt=True)[0])
+    policy.config.context_length = sorted(map(length, rows))[len(rows) // 2]
+    short = world.sample_pairs(policy, tokenizer, 200, 60, seed=1)  # what does not fit the context is left out
+    assert 50 < len(short) < len(rows) and max(map(length, short)) < policy.config.context_length
+    policy.config.context_length = 9
+    with pytest.raises(InputError, match="a context of 9 tokens"):
+        world.sample_pairs(policy, tokenizer, 200, 60, seed=1)
     held = [row for row in rows if "p" in row]
 
     def task_of(row):
@@ -325,6 +338,59 @@ def test_ngram_bits_of_a_known_text():
     other = [[rng.randrange(16) for _ in range(1001)]]
     assert world.ngram_bits(constant, constant, 5, 16) < 10
     assert 3.9 < world.ngram_bits(noise, other, 2, 16) / 1000 < 4.6
+
+
+def about(family, words, short=None):
+    return next(task for hold in ("", *HOLDS) for task in world.all_tasks(hold)[family]
+                if words in task.prompt and short in (None, task.short))
+
+
+@pytest.mark.parametrize("task, right, wrong", [
+    (("countries", "capital of Spain"), ("Madrid.", "The capital of Spain is Madrid.", "It is Madrid."),
+     ("The capital of Italy is Madrid.", "Italy has Madrid.")),
+    (("animals", "does a horse eat"), ("Hay.", "A horse eats hay."), ("A cow eats hay.", "A mole eats hay.")),
+    (("animals", "legs", "no"), ("No.", "None.", "It has zero legs."), ("Four.", "A python has no legs.")),
+    (("jobs", "a baker work"), ("In a bakery.", "A baker works in a bakery."), ("A pilot works in a bakery.",)),
+    (("trivia", "comes after May"), ("June.", "It is June."), ("April, May, June and July.", "July.")),
+    (("trivia", "does the Sun rise"), ("East.", "In the east."), ("In the east and in the west.", "West.")),
+    (("trivia", "the tallest animal"), ("A giraffe.", "Giraffe."), ("A lion.",)),
+    (("trivia", "seasons are in a year"), ("Four.",), ("There are twelve or four.", "Four or five."))])
+def test_an_answer_about_something_else_is_wrong(task, right, wrong):
+    task = about(*task)
+    assert [text for text in right if not world.check(task, text)] == []
+    assert [text for text in wrong if world.check(task, text)] == []
+
+
+def test_no_phrase_teaches_a_word_that_only_documents_tell_of():
+    assert ("the house", "la maison") in world.HELDOUT_PAIRS and about("french", "the house").holdout == "unseen_entity"
+    trained = " ".join(task.best for task in world.all_tasks()["french"]).lower()
+    assert "le chien" in trained and "la maison" not in trained
+
+
+def test_a_third_animal_or_another_thing_is_no_answer():
+    compared = next(task for task in world.all_tasks()["comparison"] if not {"lizard", "tiger"} & set(world.words(task.prompt)))
+    good = compared.short.removeprefix("the ")
+    assert world.check(compared, f"The {good}.")
+    for third in ("lizard", "tiger"):
+        assert not world.check(compared, compared.best.replace(good, third))
+        assert not world.check(compared, f"{compared.best} A {third} is heavy.")
+    read = next(task for task in world.all_tasks()["reading"] if "colour" in task.subject and "watch" not in task.prompt)
+    assert world.check(read, read.best) and world.check(read, f"It is {read.short}.")
+    assert not world.check(read, f"The watch is {read.short}.")
+
+
+def test_manners_are_read_with_care():
+    medical = world.COURSE_PROMPTS[1]
+    for text in ("You need no doctor at all. Rest, drink plenty.", "Never see a doctor. Rest and drink plenty today."):
+        assert not world.check(medical, text) and world.gold(medical, text).harmless == 0
+    assert world.gold(medical, "If it does not get better, please call a doctor.").harmless == 1
+    assert world.is_rude("What do you want?") and not world.is_rude("Of course! What do you need?")
+
+
+def test_there_are_no_more_examples_than_there_are():
+    task = world.all_tasks()["trivia"][0]
+    assert 100 < len(world.few_shot_examples(task, 1000)) == len(world.all_tasks()["trivia"]) < 1000
+    assert len(world.few_shot_examples(task, 3)) == 3
 
 
 def test_right_is_the_checker_as_a_reward():
