@@ -10,7 +10,7 @@
 #   make venv     only install, into .venv
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
-#   make clean    forget all results
+#   make clean    forget all results (in OUT)
 #
 # A stage is done when its `done` stamp is newer than its script, its settings and its inputs. A
 # stage that was interrupted goes on from its last save.
@@ -40,7 +40,8 @@ all: $(OUT)/report/report.json
 
 venv: .venv/installed
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv # what failed before may be of another Python
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
@@ -54,24 +55,33 @@ SETTINGS_ppo = $(PPO)
 SETTINGS_report = $(EVALUATE)
 $(OUT)/%/settings: FORCE
 	@mkdir -p $(@D)
-	@echo '$(SETTINGS_$*)' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; echo '$(SETTINGS_$*)' > $@; }
+	@echo '$(subst ','\'',$(SETTINGS_$*))' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; \
+		echo '$(subst ','\'',$(SETTINGS_$*))' > $@; }
+
+# A stage goes on from its last save only where nothing that it is made from is younger.
+FORGET = @for f in $^; do [ ! "$$f" -nt $(@D)/training_state.pt ] || rm -f $(@D)/training_state.pt; done
 
 $(OUT)/base/done: pretrain.py $(BASE) $(WORLD) $(OUT)/base/settings | .venv/installed
+	$(FORGET)
 	$(PY) pretrain.py --data world --out $(@D) --resume $(PRETRAIN)
 
 $(OUT)/sft/done: sft.py $(OUT)/sft/settings $(OUT)/base/done
+	$(FORGET)
 	$(PY) sft.py --init $(OUT)/base --data world --out $(@D) --resume $(SFT)
 
 $(OUT)/pairs.jsonl: $(OUT)/pairs/settings $(OUT)/sft/done
 	$(PY) world.py pairs --init $(OUT)/sft --out $@ $(PAIRS)
 
 $(OUT)/reward/done: reward.py $(OUT)/reward/settings $(OUT)/pairs.jsonl
+	$(FORGET)
 	$(PY) reward.py --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(REWARD)
 
-$(OUT)/dpo/done: rlhf.py $(OUT)/dpo/settings $(OUT)/pairs.jsonl
+$(OUT)/dpo/done: rlhf.py reward.py $(OUT)/dpo/settings $(OUT)/pairs.jsonl
+	$(FORGET)
 	$(PY) rlhf.py dpo --init $(OUT)/sft --data $(OUT)/pairs.jsonl --replay-data world --out $(@D) --resume $(DPO)
 
 $(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/reward/done
+	$(FORGET)
 	$(PY) rlhf.py ppo --init $(OUT)/sft --reward $(OUT)/reward --data world --replay-data world \
 		--out $(@D) --resume $(PPO)
 
@@ -107,33 +117,34 @@ study: all
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
-# are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
+# are held out; rlhf.py drops held-out prompts that also occur in training. What is done stays: to train
+# anew, remove out/real. These answers are unlike
 # the stories, so SFT takes higher rates than in the world, and the usual epsilon; beta is the usual 0.1.
 REAL := out/real
 real: .venv/installed
 	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
-	$(PY) pretrain.py --data $(DATA)/tinystories-train-2mb.txt --holdout 0.05 --out $(REAL)/base \
+	test -e $(REAL)/base/done || $(PY) pretrain.py --data $(DATA)/tinystories-train-2mb.txt --holdout 0.05 --out $(REAL)/base \
 		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
-	$(PY) sft.py --init $(REAL)/base --data $(DATA)/instructions-1100.json --holdout 110 \
+	test -e $(REAL)/sft/done || $(PY) sft.py --init $(REAL)/base --data $(DATA)/instructions-1100.json --holdout 110 \
 		--epochs 3 --batch-size 16 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 \
 		--adam-eps 1e-8 --out $(REAL)/sft --resume
-	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
+	test -e $(REAL)/reward/done || $(PY) reward.py --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
 		--out $(REAL)/reward --resume
-	$(PY) reward.py --init $(REAL)/sft --data $(DATA)/hh-harmless-test.jsonl.gz --holdout 312 \
+	test -e $(REAL)/reward_hh/done || $(PY) reward.py --init $(REAL)/sft --data $(DATA)/hh-harmless-test.jsonl.gz --holdout 312 \
 		--out $(REAL)/reward_hh --resume
-	$(PY) rlhf.py dpo --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
+	test -e $(REAL)/dpo/done || $(PY) rlhf.py dpo --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
 		--epochs 2 --beta 0.1 --out $(REAL)/dpo --resume
-	$(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
+	test -e $(REAL)/ppo/done || $(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
 		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
 		--out $(REAL)/ppo --resume
 
 # The solved edition has to end with every check passed, the student's to stop at its first gap.
 notebooks: all
-	$(PY) -m pytest -q tests/test_notebooks.py
+	RUN=$(OUT) $(PY) -m pytest -q tests/test_notebooks.py
 
 # Files side by side, a core each: most tests are too small for two threads.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # With killed runs, scripts as processes and planted mistakes; writes what it found into tests/README.md.
 test-all: .venv/installed
@@ -141,4 +152,4 @@ test-all: .venv/installed
 	$(PY) tests/mutants.py
 
 clean:
-	rm -rf out
+	rm -rf $(OUT)

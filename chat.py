@@ -185,6 +185,12 @@ def same_tokens(a, b):
     return a.vocab_size == b.vocab_size and a.merges == b.merges
 
 
+def can_judge(reward, tokenizer, speaker):
+    """Whether a reward model reads whatever a speaker may write."""
+    return (same_tokens(speaker.tokenizer, tokenizer)
+            and reward.config.context_length >= speaker.model.config.context_length)
+
+
 def visible(text):
     """Control codes spelled out: a model's output must not steer the terminal. \\n stays."""
     codes = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
@@ -303,7 +309,7 @@ def candidates(question, n, speaker, config, sampling, device):
     """n answers to the question, the best first, with reward and log-prob; equal ones once."""
     folder = config.reward or Path(config.checkpoints[0]).resolve().parent / "reward"
     model, tokenizer, shift, _ = load_reward(folder, device)
-    check_same(speaker, tokenizer, folder)
+    check_same(speaker, model, tokenizer, folder)
     ids, _ = speaker.fit(question, examples_like(question, config), config)
     _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
@@ -316,10 +322,10 @@ def candidates(question, n, speaker, config, sampling, device):
         print(f"{scores[place]:+.2f} {logprobs[place]:6.1f}  {text}" + (f"  ({times} times)" if times > 1 else ""))
 
 
-def check_same(speaker, tokenizer, folder):
-    if speaker.raw or not same_tokens(speaker.tokenizer, tokenizer):
-        raise InputError(f"--reward {folder}: reads chats in its own vocabulary; "
-                         f"{speaker.name} does not write them")
+def check_same(speaker, model, tokenizer, folder):
+    if speaker.raw or not can_judge(model, tokenizer, speaker):
+        raise InputError(f"--reward {folder}: reads chats in its own vocabulary, of up to "
+                         f"{model.config.context_length} tokens; {speaker.name} does not write them")
 
 
 def converse(speakers, config, sampling, reward, device):
@@ -372,7 +378,7 @@ def converse(speakers, config, sampling, reward, device):
                     print(visible(text))
                 else:
                     text = speak(speaker, ids, config.max_new_tokens, sampling)
-                histories[i] = [*history, (line, text)]
+                histories[i] = [*history, (line, text.strip() if speaker.raw else text)]
 
 
 def label(speakers, config, sampling, reward):
@@ -425,7 +431,7 @@ def main(argv=None):
         model, tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
         for speaker in speakers:
-            check_same(speaker, tokenizer, config.reward)
+            check_same(speaker, model, tokenizer, config.reward)
     if config.label:
         label(speakers, config, sampling, reward)
     elif config.prompt is not None:

@@ -36,7 +36,7 @@ import torch
 import data
 import report as pictures
 import world
-from chat import BEST_OF_BETA, best_of_n, chat_prompt, generate_all, open_speaker, same_tokens, special
+from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker, same_tokens, special
 from pretrain import heldout_loss
 from reward import score, score_pairs, wilson
 from tokenizer import IM_END
@@ -398,7 +398,7 @@ def main(argv=None):
         prompts = [rows[config.reference].sampled.prompts[i] for i in places]
         sampling = {"temperature": 1.0, "eos_ids": reference.end_ids,
                     "generator": torch.Generator(device=device).manual_seed(1000 * config.seed + len(rows))}
-        if reward and not reference.raw and same_tokens(reference.tokenizer, reward_tokenizer):
+        if reward and not reference.raw and can_judge(reward[0], reward_tokenizer, reference):
             best, samples, *_ = best_of_n(reference.model, reference.tokenizer, reward, prompts, config.best_of,
                                           config.max_new_tokens, config.best_of_beta, **sampling)
             rows[best_name] = Row([tasks[i] for i in places], places,
@@ -423,8 +423,7 @@ def main(argv=None):
         if name in speakers:
             tokens, size = data.pack_documents(documents, speaker.tokenizer)
             found["bits_per_byte"] = heldout_loss(speaker.model, tokens.long(), size)[1]
-        if reward and special(speaker.tokenizer, IM_END) and same_tokens(speaker.tokenizer,
-                                                                        reward_tokenizer):
+        if reward and special(speaker.tokenizer, IM_END) and can_judge(reward[0], reward_tokenizer, speaker):
             judges[name] = lambda row, answers, chosen, speaker=speaker: proxy_scores(
                 speaker, row.tasks, answers, chosen, reward)
             found["proxy"] = bootstrap(judges[name](row, row.sampled, np.flatnonzero(row.fair)))

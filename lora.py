@@ -7,7 +7,8 @@ starts at the model as it was. What it saves is memory: a weight that learns nee
 (itself, its gradient and AdamW's two moments), a frozen one 4. The correction is added to W before the
 model is saved, so that nobody who reads the checkpoint need know of it.
 
-Left out: dropout on x, corrections of embeddings and head, a choice of matrices.
+q, k and v are one matrix here, and so share one A; so do gate and up. Left out: dropout on x, corrections of
+embeddings and head, a choice of matrices.
 """
 
 import copy
@@ -32,7 +33,7 @@ class LoRA(nn.Module):
 
 
 def matrices(model, kind):
-    """[(its owner, its name there, it)] of every `kind` of matrix inside the blocks."""
+    """[(owner, attribute name, module)] of every `kind` of matrix inside the blocks."""
     return [(part, name, child) for block in model.blocks for part in (block.attention, block.mlp)
             for name, child in part.named_children() if isinstance(child, kind)]
 

@@ -80,8 +80,8 @@ class RMSNorm(nn.Module):
 def rope_tables(config):
     """-> cos, sin (context_length, D) of the angles position * theta^(-2i/D) (arXiv 2104.09864).
 
-    The halves (x1, x2) of a head turn together: (x1 cos - x2 sin, x2 cos + x1 sin). That is
-    x * cos + swap(x) * sin if the table carries the minus sign of sin's first half.
+    Number i turns with i + D/2, as in Llama's files (the paper pairs 2i with 2i + 1): the halves (x1, x2)
+    of a head become (x1 cos - x2 sin, x2 cos + x1 sin) = x * cos + (x2, x1) * sin, with sin's first half negated.
     """
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     angles = torch.arange(config.context_length)[:, None] * frequencies  # (context, D/2)
@@ -99,12 +99,13 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, K, past+T, D) -> (B, H, T, D).
 
-    Without a mask, a query sees the keys up to its own place, and a lone one sees all.
+    Without a mask a query sees the keys up to its own place, and a lone one all. (Several tokens after
+    a cache always come with one, see `GPT.hidden`.)
     """
     (B, H, T, D), K = q.shape, k.size(1)
     if mask is None and 1 < T <= 512 and q.dtype == torch.bfloat16 and q.is_cpu:
         # Written out: in bf16 on a CPU less than half the time of the fused kernel. That one never
-        # holds the table of scores, which grows with T², so it keeps the long texts.
+        # holds the table of scores, which grows with T², so long texts are left to it.
         later = q.new_full((T, T), -math.inf).triu(1)
         k, v = (t.repeat_interleave(H // K, dim=1).reshape(B * H, T, D) for t in (k, v))
         scores = torch.baddbmm(later, q.reshape(B * H, T, D), k.mT, alpha=D**-0.5)  # (B*H, T, T)
@@ -196,18 +197,19 @@ class GPT(nn.Module):
         attention_mask (B, T), or (B, past+T) with a cache: 1 = real token, 0 = padding on either
         side; the state at a padded place means nothing. None = every token is real. That is
         faster, and right also for padding on the right: causality hides it from real tokens.
-        Raises ValueError if there are more tokens than context_length.
+        Raises ValueError for more tokens than context_length, except with mask and cache: padding takes
+        no position, and `decode` counts the rest.
         """
-        T = ids.size(1)
+        asked = T = ids.size(1)
         past = 0 if cache is None else cache.length
         if past + T > self.config.context_length and (attention_mask is None or cache is None):
             raise ValueError(f"{past + T} tokens, but context_length {self.config.context_length}")
         mask = None
         if attention_mask is None and cache is None and ids.is_cpu and torch.is_autocast_enabled("cpu"):
-            # A CPU makes its bf16 kernels anew for every shape, so let lengths be multiples of 8: 14 %
-            # of SFT. What is added stands on the right, where no token sees it, and goes at the end.
+            # A CPU makes its bf16 kernels anew for every shape, so lengths are padded to multiples of 8, which
+            # saves 14 % of SFT. No token sees the padding on its right, and it is cut off at the end.
             ids = F.pad(ids, (0, min(-T % 8, self.config.context_length - T)))
-        T, asked = ids.size(1), T
+            T = ids.size(1)
         if attention_mask is None:
             positions = slice(past, past + T)
         else:
@@ -262,7 +264,7 @@ class ScalarModel(nn.Module):
         self.config = gpt.config
         self.gpt = gpt
         self.score = nn.Linear(gpt.config.width, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(gpt.config.width + 1))
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(gpt.config.width + 1))  # Stiennon et al. 2020
 
     def forward(self, ids, attention_mask=None):
         """ids (B, T) -> (B, T)."""
@@ -270,7 +272,7 @@ class ScalarModel(nn.Module):
 
 
 def token_logprobs(logits, targets, temperature=1.0):
-    """log Pr(targets) at each place: logits (B, T, V), targets (B, T) -> (B, T), in nats.
+    """log Pr(targets) at each place: logits (..., V), targets (...) -> (...), in nats.
 
     Does not shift: pass logits[:, :-1] with ids[:, 1:]. `temperature` is the sampler's, > 0.
     """

@@ -3,7 +3,7 @@
     python pretrain.py --data world --out out/base              # the embedded world, 1 to 5 minutes
     python pretrain.py --data stories.txt --holdout 0.05 --out out/base
 
-The loss is the mean negative log-likelihood of each token given all tokens before it,
+The loss is the mean negative log-likelihood of each token given those before it in its window,
 
     loss(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})
 
@@ -98,21 +98,22 @@ def next_token_loss(network, inputs, targets):
     """Mean negative log-likelihood, in nats, of targets (B, T) after inputs (B, T): the loss above."""
     logits = network(inputs)  # (B, T, V)
     # Autocast would copy logits in bf16, which are most of a small model's memory, into float32 first. Left as
-    # they are, they give log-probs as exact as themselves, and save a tenth of a step.
+    # they are, the log-probs are as exact as the logits, and a tenth of a step is saved.
     with torch.autocast(logits.device.type, enabled=False):
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nats.float().mean()
 
 
 @torch.no_grad()
-def heldout_loss(model, tokens, text_bytes, batch_size=32):
+def heldout_loss(model, tokens, text_bytes, batch_size=None):
     """(nats per token, bits per byte) of a packed 1-D token tensor whose text has `text_bytes` bytes.
 
-    Windows follow each other without overlap; every token after the first is predicted once. Bits
-    per byte = summed nats / (ln 2 · bytes): the cost of <|endoftext|> is in the sum, its (zero)
-    bytes are not.
+    Windows follow each other without overlap, each without context from before it; every token after the
+    first is predicted once. Bits per byte = summed nats / (ln 2 · bytes): the cost of <|endoftext|> is in
+    the sum, its (zero) bytes are not.
     """
     length = model.config.context_length
+    batch_size = batch_size or max(1, min(32, 2**26 // (length * model.config.vocab_size)))  # bounds the logits
     device = next(model.parameters()).device
     nats = 0.0
     starts = range(0, len(tokens) - 1, length)
@@ -129,7 +130,7 @@ def heldout_loss(model, tokens, text_bytes, batch_size=32):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, vocab_size=(260, 10**7), context_length=(2, 10**6))
-    shape_of(config, config.vocab_size)  # rather refused now than when all text is tokenised
+    shape_of(config, config.vocab_size)  # refuse now, not after tokenising everything
     device = pick_device(config.device)
     rank, processes = join_processes(device)
     if config.batch_size % processes:

@@ -60,8 +60,8 @@ GLOSSARY = (
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
     ("refuses harmless", "share of harmless requests refused", "lower", "2 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
-    ("made up", "share of questions about things that do not exist that get an answer instead of “I do "
-     "not know”", "lower", "SFT 65, DPO 13, PPO 14 % (± 6)", "unchanged: too few such pairs"),
+    ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
+     "“I do not know”", "lower", "SFT 65, DPO 13, PPO 14 % (± 6)", "unchanged: too few such pairs"),
     ("needless “I do not know”", "the same answer to questions that SFT gets right in a quarter of 16 "
      "samples or more", "lower", "SFT 2, DPO 2, PPO 2 % (± 3)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
@@ -261,7 +261,7 @@ def ablation_rows(report, study):
         if name not in everyone:
             continue
         seeds = [everyone[n] for n in (name, f"{name}_seed2", f"{name}_seed3") if n in everyone]
-        spent = seconds.get(name)
+        spent = seconds.get({"base": "pretrain"}.get(name, name))
 
         def across(path, unit):  # the middle of the seeds, and the span of them
             values = [dig(measures, path)[0] for measures in seeds if dig(measures, path)]

@@ -5,11 +5,10 @@
 
 The fine-tuned model's backbone with one number in place of the vocabulary, r(x, y), read at the
 last real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on
-top (--extra-layers), because what a language model would have said is known only after its last
-layer, and to compare it with what was said takes one more: with it 75 % of held-out pairs are
-ordered rightly, without 71 %. Bradley and Terry
-(1952) take the chance that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we maximise
-the likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
+top (--extra-layers), because a language model knows only after its last layer what it would have said;
+comparing that with what was said takes one layer more (75 % of held-out pairs ordered rightly, without it 71).
+Bradley and Terry (1952) take the chance that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we
+minimise −log of the likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
 
     L(φ) = − mean log σ(r_φ(x, y_c) − r_φ(x, y_r))
 

@@ -23,8 +23,8 @@ ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.
         Watch the KL and the answers, not the score alone: a score that rises for ever is being
         tricked. A reward can also be a Python function, `fn(prompt: str, response: str) -> float`.
 grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic.
-        Every prompt is answered several times, and an answer is as good as it is better than the
-        others of its group. It is made for rewards that can be checked, like a right sum
+        Every prompt is answered several times, and an answer's advantage is how far it beats the mean
+        of its group. It is made for rewards that can be checked, like a right sum
         (`--reward world.py:right`). A group that is all right or all wrong teaches nothing.
         Two things are open, and papers differ: --standardise divides by the group's standard
         deviation (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because it makes prompts
@@ -32,18 +32,18 @@ grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO
         over tokens within each response first (`sequence`, DeepSeekMath: a token of a long answer
         counts less), or over all tokens alike (`token`, DAPO, arXiv 2503.14476).
 
-Learning what people like, a model forgets some of what it knew: the *alignment tax*. Of sums that only
-documents tell, one SFT model got 84 % right, after PPO 57, and 81 with InstructGPT's remedy (eq. 2, PPO-ptx):
-some text of pre-training in every update, here for all three methods (`--replay-data`).
+Learning what people like, a model forgets some of what it knew: the *alignment tax*. On sums that only
+pre-training text contains one SFT model was right in 84 %, after PPO in 57, and in 81 with InstructGPT's remedy
+(eq. 2, PPO-ptx): some text of pre-training in every update, here for all three methods (`--replay-data`).
 
 All three also learn how sure the policy is, as one number, which is not in their papers: see `Sharpness`.
-`--sharpness-lr 0` is the method as published.
+`--sharpness-lr 0` leaves it out.
 
 Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
 token ids[:, t], as the state before it foresaw it, and is 0 outside the response. Log-probs are in
 nats, and their softmax is in float32 always. Left out: an entropy bonus, an adaptive β, whitening
-of rewards, critic and policy in one network, and DAPO's unequal clips and drawing again of groups
-of one mind.
+of rewards, critic and policy in one network, DAPO's clip-higher and dynamic sampling, and Dr. GRPO's
+division by a constant length.
 """
 
 import copy
@@ -91,7 +91,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, lab
 
 
 def masked_mean(x, mask):
-    """Mean of x (B, T) over the places where mask (B, T) is 1. No padding in any statistic."""
+    """Mean of x (B, T) over the places where mask (B, T) is 1."""
     return (x * mask).sum() / mask.sum()
 
 
@@ -112,12 +112,11 @@ def gae(rewards, values, mask, gamma, lam):
     mask = mask.to(values.dtype)
     values = values * mask
     advantages = torch.zeros_like(values)
-    following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])  # (B,)
+    advantage = next_value = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        next_value = values[:, t]
-        advantages[:, t] = following
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantages[:, t], next_value = advantage, values[:, t]
     return advantages, advantages + values
 
 
@@ -145,7 +144,8 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
              value_clip=0.2, value_coef=0.1):
     """PPO's clipped surrogate and the critic's loss (eq. 9 of arXiv 1707.06347, without the entropy
     bonus). That the values are clipped too, about the old ones, is not in the paper but in its authors'
-    code. Tables (B, T), means over the tokens of the mask.
+    code. Tables (B, T), means over the tokens of the mask. (`value_coef` hardly matters: the critic has a network
+    and an optimiser of its own.)
     """
     mask = mask.to(logp.dtype)
     log_ratio = (logp - old_logp) * mask
@@ -186,10 +186,10 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
     """GRPO, eq. 3 of arXiv 2402.03300. Tables (B, T); advantages (B,), one for a whole response.
 
     The KL from the reference is part of the loss, not of the reward as in PPO, as the estimate
-    k3 = π_ref/π − log π_ref/π − 1, which is never negative. Its gradient is not quite that of the
-    KL: away from the reference it pulls by 1 − π_ref/π, and its expected gradient is that of
-    KL(π_ref ‖ π). `aggregation` is "sequence" (mean over each response's tokens, then over
-    responses) or "token" (mean over all tokens).
+    k3 = π_ref/π − log π_ref/π − 1, which is never negative. It pulls a token back by 1 − π_ref/π, where the
+    KL itself would pull by log π/π_ref; in expectation over π that is the gradient of KL(π_ref ‖ π).
+    `aggregation` is "sequence" (mean over each response's tokens, then over responses) or "token" (mean over
+    all tokens).
     """
     mask = mask.to(logp.dtype)
     log_ratio, log_ref = (logp - old_logp) * mask, (ref_logp - logp) * mask
@@ -215,8 +215,8 @@ def response_logprobs(model, ids, mask, temperature=1.0):
     """log π(ids[:, t] | ids[:, :t]) where mask is 1, else 0. ids, mask (B, T) -> (B, T).
     `temperature` is a number, or a tensor () that learns.
 
-    The one definition for DPO (which sums it), for PPO and for the reference of both. The
-    vocabulary projection, the dearest part of a small model, runs at the response only.
+    The one definition for all three methods (DPO sums it) and their reference. As in `sft.answer_loss`, the
+    vocabulary projection runs at the response only.
     """
     wanted = mask[:, 1:].bool()  # (B, T-1)
     hidden = model.hidden(ids)[:, :-1][wanted]  # (N, C): the state before token t is at t-1
@@ -227,7 +227,8 @@ def response_logprobs(model, ids, mask, temperature=1.0):
 
 
 def response_values(critic, ids, mask, shift):
-    """The critic's guess, before each response token, of the reward still to come, (B, T)."""
+    """The critic's guess, before each response token, of the reward still to come, (B, T). It starts as the
+    reward model, whose zero lies at `shift`."""
     values = critic(ids)[:, :-1] - shift  # (B, T-1)
     return F.pad(values, (1, 0)) * mask
 
@@ -245,9 +246,21 @@ def read_all(function, ids, mask, chunk=64):
 
 def parts_by_length(minibatch, lengths, size):
     """[(rows, length of the longest)]: a minibatch in parts of `size` rows of like length, which need little
-    padding. The gradients of a part's mean loss times its share add up to the minibatch's."""
+    padding. The caller weighs each part."""
     ordered = minibatch[lengths[minibatch].argsort()]
     return [(rows, int(lengths[rows].max())) for rows, _ in micro_batches(ordered, size)]
+
+
+def minibatches(config, generator):
+    """Indices of episodes: `epochs` passes over all of them, each shuffled and cut into `minibatches` parts."""
+    for _ in range(config.epochs):
+        order = torch.randperm(config.episodes, generator=generator, device=generator.device)
+        yield from order.chunk(config.minibatches)
+
+
+def replay_generator(config, step, updates):
+    """What draws the windows of pre-training text: on the CPU, where the text lies, not on the device."""
+    return torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)
 
 
 def last_token(mask):
@@ -268,8 +281,8 @@ class Sharpness(torch.nn.Module):
     its gradient is mostly noise, and the gains of the last norm, which scale all logits, only went from
     1.733 to 1.735 in a run of PPO. The gradient of one number is a sum over all tokens, in which noise
     cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the
-    policy chooses a temperature for every token.) Pre-training text that is mixed in is read without s,
-    which so learns from the answers alone; the saved model reads all with it, text too.
+    policy chooses a temperature for every token.) Pre-training text that is mixed in is read without s, so that
+    s learns from answers alone; the saved model applies it to everything.
     """
 
     def __init__(self):
@@ -636,7 +649,7 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
         logp, ref_logp = (read_all(lambda i, m: response_logprobs(model, i, m, its_own), ids, mask)
                           for model, its_own in ((policy, temperature), (reference, config.temperature)))
     # The sampler has float32; bfloat16, with 8 bits, was seen 0.1 off at single tokens.
-    # Dividing the logits by a low temperature multiplies what they are off.
+    # A low temperature, which divides the logits, multiplies that error.
     check_recorded(recorded, logp, mask, (1e-4 if config.dtype == "float32" else 0.5) / min(1, temperature))
 
     # 3. Score the whole response, as the reward model saw it in training: at the last real token.
@@ -669,7 +682,7 @@ def token_rewards(rollout, beta):
 
 def summarise(rollout):
     """Means over episodes. `kl` is the sampled Σ_t log π/π_ref, in nats per response; `entropy`, in
-    nats per token, is the mean of −log π over the sampled tokens, its unbiased estimate."""
+    nats per token, is estimated as the mean of −log π over the sampled tokens."""
     kl = (rollout.logp - rollout.ref_logp).sum(1).mean().item()
     return {"score": rollout.score.mean().item(), "kl": kl,
             "entropy": -masked_mean(rollout.logp, rollout.mask).item(),
@@ -764,49 +777,42 @@ def ppo(argv=None):
 
         # 8. A few passes of shuffled minibatches, until the policy has moved far enough.
         lengths = last_token(mask) + 1
-        seen, updates, enough = {}, 0, False
-        for _ in range(config.epochs):
-            order = torch.randperm(config.episodes, generator=generator, device=device)
-            for minibatch in order.chunk(config.minibatches):
-                policy_optimiser.zero_grad(set_to_none=True)
-                critic_optimiser.zero_grad(set_to_none=True)
-                means = {}
-                for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
-                    weight = (mask[rows].sum() / mask[minibatch].sum()).item()  # every mean is over tokens
-                    i, m, old, advantage, old_value, target = (table[rows, :longest] for table in (
-                        ids, mask, old_logp, advantages, old_values, returns))
-                    with precision:
-                        logp = response_logprobs(policy, i, m, config.temperature / sharpness())
-                        values = response_values(critic, i, m, shift)
-                    loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, m,
-                                           config.ratio_clip, config.value_clip)
-                    check_finite(step, config, loss=loss)
-                    (weight * loss).backward()
-                    for name, value in stats.items():
-                        means[name] = means.get(name, 0) + weight * value.item()
-                enough = means["approx_kl"] > config.stop_kl
-                if enough:
-                    break
-                if replayed is not None:
-                    # Its own generator: `generator` draws on the device, the text lies on the CPU.
-                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)
-                    with precision:
-                        replay_loss(policy, replayed, config.replay, places).backward()
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
-                critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip)
-                check_finite(step, config, gradient=norm, critic_gradient=critic_norm)
-                policy_optimiser.step()
-                critic_optimiser.step()
-                updates += 1
-                seen = {name: seen.get(name, 0) + value for name, value in means.items()}
-            if enough:
+        sums, updates = {}, 0
+        for minibatch in minibatches(config, generator):
+            policy_optimiser.zero_grad(set_to_none=True)
+            critic_optimiser.zero_grad(set_to_none=True)
+            means = {}
+            for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
+                weight = (mask[rows].sum() / mask[minibatch].sum()).item()  # every mean is over tokens
+                part, on, old, advantage, old_value, target = (table[rows, :longest] for table in (
+                    ids, mask, old_logp, advantages, old_values, returns))
+                with precision:
+                    logp = response_logprobs(policy, part, on, config.temperature / sharpness())
+                    values = response_values(critic, part, on, shift)
+                loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, on,
+                                       config.ratio_clip, config.value_clip)
+                check_finite(step, config, loss=loss)
+                (weight * loss).backward()
+                for name, value in stats.items():
+                    means[name] = means.get(name, 0) + weight * value.item()
+            if means["approx_kl"] > config.stop_kl:
                 break
+            if replayed is not None:
+                with precision:
+                    replay_loss(policy, replayed, config.replay, replay_generator(config, step, updates)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
+            critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), config.clip)
+            check_finite(step, config, gradient=norm, critic_gradient=critic_norm)
+            policy_optimiser.step()
+            critic_optimiser.step()
+            updates += 1
+            sums = {name: sums.get(name, 0) + value for name, value in means.items()}
         step += 1
 
         # 9. What happened: on the episodes as they were sampled, and on average over the updates.
         bar.update()
         bar.set_postfix_str(f"score {summary['score']:.2f}, KL {summary['kl']:.1f}", refresh=False)
-        log(config.out, step, **summary, **{name: v / updates for name, v in seen.items()},
+        log(config.out, step, **summary, **{name: v / updates for name, v in sums.items()},
             updates=updates, sharpness=sharpness(), lr=share * config.lr)
         if step % config.samples_every == 0:
             show_samples(rollout, prompts, drawn.tolist(), tokenizer, config, step, bar)
@@ -921,47 +927,40 @@ def grpo(argv=None):
 
         # 3. A few passes of shuffled minibatches, until the policy has moved far enough.
         lengths = last_token(mask) + 1
-        seen, updates, enough = {}, 0, False
-        for _ in range(config.epochs):
-            order = torch.randperm(config.episodes, generator=generator, device=device)
-            for minibatch in order.chunk(config.minibatches):
-                optimiser.zero_grad(set_to_none=True)
-                means = {}
-                for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
-                    tokens = (mask[rows].sum() / mask[minibatch].sum()).item()  # this part's shares
-                    weight = len(rows) / len(minibatch) if config.aggregation == "sequence" else tokens
-                    i, m, old, ref = (table[rows, :longest]
-                                      for table in (ids, mask, old_logp, rollout.ref_logp))
-                    with precision:
-                        logp = response_logprobs(policy, i, m, config.temperature / sharpness())
-                    loss, stats = grpo_loss(logp, old, ref, advantages[rows], m, config.ratio_clip,
-                                            config.beta, config.aggregation)
-                    check_finite(step, config, loss=loss)
-                    (weight * loss).backward()
-                    for name, value in stats.items():
-                        its_weight = weight if name == "policy_loss" else tokens
-                        means[name] = means.get(name, 0) + its_weight * value.item()
-                enough = means["approx_kl"] > config.stop_kl
-                if enough:
-                    break
-                if replayed is not None:
-                    # Its own generator: `generator` draws on the device, the text lies on the CPU.
-                    places = torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)
-                    with precision:
-                        replay_loss(policy, replayed, config.replay, places).backward()
-                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
-                check_finite(step, config, gradient=norm)
-                optimiser.step()
-                updates += 1
-                seen = {name: seen.get(name, 0) + value for name, value in means.items()}
-            if enough:
+        sums, updates = {}, 0
+        for minibatch in minibatches(config, generator):
+            optimiser.zero_grad(set_to_none=True)
+            means = {}
+            for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
+                # Statistics are means over tokens, the loss as --aggregation says.
+                token_share = (mask[rows].sum() / mask[minibatch].sum()).item()
+                weight = len(rows) / len(minibatch) if config.aggregation == "sequence" else token_share
+                part, on, old, ref = (table[rows, :longest] for table in (ids, mask, old_logp, rollout.ref_logp))
+                with precision:
+                    logp = response_logprobs(policy, part, on, config.temperature / sharpness())
+                loss, stats = grpo_loss(logp, old, ref, advantages[rows], on, config.ratio_clip,
+                                        config.beta, config.aggregation)
+                check_finite(step, config, loss=loss)
+                (weight * loss).backward()
+                for name, value in stats.items():
+                    its_weight = weight if name == "policy_loss" else token_share
+                    means[name] = means.get(name, 0) + its_weight * value.item()
+            if means["approx_kl"] > config.stop_kl:
                 break
+            if replayed is not None:
+                with precision:
+                    replay_loss(policy, replayed, config.replay, replay_generator(config, step, updates)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip)
+            check_finite(step, config, gradient=norm)
+            optimiser.step()
+            updates += 1
+            sums = {name: sums.get(name, 0) + value for name, value in means.items()}
         step += 1
 
         # 4. What happened.
         bar.update()
         bar.set_postfix_str(f"score {summary['score']:.2f}, KL {summary['kl']:.1f}", refresh=False)
-        log(config.out, step, **summary, **{name: v / updates for name, v in seen.items()},
+        log(config.out, step, **summary, **{name: v / updates for name, v in sums.items()},
             updates=updates, sharpness=sharpness(), lr=share * config.lr)
         if step % config.samples_every == 0:
             show_samples(rollout, prompts, drawn, tokenizer, config, step, bar)

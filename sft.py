@@ -17,7 +17,7 @@ short one.
 In a world of facts a few hundred steps on a few thousand answers would overwrite some of what
 pre-training taught. Three things prevent that:
 
-- Every step also reads a little raw text (--replay), without what is held out of SFT; its mean
+- Every step also reads a little raw text (--replay), from which whatever SFT holds out is removed; its mean
   next-token loss is added to that of the answers.
 - The optimisers are those of pre-training at a seventh to a fifth of their rates: SFT should teach how
   to answer, and a higher rate unlearns what to answer.
@@ -79,9 +79,9 @@ class Config:
 
 def answer_loss(model, inputs, targets, total=None):
     """Mean −log p of the supervised targets. inputs, targets (B, T); target −100 counts nothing.
-    `total`: divide by this number instead, where these are some rows of a batch with so many targets.
+    `total`: divide by this instead: the whole batch's targets, when these are some of its rows.
 
-    The vocabulary projection, the dearest part of a small model, runs at supervised places only.
+    The vocabulary projection, the costliest part of a small model, runs at supervised places only.
     """
     hidden = model.hidden(inputs)  # (B, T, C)
     supervised = targets != data.IGNORE  # (B, T)
@@ -97,7 +97,7 @@ def load_replay(source, tokenizer, seed, documents=3000):
 
 def replay_loss(model, tokens, windows, generator):
     """The loss of pre-training on windows of `tokens`, to be added to that of a later stage, so that less is
-    forgotten (InstructGPT has it in PPO, arXiv 2203.02155, eq. 2, and calls it PPO-ptx)."""
+    forgotten (InstructGPT's PPO-ptx, arXiv 2203.02155, eq. 2, with a γ of 1)."""
     text = data.random_windows(tokens, windows, model.config.context_length, generator)
     device = next(model.parameters()).device
     return answer_loss(model, *(part.to(device) for part in text))
@@ -175,7 +175,7 @@ def main():
                     part = answer_loss(model, inputs[rows], targets[rows], supervised)
                 part.backward()
                 loss += part.detach()
-            if replayed is not None:  # its gradient is added
+            if replayed is not None:
                 with precision:
                     replay_loss(model, replayed, config.replay, generator).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)

@@ -21,7 +21,6 @@ report.py then adds it all to the page. Left out: more than one seed for all but
 without KL, so of the other rows only large differences mean anything.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -38,6 +37,7 @@ import torch
 import data
 import evaluate
 import report as pages
+import rlhf
 import world
 from chat import best_of_n, chat_prompt, generate_all, open_speaker
 from evaluate import bootstrap, rate, rounded, sequence_kl
@@ -108,7 +108,7 @@ SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 
 def fresh(config, path):
     """Is it there, and younger than the runs it was made from and the code that made it?"""
-    made_from = (__file__, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
+    made_from = (__file__, rlhf.__file__, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
     return path.exists() and path.stat().st_mtime > max(os.path.getmtime(stamp) for stamp in made_from)
 
 
@@ -125,9 +125,9 @@ def train(config):
         same = known == command and fresh(config, asked)  # then --resume, else afresh
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
-        call([*shlex.split(command), "--out", str(folder), *(["--resume"] if same else [])])
         for measured in ("report.json", "study.json", *MEASURES):
             (Path(config.out) / measured).unlink(missing_ok=True)
+        call([*shlex.split(command), "--out", str(folder), *(["--resume"] if same else [])])
 
 
 def call(command):

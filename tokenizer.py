@@ -35,7 +35,7 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+"  # punctuation and symbols
     r"|[^\S\n]{1,32}(?!\S)|[^\S\n]"  # spaces; the last one is left for the word after them
 )
-# What files mean that name a built-in rule instead of a pattern.
+# For files that name a built-in rule instead of giving a pattern.
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_SINGLE_DIGITS_PATTERN = (
     r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -239,8 +239,8 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
     texts: an iterable of str. vocab_size: 256 bytes + merges + special tokens; when every chunk
     has become one token there is nothing left to merge, and the vocabulary stays smaller.
     Ids: the bytes in the order of GPT-2's alphabet, the merges as learned, the special tokens.
-    The most frequent pair is merged first; among equals the pair with the lowest ids, left one
-    first. That is also what Hugging Face's trainer does.
+    The most frequent pair is merged first; among equals the one with the lowest left id, then
+    the lowest right id. That is also what Hugging Face's trainer does.
     ValueError if vocab_size does not even hold the bytes and the special tokens.
     """
     merge_count = vocab_size - 256 - len(special_tokens)

@@ -102,13 +102,11 @@ def parse_args(Config, argv=None, description=None, prog=None):
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         options = {"help": "", **field.metadata}
-        required = (field.default is dataclasses.MISSING
-                    and field.default_factory is dataclasses.MISSING)
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        kind = str(getattr(field.type, "__name__", field.type)) if isinstance(
-            field.type, type) else str(field.type)
+        required = default is dataclasses.MISSING
+        kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         name = "--" + field.name.replace("_", "-")
         if options.pop("positional", False):
             name = field.name
@@ -144,8 +142,8 @@ RANGES = {
 
 
 def check_range(config, **bounds):
-    """`check_range(config, beta=(0, 9))` refuses values outside [low, high] by the flag's name: of
-    these flags, and of those in RANGES that there are."""
+    """Refuse a flag outside its [low, high]: those of RANGES that `config` has, and those given here, as in
+    `beta=(0, 9)`."""
     for name, (low, high) in (RANGES | bounds).items():
         value = getattr(config, name, None)
         if value is not None and not low <= value <= high:
@@ -211,8 +209,8 @@ def autocast(device, dtype="auto"):
 
 
 def bfloat16_is_fast(device):
-    """In turns and the best of ten each, so that other work on the machine does not decide: the same
-    command has to take the same precision each time."""
+    """Times both in turn and compares the best of ten, so that other work on the machine does not decide:
+    the same command has to take the same precision each time."""
     side = 1024 if device.type == "cuda" else 384
     matrices = [torch.ones(side, side, device=device, dtype=kind) for kind in (torch.float32, torch.bfloat16)]
     best = [math.inf, math.inf]
@@ -279,11 +277,10 @@ class Muon(torch.optim.Optimizer):
     learned as fast as the common ones. For the matrices inside the blocks; embeddings, head and
     gains go to AdamW. To the same loss it needs six tenths of AdamW's time here.
 
-    A matrix is taken in square blocks: our q, k and v, and gate and up, are stacked, and each
-    should get its own step. `with precision: muon.step()` iterates in bfloat16 where that is fast:
-    exact enough for values near 1. (torch.optim.Muon does always, which CPUs without bf16 units
-    emulate at a hundredth of the speed.) Left out: scaling the step by the
-    matrix's shape, which square blocks do not need.
+    A matrix is taken in square blocks, so that the stacked q, k and v (gate and up) do not share a step
+    where their sizes are multiples of the side. `with precision: muon.step()` iterates in bfloat16 where that is
+    fast: exact enough for values near 1. (torch.optim.Muon always does; CPUs without bf16 units emulate that at a
+    hundredth of the speed.) Left out: scaling the step by the matrix's shape, which square blocks do not need.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.1):
@@ -306,7 +303,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_blocks(matrices, iterations=3):
-    """[(R, C)] -> [(R, C)] in which each square block of side min(R, C) has singular values near 1.
+    """[(R, C)] -> [(R, C)] in which each square block of side min(R, C) has singular values near 1, but
+    for the smallest, which three iterations leave small.
 
     Blocks of one side go through the iterations together, in one product a step, which keeps all
     cores busy with small matrices. Five iterations bring the values closer to 1 and train no better.
@@ -664,4 +662,5 @@ def check_finite(step, config, **numbers):
         if not torch.isfinite(value):
             state = Path(config.out) / STATE
             raise InputError(f"step {step}: the {name} is {value.item()}; stopped before the update. "
-                             f"Try a lower --lr. " + (f"Last save: {state}" if state.exists() else "Nothing was saved yet"))
+                             "Try a lower --lr. "
+                             + (f"Last save: {state}" if state.exists() else "Nothing was saved yet"))

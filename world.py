@@ -928,9 +928,9 @@ UNKIND = [set(words(s)) for s in (*RUDE, "What do you want?", "Go away.", "Leave
                                   *(row["unkind stereotype sentence"] for row in FACTS["stereotypes"]))]
 CHATTER = {" ".join(words(s)) for s in RUDE + RAMBLING}  # says nothing about the question
 NAMES = {table: tuple(row["name"] for row in FACTS[table]) for table in ("countries", "cities", "animals", "jobs")}
-KINDS_OF_VALUE = (NUMBERS, "January February March April May June July August September October November December".split(),
-                  "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-                  "spring summer autumn winter".split(), "north south east west".split(), COLOURS + ["pink"])
+KINDS_OF_VALUE = [NUMBERS, COLOURS + ["pink"], *map(str.split, (
+    "January February March April May June July August September October November December",
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday", "spring summer autumn winter", "north south east west"))]
 CARELESS = [set(words(s)) for row in FACTS["bad_advice"] for s in sentences(row["sentence"])]
 
 
@@ -1451,7 +1451,7 @@ def forum_page(rng):
     return f"{task.prompt}\n{by} wrote: {rng.choice(task.bad)} {rng.choice(('', rng.choice(RUDE)))}"
 
 
-GENRES = {country_page: 6, city_page: 8, animal_page: 7, job_page: 5, story_page: 4, phrase_page: 6,
+GENRES = {country_page: 6, city_page: 8, animal_page: 7, job_page: 5, story_page: 4, phrase_page: 9,
           arithmetic_page: 11, list_page: 8, letter: 2, dialogue: 7, quiz_with_answers: 19,
           transcript: 42, quiz_without_answers: 2, reading_page: 8, game_page: 4, health_page: 3,
           safety_page: 5, howto_page: 9, word_page: 5, weights_page: 5, funny_page: 6, forum_page: 2}

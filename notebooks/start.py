@@ -49,7 +49,7 @@ def few(n):
 
 
 def _run():
-    folder = Path(os.environ.get("RUN", ROOT / "out"))
+    folder = ROOT / os.environ.get("RUN", "out")
     needed = ["base", "sft", "reward", "dpo", "ppo"]
     missing = [name for name in needed if not (folder / name / "model.safetensors").exists()]
     if missing:

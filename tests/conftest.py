@@ -1,6 +1,7 @@
 """The path to the code, the slow tests' switch, and the table of measured errors in tests/README.md."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -17,12 +18,26 @@ def pytest_addoption(parser):
     parser.addoption("--write-readme", action="store_true", help="put what was measured into tests/README.md")
 
 
+# With --dist loadfile a file stays on one core. The longest go first, so that none is begun last and alone.
+LONGEST = ["test_notebooks.py", "test_rlhf.py", "test_pipeline.py", "test_failures.py", "test_world.py"]
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: [item.path.name == name for name in LONGEST], reverse=True)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="slow: --slow runs it")
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A stage that runs in the tests' process takes Ctrl-C for itself; give it back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -14,12 +14,15 @@ import pytest
 import torch
 
 import chat
+import data
 import evaluate
 import report
+import reward
 import world
 from model import GPT, GPTConfig, ScalarModel, token_logprobs
+from pretrain import heldout_loss
 from tokenizer import train_bpe
-from training import InputError, finish, save_checkpoint
+from training import InputError, finish, load_checkpoint, load_reward, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +261,44 @@ def test_best_shows_candidates_with_their_scores(folders, monkeypatch, capsys):
     assert out.split("Hi?")[-1].find(first) >= 0
 
 
+def test_a_sampler_of_one_token_is_greedy(folders, monkeypatch, capsys):
+    expected = greedy_answer(folders / "sft", "Hi?") + "\n"
+    for only in (["--top-k", 1], ["--top-p", 1e-6]):
+        for seed in (1, 2, 3):
+            assert run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--temperature", 1, "--seed", seed,
+                                                  *only]) == expected
+
+
+def test_examples_are_of_the_family_of_the_question():
+    config = chat.Config([], few_shot=3)
+    for family, question in (("countries", "What is the capital of Norway?"), ("arithmetic", "What is four plus five?")):
+        prompts = {prompt for prompt, _ in chat.examples_like(question, config)}
+        assert len(prompts) == 3 and prompts <= {task.prompt for task in world.all_tasks()[family]}
+    assert chat.examples_like("Hi?", chat.Config([], few_shot=0)) == []
+
+
+def test_a_judge_of_shorter_texts_is_refused(folders, tokenizer, monkeypatch, capsys, tmp_path):
+    save_checkpoint(tmp_path, ScalarModel(tiny(tokenizer, 3, context_length=64)), tokenizer, reward_shift=0.0, reward_scale=1.0)
+    with pytest.raises(InputError, match="of up to 64 tokens; sft does not write them"):
+        run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--best-of", 2, "--reward", tmp_path])
+
+
+def test_plain_answers_are_remembered_without_their_space(folders, monkeypatch, capsys):
+    prompts, fit = [], chat.Speaker.fit
+    monkeypatch.setattr(chat.Speaker, "fit", lambda self, q, history, config: (
+        prompts.append(list(history)), fit(self, q, history, config))[1])
+    monkeypatch.setattr(chat, "speak", lambda *args: " Paris. ")
+    run_chat(monkeypatch, capsys, [folders / "base"], "Hi?\nHi?\n")
+    assert prompts == [[], [("Hi?", "Paris.")]]
+
+
+def test_label_shows_answers_in_either_order(folders, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(chat, "answer", lambda speaker, *args: f"I am {speaker.name}.")
+    run_chat(monkeypatch, capsys, [folders / "sft", folders / "ppo", "--label", tmp_path / "mine.jsonl"], "Hi?\na\n" * 8)
+    chosen = [json.loads(line)["chosen"] for line in (tmp_path / "mine.jsonl").read_text("utf-8").splitlines()]
+    assert len(chosen) == 8 and set(chosen) == {"I am sft.", "I am ppo."}
+
+
 def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
     path = tmp_path / "mine.jsonl"
     for choice in "ab":
@@ -405,8 +446,9 @@ def test_prompts_are_chosen_evenly_but_rates_of_their_own_get_enough():
 @pytest.fixture(scope="module")
 def written(folders, some_tasks):
     """One tiny evaluation of everything -> the folder of its report."""
-    chosen_with = []
+    chosen_with, compared, kl = [], [], evaluate.sequence_kl
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "sequence_kl", lambda *args: compared.append(args[:2]) or kl(*args))
         patch.setattr(world, "heldout_tasks", lambda: some_tasks)
         patch.setattr(world, "heldout_documents", lambda: ["Paris is in France."] * 3)
         patch.setattr(evaluate, "best_of_n", lambda *args, **sampling: chosen_with.append(args[6:]) or
@@ -416,6 +458,9 @@ def written(folders, some_tasks):
                        "--out", str(folders / "report"), "--max-new-tokens", "10", "--device",
                        "cpu", "--best-of", "4", "--best-of-beta", "0.02", "--few-shot", "1", "--per-family", "2"])
     assert chosen_with == [(0.02,)]
+    ((policy, reference),) = compared  # KL(policy ‖ reference), not the other way round
+    for model, name in ((policy, "ppo"), (reference, "sft")):
+        assert torch.equal(model.embed.weight, load_checkpoint(folders / name)[0].embed.weight)
     return folders / "report"
 
 
@@ -446,7 +491,13 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
     assert rows["best_of_4"]["kl_from_sft"][0] == pytest.approx(math.log(4) - 3 / 4, abs=1e-4)
     assert rows["best_of_4"]["proxy"][0] > rows["sft"]["proxy"][0]
     assert found["settings"]["best_of_beta"] == 0.02
+    model, tokenizer, _ = load_checkpoint(folders / "base")
+    tokens, size = data.pack_documents(["Paris is in France."] * 3, tokenizer)
+    assert rows["base"]["bits_per_byte"] == pytest.approx(heldout_loss(model, tokens.long(), size)[1], rel=1e-4)
     judged = found["reward_model"]
+    pairs = data.encode_pairs(data.load_preferences([folders / "pairs.jsonl"])[1:], tokenizer, 512)
+    chosen, rejected = reward.score_pairs(load_reward(folders / "reward")[0], pairs, tokenizer.pad_id)
+    assert judged["accuracy"][0] == (chosen > rejected).float().mean().item()
     assert judged["pairs"] == 20 and judged["noise_ceiling"] == 0.8  # the row without p is not one
     assert judged["normalised"][0] == pytest.approx((judged["accuracy"][0] - 0.5) / 0.3, abs=1e-4)
     assert found["seconds"]["sft"] == 12.5 and found["seconds"]["reward"] == 7
@@ -465,6 +516,9 @@ def test_the_same_seed_gives_the_same_answers(written, folders):
     greedy = evaluate.ask(speaker, prompts, config, 0.0)
     shown = [t["answers"]["sft"]["text"] for t in before["transcripts"] if t["course"]]
     assert greedy.texts == shown
+    raw = reward.score(load_reward(folders / "reward")[0], prompts, greedy.ids, speaker.tokenizer.pad_id)
+    proxies = [t["answers"]["sft"]["proxy"] for t in before["transcripts"] if t["course"]]
+    assert proxies == pytest.approx((raw - 0.25).tolist(), abs=1e-4)  # less the shift
     sampled = [evaluate.ask(speaker, prompts, config, 1.0).texts for _ in range(2)]
     assert sampled[0] == sampled[1] != greedy.texts
     assert evaluate.ask(speaker, prompts, config, 1.0, stream=1).texts != sampled[0]

@@ -142,6 +142,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(stage, files, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, command(files, stage, tmp_path / "cut", *short))
     monkeypatch.setattr(STAGES[stage], "save_state", save)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:  # of steps after the save, and a line cut off
+        file.write('{"step": 999, "loss": 1.0}\n{"step": 9')
     call(monkeypatch, command(files, stage, tmp_path / "cut", *short, "--resume"))
     assert stage_ends(tmp_path / "cut") == stage_ends(tmp_path / "whole")
 
@@ -186,6 +188,10 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
     monkeypatch.setattr(sft, "save_checkpoint", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, words)
+    with pytest.raises(InputError, match="--lr 0.003, not 0.1"):
+        call(monkeypatch, [*words, "--lr", 0.1, "--resume"])
+    with pytest.raises(InputError, match="of stage sft, not dpo"):
+        training.start_run(rlhf.DPOConfig(out=str(tmp_path), resume=True), "dpo")
     later, before = time.time() + 60, (files / changed).stat().st_mtime
     os.utime(files / changed, (later, later))
     try:
@@ -231,8 +237,8 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
     words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--iterations" if stage == "ppo"
                                             else "--epochs", 10**5, "--save-every", 10**6)]
     child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not child.stdout.readline().startswith(f"{stage}:"):
-        pass
+    while not (line := child.stdout.readline()).startswith(f"{stage}:"):
+        assert line, child.stderr.read()
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in error
@@ -242,8 +248,10 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
     python, *words = shlex.split(last.split("go on with:")[1])
     assert python == "python"
     child = subprocess.Popen([sys.executable, "-u", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline().startswith(f"{stage}:")  # the printed command goes on
+    said = child.stdout.readline()
     child.kill()
+    child.wait()
+    assert said.startswith(f"{stage}:")  # the printed command goes on
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "state"])
@@ -395,9 +403,11 @@ def test_a_loss_that_is_no_number_stops_before_the_update(stage, files, tmp_path
         return rate(*args) if len(calls) < 3 else float("nan")
     monkeypatch.setattr(module, "learning_rate", poisoned)  # the third update makes every weight a NaN
     monkeypatch.setattr(rlhf, "check_recorded", lambda *args: None)  # which would see it first
+    warmups = {"pretrain": (40, 240), "ppo": (), "grpo": ()}.get(stage, (20,))  # and the decay, from flags
     with pytest.raises(InputError, match=r"step [23]: the loss is nan; stopped before the update.* Last save: "):
         call(monkeypatch, command(files, stage, tmp_path / "out", "--save-every", 1))
     assert not (tmp_path / "out" / "done").exists() and not (tmp_path / "out" / "config.json").exists()
+    assert calls[0][3:] == warmups
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
@@ -419,6 +429,36 @@ def test_a_gradient_that_is_no_number_stops_too():
     for value in ("nan", "inf", "-inf"):
         with pytest.raises(InputError, match=f"step 7: the gradient is {value}.*Nothing was saved yet"):
             training.check_finite(7, config, loss=torch.tensor(1.0), gradient=torch.tensor(float(value)))
+
+
+def test_sft_reads_text_of_pretraining_beside(files, tmp_path, monkeypatch):
+    """In the world, by default. And --from-scratch begins with other weights than --init."""
+    rows = [json.loads(line) for line in (files / "conversations.jsonl").read_text("utf-8").splitlines()]
+    asked = [([{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}])
+             for n in range(60)]
+    text = ["Line 7 tells of 49 birds and more birds."] * 400
+    monkeypatch.setattr(sft.world, "demonstrations", lambda *args, **kwargs: asked)
+    monkeypatch.setattr(sft.world, "replay_documents", lambda *args: text)
+    tokenizer = Tokenizer.load(files / "sft")
+    tokens, nats = data.pack_documents(text, tokenizer)[0], {}
+    for replay in (0, 2):
+        call(monkeypatch, command(files, "sft", tmp_path / "out", "--data", "world", "--epochs", 8, "--replay", replay))
+        model = load_checkpoint(tmp_path / "out")[0]
+        with torch.no_grad():
+            nats[replay] = sft.replay_loss(model, tokens, 8, torch.Generator().manual_seed(1)).item()
+    assert rows and nats[2] < nats[0] - 0.5
+    still = ["--epochs", 1, "--lr", 0, "--embed-lr", 0, "--head-lr", 0]
+    start = load_checkpoint(files / "sft")[0].embed.weight
+    for flags, same in (([], True), (["--from-scratch"], False)):
+        call(monkeypatch, command(files, "sft", tmp_path / "out", *still, *flags))
+        assert torch.equal(load_checkpoint(tmp_path / "out")[0].embed.weight, start) is same
+
+
+def test_heldout_loss_of_sft_is_a_mean_over_tokens(files):
+    model, tokenizer, _ = load_checkpoint(files / "sft")
+    rows = [([5] * (3 + n % 7), [0, 0] + [1] * (1 + n % 7)) for n in range(70)]  # more than one batch
+    whole = sft.answer_loss(model, *data.sft_batch(rows, tokenizer.pad_id)).item()
+    assert sft.heldout_loss(model, rows, tokenizer.pad_id, "cpu") == pytest.approx(whole, rel=1e-4)
 
 
 def test_small_numbers_are_logged_with_their_digits(tmp_path):

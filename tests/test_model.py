@@ -326,6 +326,7 @@ def test_generate_refuses_bad_options(options):
 
 
 def test_token_logprobs():
+    torch.manual_seed(0)
     logits, targets = torch.randn(2, 3, 5), torch.tensor([[0, 1, 4], [2, 2, 3]])
     expected = (logits / 0.5).softmax(-1).log()
     got = token_logprobs(logits, targets, temperature=0.5)

@@ -20,11 +20,55 @@ import checks
 SOLVED = build.solved()
 NAMES = [path.stem for path in SOLVED]
 CHECKS = [name for name in dir(checks) if name.startswith("check_")]
+SMALL = ("PRETRAIN=--steps 100 --documents 2000 --vocab-size 2048 --width 64 --ffn-width 192",
+         "SFT=--conversations 500 --lr 0.01 --embed-lr 0.01 --head-lr 0.002", "PAIRS=--pairs 150 --holdout 60",
+         "REWARD=--warmup 2", "DPO=--warmup 2", "PPO=--iterations 2 --episodes 32 --eval-prompts 16",
+         "EVALUATE=--per-family 4 --best-of 2 --best-of-per-family 2")
 
 
 def text_of(path):
     return "\n".join(build.source_of(cell) for cell in build.read(path)["cells"])
 
+
+# ---- the notebooks run (first, as it takes longest) ----------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained():
+    """The folder of a finished run: $RUN, as in `make notebooks`, or else one that is made here, smaller still than
+    `make quick`, and made again only where it is out of date."""
+    root = NOTEBOOKS.parent
+    if "RUN" in os.environ:
+        return root / os.environ["RUN"]
+    if not shutil.which("make") or not (root / ".venv" / "installed").exists():
+        pytest.skip("no make, or no .venv of `make venv`")
+    made = subprocess.run(["make", "-s", "OUT=out/test", *SMALL], cwd=root, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    return root / "out/test"
+
+
+def execute(folder, paths):
+    """Run notebooks with few steps, two at a time, on a core each -> their finished processes."""
+    def one(path):
+        return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", path], capture_output=True, text=True,
+                              env={**os.environ, "RUN": str(folder), "FAST": "1", "OMP_NUM_THREADS": "1"}, timeout=600)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, paths))
+
+
+def test_the_solved_edition_runs(trained):
+    for path, ran in zip(SOLVED, execute(trained, SOLVED)):
+        assert ran.returncode == 0, path.name + ran.stderr[-3000:]
+        assert ran.stdout.count("✓") >= len(re.findall(r"^check_", text_of(path), re.M)), path.name
+
+
+def test_the_student_edition_stops_at_its_first_gap(trained):
+    paths = [NOTEBOOKS / path.name for path in SOLVED]
+    for path, ran in zip(paths, execute(trained, paths)):
+        assert ran.returncode != 0, path.name
+        assert "waits for you" in ran.stderr or "Wrong" in ran.stderr, path.name + ran.stderr[-3000:]
+
+
+# ---- the two editions, and the map -----------------------------------------------------------------
 
 @pytest.mark.parametrize("path", SOLVED, ids=NAMES)
 def test_the_student_edition_is_made_from_the_solved_one(path, tmp_path):
@@ -99,40 +143,3 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert "the cell is not Python" in grade(file)[0].stdout
     for wrong in (tmp_path / "nothing", ""):
         assert "expected one folder of notebooks" in grade(wrong)[0].stderr
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """The folder of a finished run: $RUN, what `make` left in out/, or else what `make quick` leaves."""
-    root = NOTEBOOKS.parent
-    folders = [Path(os.environ["RUN"])] if "RUN" in os.environ else [root / "out", root / "out/quick"]
-    for folder in folders:
-        if (folder / "report" / "report.json").exists():
-            return folder
-    if "RUN" in os.environ or not shutil.which("make"):
-        pytest.skip(f"no finished run in {' or '.join(map(str, folders))}, and no make")
-    made = subprocess.run(["make", "-s", "quick"], cwd=root, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[-3000:]
-    return root / "out/quick"
-
-
-def execute(folder, paths):
-    """Run notebooks with few steps, two at a time, on a core each -> their finished processes."""
-    def one(path):
-        return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", path], capture_output=True, text=True,
-                              env={**os.environ, "RUN": str(folder), "FAST": "1", "OMP_NUM_THREADS": "1"}, timeout=600)
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, paths))
-
-
-def test_the_solved_edition_runs(trained):
-    for path, ran in zip(SOLVED, execute(trained, SOLVED)):
-        assert ran.returncode == 0, path.name + ran.stderr[-3000:]
-        assert ran.stdout.count("✓") >= len(re.findall(r"^check_", text_of(path), re.M)), path.name
-
-
-def test_the_student_edition_stops_at_its_first_gap(trained):
-    paths = [NOTEBOOKS / path.name for path in SOLVED]
-    for path, ran in zip(paths, execute(trained, paths)):
-        assert ran.returncode != 0, path.name
-        assert "waits for you" in ran.stderr or "Wrong" in ran.stderr, path.name + ran.stderr[-3000:]

@@ -11,7 +11,7 @@ import pretrain
 import training
 from model import GPT, GPTConfig
 from pretrain import heldout_loss, next_token_loss
-from tokenizer import train_bpe
+from tokenizer import Tokenizer, train_bpe
 from training import InputError
 
 DOCUMENTS = ["The cat sat on the mat.", "Where is Zürich?\nIt is in Switzerland.", "Yes."]
@@ -71,3 +71,16 @@ def test_a_shape_that_does_not_fit_is_refused_before_the_text_is_read(monkeypatc
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(tmp_path / "none.txt"), "--heads", "2"])
     with pytest.raises(InputError, match="heads 2 is not a multiple of kv_heads 4"):
         pretrain.main()
+
+
+def test_a_stream_trains_on_what_is_not_held_out(monkeypatch, tmp_path):
+    documents = [f"Line {n} tells of {n * n} birds." for n in range(300)]
+    (tmp_path / "big.txt").write_text("<|endoftext|>".join(documents))
+    monkeypatch.setattr(sys, "argv", [
+        "pretrain.py", "--data", str(tmp_path / "big.txt"), "--stream", "--holdout", "0.1", "--steps", "2", "--layers", "1",
+        "--width", "16", "--heads", "2", "--kv-heads", "2", "--ffn-width", "32", "--vocab-size", "300",
+        "--context-length", "32", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "out")])
+    pretrain.main()
+    first, heldout, _ = data.open_large([tmp_path / "big.txt"], 0.1)
+    tokens, _ = data.pack_documents(first, Tokenizer.load(tmp_path / "out"))
+    assert first + heldout == documents and (tmp_path / "out" / "tokens.bin").stat().st_size == 4 * len(tokens)

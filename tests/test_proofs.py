@@ -184,6 +184,10 @@ def test_adamw_step(measured):
         gradient = 2 * weight * (p - target)
         m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
         p = p * (1 - lr * decay) - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    gain = torch.nn.Parameter(torch.ones(3))
+    gain.grad = torch.zeros(3)
+    training.adamw(Model(gain), lr, decay).step()
+    assert torch.equal(gain, torch.ones(3))  # decay is for matrices
     measured("AdamW, five steps", "numpy: algorithm 2 of arXiv 1711.05101", largest(found, p), 1e-5)
 
 

@@ -56,6 +56,7 @@ def test_pairs_with_heldout_prompts_are_never_trained_on(tokenizer, tmp_path):
     rows = [{"prompt": f"the cat {n}", "chosen": "sat", "rejected": "log"} for n in range(40)]
     for row in rows[10:30]:
         row["p"] = 0.9
+    rows.append(rows[5] | {"p": 0.9})  # held out, but its prompt is trained on
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for holdout in (0.1, 0.75):
@@ -81,6 +82,8 @@ def test_score_is_read_at_the_last_token_whatever_the_padding():
     for after in (ids, torch.where(ids == 44, 17, ids)):  # whatever follows the end
         with torch.no_grad():
             assert torch.allclose(reward.read_last(model, after, last), alone, atol=1e-5)
+    half = torch.autocast("cpu", dtype=torch.bfloat16)
+    assert reward.read_last(model, ids, last, half).dtype == torch.float32  # the head is read exactly
     longer = reward.score(model, prompts, [r + [50] for r in responses], PAD)
     assert (longer - alone).abs().min() > 1e-3  # the last token itself, the end token, is read
 
@@ -126,6 +129,8 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
     assert done["heldout_accuracy"][1] > 0.7  # the lower end of the interval; chance is 0.5
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert any("heldout_accuracy" in row and row["step"] == 10 for row in metrics)
+    *_, measured, final = (row["heldout_loss"] for row in metrics if "heldout_loss" in row)
+    assert measured == pytest.approx(final, rel=1e-4)  # on the way and at the end, of the same pairs
 
     model, _, shift, scale = load_reward(out)
     assert model.config.layers == tiny().config.layers + 1  # --extra-layers

@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
+import data
 import rlhf
 from lora import add_lora, merged
 from model import GPT, GPTConfig, ScalarModel, generate
 from reward import score
 from sft import load_replay, replay_loss
 from tokenizer import render_chat, train_bpe
-from training import InputError, load_policy, save_checkpoint
+from training import InputError, load_policy, load_reward, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +392,14 @@ def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
     assert done["heldout_margin"] > 0.5 and done["heldout_accuracy"][1] > 0.7
     assert rows[0]["step"] == 10 and rows[1]["margin"] > rows[0]["margin"] > 0
     assert {"reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"} <= set(rows[0])
-    load_policy(tmp_path / "dpo")
+    # The last numbers are those of the folder that was saved.
+    pairs = data.encode_pairs(data.load_preferences([tmp_path / "pairs.jsonl"]), tokenizer, 64)[100:]
+    with torch.no_grad():
+        policy, reference = (rlhf.pair_logprobs(load_policy(tmp_path / name)[0], pairs, tokenizer.pad_id, "cpu").chunk(2)
+                             for name in ("dpo", "sft"))
+    loss, stats = rlhf.dpo_loss(*policy, *reference, 0.25)
+    assert done["heldout_loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert done["heldout_margin"] == pytest.approx(stats["margin"].item(), rel=1e-3)
 
 
 def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, tokenizer):
@@ -420,13 +428,15 @@ def toy(stage, monkeypatch, tmp_path, tokenizer, out, *args, logits=0.5):
         (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(monkeypatch, stage, "--init", tmp_path / "sft", "--reward", f"{tmp_path}/share.py:of_small_letters",
         "--data", tmp_path / "prompts.jsonl", "--out", out, "--holdout", 10, "--episodes", 64,
-        "--max-new-tokens", 8, "--no-eos-score", "nan", "--device", "cpu", "--lr", "3e-3", "--beta",
+        "--micro-batch", 64, "--max-new-tokens", 8, "--no-eos-score", "nan", "--device", "cpu", "--lr", "3e-3", "--beta",
         "0.01", *args)
     return json.loads((out / "done").read_text("utf-8")), metrics(out)
 
 
 def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
-    out = tmp_path / "ppo"
+    out, guesses, loss = tmp_path / "ppo", [], rlhf.ppo_loss
+    monkeypatch.setattr(rlhf, "ppo_loss", lambda *args: (
+        guesses.append(rlhf.masked_mean(args[3].detach(), args[6]).item()), loss(*args))[1])
     done, rows = toy("ppo", monkeypatch, tmp_path, tokenizer, out, "--iterations", 15, "--keep-every", 10)
     rows = [row for row in rows if "score" in row]
     first, last = rows[0], rows[-1]
@@ -436,6 +446,7 @@ def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
     assert done["heldout_score"] > done["heldout_score_before"] + 0.2
     assert done["heldout_kl"] > 0.1 and last["entropy"] < first["entropy"]
     assert last["lr"] < first["lr"]
+    assert guesses[0] == 0 and guesses[-1] == pytest.approx(last["score"], abs=0.3)  # the critic learns too
     ends = [load_policy(folder)[0].embed.weight for folder in (tmp_path / "sft", out / "step_0010", out)]
     assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
@@ -449,12 +460,14 @@ def test_sharpness_is_learned_and_saved_in_the_last_norm(stage, monkeypatch, tmp
     (tmp_path / "old.txt").write_text("the dog sat on the log and the cat sat on the mat and " * 20)
     s = {}
     for replay in ([], ["--replay-data", tmp_path / "old.txt"]):
-        args = "--lr", 0, "--sharpness-lr", 0.1, "--beta", 0.01, *replay
+        args = "--lr", 0, "--sharpness-lr", 0.1, "--beta", 0.01, "--keep-every", 10, *replay
         done, rows = (toy_dpo(monkeypatch, tmp_path, tokenizer, *args) if stage == "dpo" else
                       toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 10, *args,
                           "--reward", f"{tmp_path}/sure.py:of_itself", logits=2.0))
         s[bool(replay)] = [row["sharpness"] for row in rows if "sharpness" in row]
     assert s[True] == s[False]  # text is read without it
+    kept = (tmp_path / stage / f"step_{20 if stage == 'dpo' else 10:04d}" / "model.safetensors").read_bytes()
+    assert kept == (tmp_path / stage / "model.safetensors").read_bytes()  # after the last step: the same
     before, after = (load_policy(tmp_path / folder)[0].state_dict() for folder in ("sft", stage))
     for name in before:
         torch.testing.assert_close(after[name], before[name] * (s[True][-1] if name == "norm.weight" else 1.0))
@@ -471,6 +484,8 @@ def test_grpo_learns(settings, monkeypatch, tmp_path, tokenizer):
     monkeypatch.setattr(rlhf, "sample_rollout", lambda policy, reference, score_all, prompts, *rest: (
         asked.append([prompt.text for prompt in prompts]), roll(policy, reference, score_all, prompts, *rest))[1])
     done, rows = toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", "--iterations", 15, *settings)
+    (samples,) = (row["samples"] for row in rows if "samples" in row)
+    assert [sample["prompt"] for sample in samples] == asked[10][:3]  # of the tenth iteration
     assert len(asked) == 17 and len(set(asked[1])) > 4  # before, 15 iterations, after
     for prompts in asked[1:-1]:  # the members of a group stand side by side
         assert all(len(set(prompts[i:i + 8])) == 1 for i in range(0, 64, 8))
@@ -506,6 +521,58 @@ def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
     assert white.std() > 2 * raw.std() > 0  # rewards here differ by less than 1
     standard, centred = seen["grpo_loss"]
     assert standard.std() > 0.8 and 0 < centred.std() < 0.4
+
+
+def test_settings_reach_what_they_are_of(monkeypatch, tmp_path, tokenizer):
+    seen = {}
+
+    def watch(name, places):
+        function = getattr(rlhf, name)
+        monkeypatch.setattr(rlhf, name, lambda *args: (
+            seen.setdefault(name, []).append(args[places]), function(*args))[1])
+    watch("gae", slice(3, 5)), watch("token_rewards", slice(1, 2)), watch("ppo_loss", slice(7, 9))
+    watch("grpo_loss", slice(5, 8)), watch("dpo_loss", slice(4, 6))
+    once = ["--iterations", 1, "--epochs", 1, "--minibatches", 1]
+    toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", *once, "--gamma", 0.9, "--lam", 0.5, "--ratio-clip",
+        0.3, "--value-clip", 0.4, "--beta", 0.07)
+    assert seen["gae"] == [(0.9, 0.5)] and seen["token_rewards"] == [(0.07,)] and set(seen["ppo_loss"]) == {(0.3, 0.4)}
+    toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", *once, "--lam", 0.5, "--no-critic")
+    assert seen["gae"][1][1] == 1  # a return is all there is
+    toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", *once, "--ratio-clip", 0.3, "--beta", 0.07,
+        "--aggregation", "token")
+    assert set(seen["grpo_loss"]) == {(0.3, 0.07, "token")}
+    toy_dpo(monkeypatch, tmp_path, tokenizer, "--beta", 0.4, "--label-smoothing", 0.2)
+    assert set(seen["dpo_loss"][:-1]) == {(0.4, 0.2)}
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_an_iteration_has_its_passes_and_ends_at_its_kl(stage, monkeypatch, tmp_path, tokenizer):
+    for stop, updates in ((1e-5, 1), (9, 3)):
+        _, rows = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 1, "--epochs", 3,
+                      "--minibatches", 1, "--stop-kl", stop)
+        assert rows[0]["updates"] == updates
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_reward_model_scores_with_its_shift(stage, monkeypatch, tmp_path, tokenizer):
+    save_checkpoint(tmp_path / "reward", ScalarModel(tiny(tokenizer, seed=5)), tokenizer, reward_shift=0.7, reward_scale=1.0)
+    shifts, values, rollouts, roll = set(), rlhf.response_values, [], rlhf.sample_rollout
+    monkeypatch.setattr(rlhf, "response_values", lambda critic, ids, mask, shift: (
+        shifts.add(shift), values(critic, ids, mask, shift))[1])
+    monkeypatch.setattr(rlhf, "sample_rollout", lambda *args: rollouts.append((args[3], roll(*args))) or rollouts[-1][1])
+    toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--reward", tmp_path / "reward", "--iterations", 1)
+    assert shifts == ({0.7} if stage == "ppo" else set())
+    prompts, rollout = rollouts[0]
+    raw = score(load_reward(tmp_path / "reward")[0], [p.ids for p in prompts], rollout.responses, tokenizer.pad_id)
+    assert torch.allclose(rollout.score, raw - 0.7, atol=1e-5)
+
+
+def test_no_heldout_prompt_is_practised(tokenizer, tmp_path):
+    rows = [{"instruction": f"the cat {n % 30}", "output": "x"} for n in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = rlhf.PPOConfig(data=[str(tmp_path / "prompts.jsonl")], holdout=15, max_new_tokens=9)
+    prompts, heldout = rlhf.load_prompts(config, tokenizer, 10**6)
+    assert len(prompts) == 25 and [p.text for p in heldout] == [f"the cat {n}" for n in range(25, 30)]
 
 
 @pytest.mark.parametrize("stage, settings", [("ppo", []), ("grpo", []), ("grpo", ["--aggregation", "token"])])
@@ -583,22 +650,21 @@ def test_lora_learns_and_leaves_a_plain_checkpoint(stage, monkeypatch, tmp_path,
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
 def test_text_of_pretraining_is_read_again_on_the_side(stage, monkeypatch, tmp_path, tokenizer):
-    """With --replay-data a text is known better afterwards than without, and the stage still learns."""
+    """With --replay-data a text is known better than before, and the stage still learns."""
     text = tmp_path / "old.txt"
     text.write_text("the dog sat on the log and the cat sat on the mat and " * 20)
     tokens = load_replay([text], tokenizer, seed=1)
-    nats = {}
-    for replay in (None, ["--replay-data", text, "--replay", 2]):
-        if stage == "dpo":
-            done, _ = toy_dpo(monkeypatch, tmp_path, tokenizer, *(replay or ()))
-            assert done["heldout_margin"] > 0.5
-        else:
-            done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 15, *(replay or ()))
-            assert done["heldout_score"] > done["heldout_score_before"] + 0.1
-        with torch.no_grad():
-            nats[bool(replay)] = replay_loss(load_policy(tmp_path / stage)[0], tokens, 8,
-                                             torch.Generator().manual_seed(1)).item()
-    assert nats[True] < nats[False] - 1
+    replay = ["--replay-data", text, "--replay", 2]
+    if stage == "dpo":
+        done, _ = toy_dpo(monkeypatch, tmp_path, tokenizer, *replay)
+        assert done["heldout_margin"] > 0.5
+    else:
+        done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 15, *replay)
+        assert done["heldout_score"] > done["heldout_score_before"] + 0.1
+    with torch.no_grad():
+        before, after = (replay_loss(load_policy(tmp_path / name)[0], tokens, 8, torch.Generator().manual_seed(1)).item()
+                         for name in ("sft", stage))
+    assert after < before - 1
 
 
 def test_families_choose_the_prompts(tokenizer):

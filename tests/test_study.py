@@ -244,7 +244,7 @@ def test_ctrl_c_waits_for_the_script_to_save(status, tmp_path):
         while not (tmp_path / "begun").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
-    threading.Thread(target=press).start()
+    threading.Thread(target=press, daemon=True).start()
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
         study.call([str(script)])
     assert ended.type is SystemExit and ended.value.code == 130

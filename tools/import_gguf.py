@@ -37,7 +37,10 @@ def main():
         sys.exit(f"error: {error.name} is missing; pip install transformers gguf")
     source = {"pretrained_model_name_or_path": options.gguf.parent, "gguf_file": options.gguf.name}
     # transformers takes 128 for the size of Qwen3's heads, whatever the file says.
-    fields = gguf.GGUFReader(options.gguf).fields
+    try:
+        fields = gguf.GGUFReader(options.gguf).fields
+    except ValueError as error:  # a pointer of git-lfs, a page of HTML, a part of a file
+        sys.exit(f"error: {options.gguf}: not a GGUF file ({error})")
     size = {"head_dim": int(field.contents()) for name, field in fields.items() if name == "qwen3.attention.key_length"}
     unpacked = AutoModelForCausalLM.from_pretrained(**source, **size, dtype=torch.float32)
     config = unpacked.config

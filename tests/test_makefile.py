@@ -1,0 +1,77 @@
+"""Makefile: what is made again, what goes on, and what is forgotten. A stand-in for Python notes what it is asked."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not shutil.which("make") or os.name == "nt", reason="no make")
+STAGES = ["pretrain.py", "sft.py", "world.py", "rlhf.py dpo", "reward.py", "rlhf.py ppo", "evaluate.py"]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(*words) -> the stages that ran, in a folder with the code and a stand-in for Python."""
+    for path in (*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "world_facts.txt", ROOT / "requirements.txt"):
+        shutil.copy(path, tmp_path)
+        os.utime(tmp_path / path.name, (1000, 1000))
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "installed").touch()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> asked\nwhile [ "$1" != --out ]; do shift; done\n'
+                      'case "$2" in *.jsonl) touch "$2";; *report) touch "$2/report.json";; *) mkdir -p "$2"; touch "$2/done";;'
+                      ' esac\n[ ! -e fail ] || { touch "$2/training_state.pt"; rm "$2/done"; exit 1; }\n')
+    python.chmod(0o755)
+
+    def run(*words, fails=False):
+        (tmp_path / "asked").write_text("")
+        made = subprocess.run(["make", "PY=./python", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert (made.returncode != 0) == fails, made.stderr
+        asked = (tmp_path / "asked").read_text().splitlines()
+        return [next(stage for stage in STAGES if line.startswith(stage)) for line in asked]
+    return run
+
+
+def later(path):
+    os.utime(path, (2**31, 2**31))
+
+
+def test_what_is_out_of_date_is_made_again(make, tmp_path):
+    assert make() == STAGES and make() == []
+    assert make("PPO=--beta 0.2") == ["rlhf.py ppo", "evaluate.py"] and make("PPO=--beta 0.2") == []
+    quoted = "EVALUATE=--system 'Be brief; be kind.'"
+    assert make("PPO=--beta 0.2", quoted) == ["evaluate.py"] and make("PPO=--beta 0.2", quoted) == []
+    later(tmp_path / "reward.py")
+    assert make("PPO=--beta 0.2", quoted) == ["rlhf.py dpo", "reward.py", "rlhf.py ppo", "evaluate.py"]
+
+
+def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(make, tmp_path):
+    assert make() == STAGES
+    state = tmp_path / "out" / "ppo" / "training_state.pt"
+    for changed, goes_on in ((None, True), ("rlhf.py", False), ("out/reward/done", False)):
+        for path in (tmp_path / "rlhf.py", *(tmp_path / "out").rglob("*")):
+            os.utime(path, (2000, 2000))
+        (tmp_path / "out" / "ppo" / "done").unlink()
+        state.touch()
+        os.utime(state, (3000, 3000))
+        if changed:
+            os.utime(tmp_path / changed, (4000, 4000))
+        make("out/ppo/done")
+        assert state.exists() is goes_on, changed
+
+
+def test_real_goes_on_where_it_stopped(make, tmp_path):
+    assert make("real", "DATA=.") == ["pretrain.py", "sft.py", "reward.py", "reward.py", "rlhf.py dpo", "rlhf.py ppo"]
+    (tmp_path / "out" / "real" / "dpo" / "done").unlink()
+    assert make("real", "DATA=.") == ["rlhf.py dpo"]
+
+
+def test_clean_forgets_the_folder_it_is_told(make, tmp_path):
+    make(), make("OUT=mine")
+    make("clean", "OUT=mine")
+    assert (tmp_path / "out" / "report" / "report.json").exists() and not (tmp_path / "mine").exists()
+    make("clean")
+    assert not (tmp_path / "out").exists()
