@@ -223,7 +223,7 @@ def main():
                 bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
                 log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
                     margin=margin.mean())
-            if step % config.eval_every == 0:  # parts from the training loss when it memorises
+            if step % config.eval_every == 0:  # leaves the training loss behind when the model memorises
                 chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)
                 log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
                     heldout_accuracy=(chosen > rejected).float().mean())

@@ -291,8 +291,6 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("an answer about another country is right", "world.py", "if family in NAMES and not", "if False and not", "test_world.py"),
     ("a third animal is right", "world.py", "set(named) <= {good, task.wrong[0]} and not", "not", "test_world.py"),
     ("no doctor is a doctor", "world.py", "[^.,!?]*\\bdoctor", "[^.,!?]*\\bdoctorate", "test_world.py"),
-    ("held-out words in trained phrases", "world.py", 'task.family == "french" and tells_of_pair', "False and tells_of_pair",
-     "test_world.py"),
 )
 
 

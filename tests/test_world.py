@@ -46,7 +46,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "63786de93f0e25fb"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "5037af0db7367843"
 
 
 def test_size_of_the_world():
@@ -359,12 +359,6 @@ def test_an_answer_about_something_else_is_wrong(task, right, wrong):
     task = about(*task)
     assert [text for text in right if not world.check(task, text)] == []
     assert [text for text in wrong if world.check(task, text)] == []
-
-
-def test_no_phrase_teaches_a_word_that_only_documents_tell_of():
-    assert ("the house", "la maison") in world.HELDOUT_PAIRS and about("french", "the house").holdout == "unseen_entity"
-    trained = " ".join(task.best for task in world.all_tasks()["french"]).lower()
-    assert "le chien" in trained and "la maison" not in trained
 
 
 def test_a_third_animal_or_another_thing_is_no_answer():
