@@ -12,10 +12,10 @@ A lone question is a line of its own; with examples or a conversation before it 
 
     Question: …⏎Answer: …⏎⏎Question: …⏎Answer:
 
-Best-of-n (Foundations of LLMs, section 4.4; Stiennon et al. 2020) is alignment at the time of
+Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at the time of
 answering: draw n answers, show one. The one that the reward model likes best need not be good: among
 many answers some fool it. So straying from π, the model that answers, has its price here as in PPO
-(regularised best-of-n, Jinnai et al., arXiv 2404.01054): we show the answer with the highest
+(regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): we show the answer with the highest
 
     r(x, y) + β log π(y|x)
 
