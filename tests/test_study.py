@@ -236,6 +236,7 @@ def test_another_scale_or_seed_has_files_of_its_own(tmp_path):
 @pytest.mark.parametrize("status", [130, 0])
 def test_ctrl_c_waits_for_the_script_to_save(status, tmp_path):
     """The script here takes a while to end by itself, as one that saves does; past its last step it ends well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     script = tmp_path / "slow.py"
     script.write_text("import pathlib, signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
                       f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(1)\nsys.exit({status})\n")
