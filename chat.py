@@ -57,13 +57,14 @@ class Config:
         "positional": True, "help": "folders of models; several answer one after the other"})
     prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
     system: str | None = flag(None, "instruction put before it all (default: the folder's, if any)")
-    few_shot: int = flag(0, "solved examples, like the first question, to put before it")
-    raw: bool = flag(False, "treat the models as base models: plain text, no chat template")
+    few_shot: int = flag(0, "solved examples of the embedded world, of the family nearest to the question, to put before it")
+    raw: bool = flag(False, "treat the models as base models: plain text, no chat template (known of `make`'s base)")
     best_of: int = flag(1, "answers to draw, of which one is chosen by the reward model")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
     reward: str | None = flag(None, "folder of the reward model (with --best-of)")
-    label: str | None = flag(None, "show two answers, ask which is better, append it to this file")
-    temperature: float = flag(0.7, "1 samples from the model itself, lower is safer, 0 is greedy")
+    label: str | None = flag(None, "show an answer of the first and of the last model, in an order of chance, ask "
+                              "which is better, append it to this file")
+    temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")
     top_k: int | None = flag(None, "sample among the k likeliest tokens only (default: all)")
     top_p: float | None = flag(None, "sample among the likeliest tokens that hold this probability"
                                      " (default: all)")

@@ -296,8 +296,8 @@ def check_holdout(holdout):
 def split_holdout(rows, holdout):
     """(train, heldout): the last rows, a fraction of them below 1 (at least one row), else a count.
 
-    Of documents that are fewer than the fraction can be taken of, like a few books, the last one is cut:
-    that fraction of all their letters is held out. InputError when nothing is left to train on.
+    Where a fraction of the documents is less than one of them, as of a few books, the end of the last is
+    held out: that fraction of all letters. InputError when nothing is left to train on.
     """
     check_holdout(holdout)
     if rows and isinstance(rows[-1], str) and len(rows) * holdout < 1:

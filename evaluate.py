@@ -51,7 +51,7 @@ class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of language models; a folder's name names its row"})
     reward: str | None = flag(None, "folder of the reward model: proxy scores and best-of-n")
-    data: list[str] | None = flag(None, "preference files; their rows with a p are held out")
+    data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
@@ -59,7 +59,7 @@ class Config:
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in their choice, see chat.py; 0: reward alone")
     best_of_per_family: int = flag(12, "prompts of each family that best-of-n is measured on")
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on")
-    accuracy_decode: str = flag("greedy", "which answers the column `accuracy` counts",
+    accuracy_decode: str = flag("greedy", "which answers the column *right* counts",
                                 choices=["greedy", "sample"])
     system: str | None = flag(None, "instruction put before every prompt")
     max_new_tokens: int = flag(80, "longest answer, in tokens")

@@ -1,6 +1,6 @@
 """Stage 1: pre-training. A GPT learns to predict the next token of raw text.
 
-    python pretrain.py --data world --out out/base              # the embedded world, 1 to 5 minutes
+    python pretrain.py --data world --out out/base
     python pretrain.py --data stories.txt --holdout 0.05 --out out/base
 
 The loss is the mean negative log-likelihood of each token given those before it in its window,
@@ -43,7 +43,7 @@ from training import (InputError, StopRequest, agree, autocast, check_finite, ch
 @dataclass
 class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
-    out: str = flag("out/base", "folder of the checkpoint to write")
+    out: str = flag("out/base", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
     holdout: float = flag(0.05, "documents held out at the end: a fraction, or a count from 1 up")
     stream: bool = flag(False, "text larger than memory (.txt): its tokens go to OUT/tokens.bin and are read from "
                         "there as needed; stopped, it goes on where it was")
@@ -53,10 +53,10 @@ class Config:
     context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
-    heads: int = flag(4, "attention heads")
-    kv_heads: int = flag(4, "key/value heads; fewer than --heads is grouped-query attention")
+    heads: int = flag(4, "attention heads; a divisor of --width")
+    kv_heads: int = flag(4, "key/value heads, a divisor of --heads; fewer is grouped-query attention")
     ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
-    qk_norm: bool = flag(True, "normalise queries and keys (saves as Qwen3; without: as Llama)")
+    qk_norm: bool = flag(True, "normalise queries and keys (saves as Qwen3); --no-qk-norm: do not (as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
     steps: int = flag(3200, "optimiser steps")

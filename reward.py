@@ -1,6 +1,6 @@
 """Stage 3: the reward model. It learns from comparisons which of two answers people prefer.
 
-    python reward.py --init out/sft --data out/pairs.jsonl --out out/reward     # about 2 minutes
+    python reward.py --init out/sft --data out/pairs.jsonl --out out/reward
     python reward.py --init out/sft --data preferences.json --holdout 0.1 --out out/reward
 
 The fine-tuned model's backbone with one number in place of the vocabulary, r(x, y), read at the
@@ -45,9 +45,9 @@ class Config:
     init: str = flag("out/sft", "checkpoint to start from")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/reward", "folder of the checkpoint to write")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up (where rows have a p, "
-                         "these are, and no others)")
+    out: str = flag("out/reward", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up; not used where rows have "
+                         "a p, the known chance that `chosen` is preferred: these rows are held out then")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, the identity at first")
     epochs: int = flag(2, "passes over the pairs; more tend to learn them by heart")

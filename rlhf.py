@@ -1,10 +1,10 @@
 """Stage 4: alignment. The fine-tuned model learns to give the answers that people prefer.
 
-    python rlhf.py dpo --init out/sft --data out/pairs.jsonl --out out/dpo
-    python rlhf.py ppo --init out/sft --reward out/reward --data world --out out/ppo
-    python rlhf.py grpo --init out/sft --reward out/reward --data world --out out/grpo
+    python rlhf.py dpo --init out/sft --data out/pairs.jsonl --replay-data world --out out/dpo
+    python rlhf.py ppo --init out/sft --reward out/reward --data world --replay-data world --out out/ppo
+    python rlhf.py grpo --init out/sft --reward out/reward --data world --replay-data world --out out/grpo
     python rlhf.py grpo --reward world.py:right --families arithmetic rewriting --out out/grpo_right
-    python rlhf.py ppo --init out/sft --reward my_score.py:polite --data chats.jsonl --out out/ppo
+    python rlhf.py ppo --init out/sft --reward my_score.py:polite --data chats.jsonl --out out/ppo_polite
     python rlhf.py dpo --help                                   # the flags of each
 
 DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward, but
@@ -316,19 +316,20 @@ class DPOConfig:
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/dpo", "folder of the checkpoint to write")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up (where rows have a p, "
-                         "these are, and no others)")
+    out: str = flag("out/dpo", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up; not used where rows have "
+                         "a p, the known chance that `chosen` is preferred: these rows are held out then")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
-    beta: float = flag(0.25, "price of a nat away from the reference; smaller strays further")
+    beta: float = flag(0.25, "reward that a nat of KL from --init costs; smaller strays further (do not carry it "
+                       "over to PPO or GRPO)")
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, at most 0.5")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
-    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: 'world' or "
-                                         "text files")
-    replay: int = flag(1, "windows of it in every update")
-    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; wants a rate "
-                            "about ten times as high")
+    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: "
+                                         "'world', as in `make`, or text files")
+    replay: int = flag(1, "windows of --replay-data in every update")
+    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; raise --lr "
+                            "about tenfold")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
     recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
                            "a third more time")
@@ -464,38 +465,38 @@ class RolloutConfig:
                        "function(prompt, response) with texts, returning a number")
     data: list[str] = flag(["world"], "'world', or files of conversations or preferences, of which the "
                            "prompts are taken (.json .jsonl)")
-    families: list[str] | None = flag(None, "only prompts of these families (with --data world)")
-    out: str = flag("out/ppo", "folder of the checkpoint to write")
+    families: list[str] | None = flag(None, "only prompts of these families (with --data world; "
+                                      "`python world.py --stats` names them)")
+    out: str = flag("out/ppo", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
     holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
     eval_prompts: int = flag(200, "held-out prompts answered before and after")
     iterations: int = flag(36, "rounds of sampling and updating")
     episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
-    temperature: float = flag(1.0, "of sampling and of every log-prob, the policy's sharpness aside; no top-k, "
-                              "no top-p")
-    no_eos_score: float | None = flag(-1.0, "score of a response that did not end by itself; "
-                                      "nan keeps the score it was given")
+    temperature: float = flag(1.0, "of sampling, and of every log-prob; the learned sharpness comes on top")
+    no_eos_score: float | None = flag(-1.0, "score (a number) of a response that did not end by itself; "
+                                      "nan keeps what the reward said")
     epochs: int = flag(2, "passes over the episodes per iteration")
     minibatches: int = flag(2, "updates per pass")
     micro_batch: int | None = flag(16, "responses read at a time: less memory and padding, the same gradient")
-    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: 'world' or "
-                                         "text files")
-    replay: int = flag(1, "windows of it in every update")
-    ratio_clip: float = flag(0.2, "a token whose probability ratio has moved further than this from 1, the way "
-                             "its advantage points, gets no gradient")
+    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: "
+                                         "'world', as in `make`, or text files")
+    replay: int = flag(1, "windows of --replay-data in every update")
+    ratio_clip: float = flag(0.2, "the ε of PPO: a token whose probability ratio is further than this from 1, on the "
+                             "side that its advantage points to, gets no gradient")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
                          "exceeds this: little of the reference is left then")
-    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; wants a rate "
-                            "about ten times as high")
+    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; raise --lr "
+                            "about tenfold")
     dtype: str = flag("float32", "arithmetic of policy, reference and critic in the updates (the sampler keeps to "
                       "float32); bfloat16 is faster where a device has units for it", choices=["float32", "bfloat16"])
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
     sharpness_lr: float = flag(0.02, "learning rate of its sharpness, one factor on all logits, likewise; 0 leaves "
                                "it at 1")
-    clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it")
-    samples_every: int = flag(10, "iterations between tables of three samples")
+    clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it (PPO's ε is --ratio-clip)")
+    samples_every: int = flag(10, "iterations between looks at three samples")
     keep_every: int | None = flag(None, "iterations between checkpoints kept in OUT/step_N")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
@@ -506,14 +507,14 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.05, "price of a nat away from the reference; 0 lets the score be tricked")
+    beta: float = flag(0.05, "reward that a nat of KL from --init costs; 0 lets the score be tricked")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "
                              "gets no gradient")
     critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
-    critic: bool = flag(True, "without one, λ is 1 and every state has the same value")
-    whiten: bool = flag(True, "give the advantages of an iteration mean 0 and variance 1")
+    critic: bool = flag(True, "a value function; --no-critic: every state has the value 0, and λ is 1")
+    whiten: bool = flag(True, "advantages of mean 0 and variance 1; --no-whiten: as they are")
 
 
 def check_rollout_flags(config):
@@ -849,11 +850,11 @@ def close(config, stage, step, policy, tokenizer, before, after, prompts, second
 
 @dataclass
 class GRPOConfig(RolloutConfig):
-    out: str = flag("out/grpo", "folder of the checkpoint to write")
+    out: str = flag("out/grpo", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
     group: int = flag(8, "answers to each prompt; they are judged against each other")
-    beta: float = flag(0.04, "weight of the KL from the reference, k3 per token, in the loss")
-    standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath), or "
-                             "not (Dr. GRPO)")
+    beta: float = flag(0.04, "weight of the KL from the reference in the loss, per token (k3, see `grpo_loss`)")
+    standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath); "
+                             "--no-standardise: do not (Dr. GRPO)")
     aggregation: str = flag("sequence", "mean within each response first (DeepSeekMath), or over "
                             "all tokens (DAPO)", choices=["sequence", "token"])
 

@@ -47,7 +47,7 @@ from training import (StopRequest, autocast, check_finite, check_range, finish, 
 class Config:
     init: str = flag("out/base", "checkpoint to start from")
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
-    out: str = flag("out/sft", "folder of the checkpoint to write")
+    out: str = flag("out/sft", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
     holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
     conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
@@ -61,13 +61,13 @@ class Config:
     head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
     warmup: int = flag(20, "steps of linear warm-up")
-    adam_eps: float = flag(1e-3, "ε of AdamW: gradients far below it, of words that do not occur, "
-                           "hardly move anything")
+    adam_eps: float = flag(1e-3, "ε of AdamW, large, so that words which no answer holds stay where they are "
+                           "(usual: 1e-8)")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     replay: int = flag(1, "windows of pre-training text mixed into every step, so that less of it is "
                        "forgotten (with --data world)")
-    from_scratch: bool = flag(False, "throw the weights of --init away, keeping shape and tokeniser")
+    from_scratch: bool = flag(False, "start from random weights; of --init take shape and tokeniser only")
     dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])

@@ -2,7 +2,7 @@
 
     python study.py --runs out --out out/study        # `make study`, after `make`
 
-Everything is a run of the scripts above with other flags, then measured on the same held-out
+Everything is a run of the other scripts with other flags, then measured on the same held-out
 prompts. `runs` below is the list. What is finished is not done again: an interrupted study goes on
 where it stopped. A run is made anew where its command, this file or the main runs have changed, and
 then all is measured anew.
