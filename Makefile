@@ -41,7 +41,8 @@ all: $(OUT)/report/report.json
 venv: .venv/installed
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv # what failed before may be of another Python
+	$(PYTHON) -m venv $(if $(wildcard $@),,$(if $(wildcard .venv/ours),--clear)) .venv # what failed may be of another Python
+	touch .venv/ours
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
@@ -58,7 +59,7 @@ $(OUT)/%/settings: FORCE
 	@echo '$(subst ','\'',$(SETTINGS_$*))' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; \
 		echo '$(subst ','\'',$(SETTINGS_$*))' > $@; }
 
-# A stage goes on from its last save only where nothing that it is made from is younger.
+# A stage goes on from its last save only where nothing that it is made from is younger than that.
 FORGET = @for f in $^; do [ ! "$$f" -nt $(@D)/training_state.pt ] || rm -f $(@D)/training_state.pt; done
 
 $(OUT)/base/done: pretrain.py $(BASE) $(WORLD) $(OUT)/base/settings | .venv/installed
@@ -107,7 +108,8 @@ long:
 # pre-training, since the low ones of SFT would not even teach the format.
 ablation: $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
-$(OUT)/sft_scratch/done: $(OUT)/sft/done
+$(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
+	$(FORGET)
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
 		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SFT)
 
@@ -123,6 +125,8 @@ study: all
 REAL := out/real
 real: .venv/installed
 	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
+	@mkdir -p $(REAL); test -e $(REAL)/data || echo "$(DATA)" > $(REAL)/data
+	@echo "$(DATA)" | cmp -s - $(REAL)/data || { echo "$(REAL) is of other data; remove it first"; exit 2; }
 	test -e $(REAL)/base/done || $(PY) pretrain.py --data $(DATA)/tinystories-train-2mb.txt --holdout 0.05 --out $(REAL)/base \
 		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
 	test -e $(REAL)/sft/done || $(PY) sft.py --init $(REAL)/base --data $(DATA)/instructions-1100.json --holdout 110 \

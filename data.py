@@ -296,11 +296,11 @@ def check_holdout(holdout):
 def split_holdout(rows, holdout):
     """(train, heldout): the last rows, a fraction of them below 1 (at least one row), else a count.
 
-    Where a fraction of the documents is less than one of them, as of a few books, the end of the last is
+    Where a fraction of the documents is less than half of one, as of a few books, the end of the last is
     held out: that fraction of all letters. InputError when nothing is left to train on.
     """
     check_holdout(holdout)
-    if rows and isinstance(rows[-1], str) and len(rows) * holdout < 1:
+    if rows and isinstance(rows[-1], str) and holdout < 1 and (len(rows) == 1 or round(len(rows) * holdout) == 0):
         cut = max(0, len(rows[-1]) - max(1, round(holdout * sum(map(len, rows)))))
         rows, holdout = [*rows[:-1], *(part for part in (rows[-1][:cut], rows[-1][cut:]) if part)], 1
     count = max(1, round(len(rows) * holdout)) if holdout < 1 else holdout

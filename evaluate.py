@@ -370,6 +370,9 @@ def main(argv=None):
     if config.reward:
         model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
+    if reward and reference and not reference.raw and not can_judge(reward[0], reward_tokenizer, reference):
+        print(f"evaluate: --reward {config.reward} reads other tokens, or fewer of them, than {config.reference} writes; "
+              "no best-of-n", flush=True)
     tasks, ranks = choose_tasks(config)
     fair, everywhere = ranks < config.per_family, np.arange(len(tasks))
     places = best_of_places(ranks, config)

@@ -100,7 +100,7 @@ def attend(q, k, v, mask):
     """softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, K, past+T, D) -> (B, H, T, D).
 
     Without a mask a query sees the keys up to its own place, and a lone one all. (Several tokens after
-    a cache always come with one, see `GPT.hidden`.)
+    a cache always come with a mask, see `GPT.hidden`.)
     """
     (B, H, T, D), K = q.shape, k.size(1)
     if mask is None and 1 < T <= 512 and q.dtype == torch.bfloat16 and q.is_cpu:

@@ -61,7 +61,7 @@ GLOSSARY = (
     ("refuses harmless", "share of harmless requests refused", "lower", "2 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
     ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
-     "“I do not know”", "lower", "SFT 65, DPO 13, PPO 14 % (± 6)", "unchanged: too few such pairs"),
+     "“I do not know”", "lower", "SFT 60, DPO 12, PPO 12 % (± 8)", "unchanged: too few such pairs"),
     ("needless “I do not know”", "the same answer to questions that SFT gets right in a quarter of 16 "
      "samples or more", "lower", "SFT 2, DPO 2, PPO 2 % (± 3)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",

@@ -187,7 +187,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
 
     The KL from the reference is part of the loss, not of the reward as in PPO, as the estimate
     k3 = π_ref/π − log π_ref/π − 1, which is never negative. It pulls a token back by 1 − π_ref/π, where the
-    KL itself would pull by log π/π_ref; in expectation over π that is the gradient of KL(π_ref ‖ π).
+    KL itself would pull by log π/π_ref; in expectation over π the pull of k3 is the gradient of KL(π_ref ‖ π).
     `aggregation` is "sequence" (mean over each response's tokens, then over responses) or "token" (mean over
     all tokens).
     """

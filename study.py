@@ -4,8 +4,8 @@
 
 Everything is a run of the other scripts with other flags, then measured on the same held-out
 prompts. `runs` below is the list. What is finished is not done again: an interrupted study goes on
-where it stopped. A run is made anew where its command, this file or the main runs have changed, and
-then all is measured anew.
+where it stopped. A run is made anew where its command, its code (rlhf.py, this file) or the main runs have changed,
+and then all is measured anew.
 
 1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO, GRPO,
    PPO with three seeds and without each of its parts, reward models from fewer pairs, and a PPO
@@ -106,9 +106,9 @@ def training_runs(config):
 SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 
 
-def fresh(config, path):
+def fresh(config, path, *code):
     """Is it there, and younger than the runs it was made from and the code that made it?"""
-    made_from = (__file__, rlhf.__file__, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
+    made_from = (__file__, *code, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
     return path.exists() and path.stat().st_mtime > max(os.path.getmtime(stamp) for stamp in made_from)
 
 
@@ -119,10 +119,11 @@ def train(config):
         folder = Path(config.out) / name
         asked = folder / "command"
         known = asked.read_text(encoding="utf-8") if asked.exists() else ""
-        if fresh(config, folder / "done") and known == command:
+        code = (rlhf.__file__,) if command.startswith("rlhf.py") else ()
+        if fresh(config, folder / "done", *code) and known == command:
             continue
         print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
-        same = known == command and fresh(config, asked)  # then --resume, else afresh
+        same = known == command and fresh(config, asked, *code)  # then --resume, else afresh
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
         for measured in ("report.json", "study.json", *MEASURES):

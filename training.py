@@ -222,7 +222,7 @@ def bfloat16_is_fast(device):
         if turn > 0 and best[1] > 0.1:  # seconds: emulated, and eight more turns would tell nothing new
             break
     fast = torch.tensor(float(best[0] > 1.3 * best[1]), device=device)
-    if torch.distributed.is_initialized():  # all processes as the first, or their weights would part
+    if torch.distributed.is_available() and torch.distributed.is_initialized():  # all processes as the first, or their weights would part
         torch.distributed.broadcast(fast, 0)
     return bool(fast)
 
@@ -592,26 +592,25 @@ def restore(saved, generator, modules):
 
 class StopRequest:
     """True once Ctrl-C (or SIGTERM) was pressed, so that a loop can finish its step, save and say
-    how to go on. A second Ctrl-C stops at once."""
+    how to go on. A second Ctrl-C stops at once; within a second it is torchrun that hands on the first."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = None  # when
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() > self.asked + 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or time.monotonic()
 
     def __bool__(self):
-        return self.asked
+        return self.asked is not None
 
 
 def leave(config):
     """After a requested stop: say what was saved and how to go on, exit status 130."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    start = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+    start = ["torchrun", "--nproc_per_node", os.environ["WORLD_SIZE"]] if "RANK" in os.environ else ["python"]
     command = shlex.join([*start, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
     if os.environ.get("RANK", "0") == "0":  # once, not by every process
         print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 It gives torch, np, plt, F and Path, the checks of checks.py, and
 
-    RUN        the folder of trained models that `make` left: out/, or what the environment variable RUN names
+    RUN        the folder of trained models that `make` left: out/, or that which the environment variable RUN names, as seen
+               from the repository
     few(n)     n; a few when the tests run the notebooks ($FAST=1), where nothing has to be learned
     todo(...)  stands where you fill something in, and says so
     show_table, show_code    tables, our source

@@ -221,8 +221,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     # ---- the study
     ("best-of-n for small n from the wrong samples", "study.py", "groups = scores.reshape(len(scores), -1, n)",
      "groups = scores.reshape(len(scores), n, -1)", "test_study.py"),
-    ("a changed run is not made anew", "study.py", "        if fresh(config, folder / \"done\") and known == command:",
-     "        if fresh(config, folder / \"done\"):", "test_study.py"),
+    ("a changed run is not made anew", "study.py", "        if fresh(config, folder / \"done\", *code) and known == command:",
+     "        if fresh(config, folder / \"done\", *code):", "test_study.py"),
     # ---- the judge and the optimiser
     ("refusing the harmless costs no more than a wrong answer", "world.py",
      'if is_rude(text) or kind != "harmful" and is_refusal(text):', "if is_rude(text):", "test_world.py"),
@@ -274,7 +274,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "            pass\n", "test_failures.py"),
     ("a stream trains on what is held out", "pretrain.py", "data.stream_tokens(config.data, end,",
      "data.stream_tokens(config.data, 10**9,", "test_pretrain.py"),
-    ("of two books one is held out", "data.py", "len(rows) * holdout < 1", "len(rows) == 1", "test_data.py"),
+    ("of two books one is held out", "data.py", "round(len(rows) * holdout) == 0)", "False)", "test_data.py"),
     ("a stream of text that was edited", "data.py", ", stat.st_mtime_ns]", "]", "test_data.py"),
     ("bits per byte are nats per token", "evaluate.py", "tokens.long(), size)[1]", "tokens.long(), size)[0]",
      "test_chat_evaluate.py"),
@@ -290,7 +290,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_makefile.py"),
     ("an answer about another country is right", "world.py", "if family in NAMES and not", "if False and not", "test_world.py"),
     ("a third animal is right", "world.py", "set(named) <= {good, task.wrong[0]} and not", "not", "test_world.py"),
-    ("no doctor is a doctor", "world.py", "[^.,!?]*\\bdoctor", "[^.,!?]*\\bdoctorate", "test_world.py"),
+    ("no doctor is a doctor", "world.py", "[^.,:;!?]*\\bdoctor", "[^.,:;!?]*\\bdoctorate", "test_world.py"),
 )
 
 

@@ -23,13 +23,16 @@ def make(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> asked\nwhile [ "$1" != --out ]; do shift; done\n'
                       'case "$2" in *.jsonl) touch "$2";; *report) touch "$2/report.json";; *) mkdir -p "$2"; touch "$2/done";;'
-                      ' esac\n[ ! -e fail ] || { touch "$2/training_state.pt"; rm "$2/done"; exit 1; }\n')
+                      ' esac\n')
     python.chmod(0o755)
 
-    def run(*words, fails=False):
+    names = ("MAKEFLAGS", "MFLAGS", "OUT", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "EVALUATE", "DATA")
+    plain = {name: value for name, value in os.environ.items() if name not in names}
+
+    def run(*words, status=0):
         (tmp_path / "asked").write_text("")
-        made = subprocess.run(["make", "PY=./python", *words], cwd=tmp_path, capture_output=True, text=True)
-        assert (made.returncode != 0) == fails, made.stderr
+        made = subprocess.run(["make", "PY=./python", *words], cwd=tmp_path, capture_output=True, text=True, env=plain)
+        assert made.returncode == status, made.stdout + made.stderr
         asked = (tmp_path / "asked").read_text().splitlines()
         return [next(stage for stage in STAGES if line.startswith(stage)) for line in asked]
     return run
@@ -48,25 +51,30 @@ def test_what_is_out_of_date_is_made_again(make, tmp_path):
     assert make("PPO=--beta 0.2", quoted) == ["rlhf.py dpo", "reward.py", "rlhf.py ppo", "evaluate.py"]
 
 
-def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(make, tmp_path):
+@pytest.mark.parametrize("stage, made_from", [
+    ("base", ["pretrain.py", "world_facts.txt"]), ("sft", ["sft.py", "out/base/done"]),
+    ("reward", ["reward.py", "out/pairs.jsonl"]), ("dpo", ["rlhf.py", "out/pairs.jsonl"]),
+    ("ppo", ["rlhf.py", "out/reward/done"]), ("sft_scratch", ["sft.py", "out/sft/done"])])
+def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_from, make, tmp_path):
     assert make() == STAGES
-    state = tmp_path / "out" / "ppo" / "training_state.pt"
-    for changed, goes_on in ((None, True), ("rlhf.py", False), ("out/reward/done", False)):
-        for path in (tmp_path / "rlhf.py", *(tmp_path / "out").rglob("*")):
+    make("out/sft_scratch/done")
+    state = tmp_path / "out" / stage / "training_state.pt"
+    for changed in (None, *made_from):
+        for path in (*tmp_path.glob("*.py"), *tmp_path.glob("*.txt"), *(tmp_path / "out").rglob("*")):
             os.utime(path, (2000, 2000))
-        (tmp_path / "out" / "ppo" / "done").unlink()
+        (tmp_path / "out" / stage / "done").unlink()
         state.touch()
         os.utime(state, (3000, 3000))
         if changed:
             os.utime(tmp_path / changed, (4000, 4000))
-        make("out/ppo/done")
-        assert state.exists() is goes_on, changed
+        make(f"out/{stage}/done")
+        assert state.exists() is (changed is None), changed
 
 
 def test_real_goes_on_where_it_stopped(make, tmp_path):
     assert make("real", "DATA=.") == ["pretrain.py", "sft.py", "reward.py", "reward.py", "rlhf.py dpo", "rlhf.py ppo"]
     (tmp_path / "out" / "real" / "dpo" / "done").unlink()
-    assert make("real", "DATA=.") == ["rlhf.py dpo"]
+    assert make("real", "DATA=.") == ["rlhf.py dpo"] and make("real", "DATA=..", status=2) == []
 
 
 def test_clean_forgets_the_folder_it_is_told(make, tmp_path):

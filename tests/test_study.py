@@ -158,6 +158,10 @@ def test_what_is_older_than_a_run_or_the_code_is_measured_anew(tmp_path):
     os.utime(path, (20, 20))  # younger than the runs
     assert not study.fresh(config, path)
     path.touch()
+    code = tmp_path / "rlhf.py"
+    code.touch()
+    os.utime(code, (path.stat().st_mtime + 1,) * 2)
+    assert study.fresh(config, path) and not study.fresh(config, path, code)
     (tmp_path / "sft" / "done").touch()
     os.utime(tmp_path / "sft" / "done", (path.stat().st_mtime + 1,) * 2)
     assert not study.fresh(config, path)
