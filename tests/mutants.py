@@ -112,7 +112,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("a part of a minibatch weighs by its rows", "rlhf.py", "weight = (mask[rows].sum() / mask[minibatch].sum()).item()",
      "weight = len(rows) / len(minibatch)", "test_rlhf.py"),
     ("DPO with a mean over tokens", "rlhf.py", "mask.to(device), temperature).sum(1)", "mask.to(device), temperature).mean(1)", "test_rlhf.py"),
-    ("label smoothing on the same side", "rlhf.py", "label_smoothing * F.logsigmoid(-margin)",
+    ("DPO's smoothing term is not negated", "rlhf.py", "label_smoothing * F.logsigmoid(-margin)",
      "label_smoothing * F.logsigmoid(margin)", "test_rlhf.py"),
     # ---- PPO
     ("whitening over pads", "rlhf.py", "centred = x - masked_mean(x, mask)", "centred = x - x.mean()", "test_rlhf.py"),
@@ -120,7 +120,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "    return advantages, whiten(advantages, mask) + values\n", "test_rlhf.py"),
     ("k3 without its − 1", "rlhf.py", "k3 = log_ref.exp() - log_ref - 1\n", "k3 = log_ref.exp() - log_ref\n",
      "test_rlhf.py"),
-    ("DPO's label smoothing from the wrong side", "rlhf.py", "-((1 - label_smoothing) * F.logsigmoid(margin)",
+    ("DPO's smoothing weights are swapped", "rlhf.py", "-((1 - label_smoothing) * F.logsigmoid(margin)",
      "-(label_smoothing * F.logsigmoid(margin)", "test_rlhf.py test_proofs.py"),
     ("GAE without λ", "rlhf.py", "delta + gamma * lam * advantage", "delta + gamma * advantage", "test_rlhf.py"),
     ("the value after the end is not 0", "rlhf.py", "advantage = (delta + gamma * lam * advantage) * mask[:, t]",
