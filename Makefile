@@ -119,14 +119,14 @@ study: all
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
-# are held out; rlhf.py drops held-out prompts that also occur in training. What is done stays: to train
-# anew, remove out/real. These answers are unlike
+# are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
 # the stories, so SFT takes higher rates than in the world, and the usual epsilon; beta is the usual 0.1.
+# What is done stays: to train anew, remove out/real.
 REAL := out/real
 real: .venv/installed
 	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
-	@mkdir -p $(REAL); test -e $(REAL)/data || echo "$(DATA)" > $(REAL)/data
-	@echo "$(DATA)" | cmp -s - $(REAL)/data || { echo "$(REAL) is of other data; remove it first"; exit 2; }
+	@mkdir -p $(REAL); test -e $(REAL)/data || echo "$(abspath $(DATA))" > $(REAL)/data
+	@echo "$(abspath $(DATA))" | cmp -s - $(REAL)/data || { echo "$(REAL) is of other data; remove it first"; exit 2; }
 	test -e $(REAL)/base/done || $(PY) pretrain.py --data $(DATA)/tinystories-train-2mb.txt --holdout 0.05 --out $(REAL)/base \
 		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
 	test -e $(REAL)/sft/done || $(PY) sft.py --init $(REAL)/base --data $(DATA)/instructions-1100.json --holdout 110 \

@@ -15,7 +15,8 @@ A lone question is a line of its own; with examples or a conversation before it 
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at the time of
 answering: draw n answers, show one. The one that the reward model likes best need not be good: among
 many answers some fool it. So straying from π, the model that answers, has its price here as in PPO
-(regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): we show the answer with the highest
+(regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): we show the answer
+with the highest
 
     r(x, y) + β log π(y|x)
 
@@ -57,7 +58,8 @@ class Config:
         "positional": True, "help": "folders of models; several answer one after the other"})
     prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
     system: str | None = flag(None, "instruction put before it all (default: the folder's, if any)")
-    few_shot: int = flag(0, "solved examples of the embedded world, of the family nearest to the question, to put before it")
+    few_shot: int = flag(0, "solved examples of the embedded world, of the family nearest to the question, to put "
+                         "before it")
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (known of `make`'s base)")
     best_of: int = flag(1, "answers to draw, of which one is chosen by the reward model")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")

@@ -289,6 +289,7 @@ def _usable(messages):
 # ---- held-out rows -------------------------------------------------------------------------------
 
 def check_holdout(holdout):
+    """InputError unless it is above 0, which nan is not."""
     if not holdout > 0:
         raise InputError(f"found a hold-out of {holdout}, expected a fraction or a count above 0")
 

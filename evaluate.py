@@ -370,9 +370,6 @@ def main(argv=None):
     if config.reward:
         model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
-    if reward and reference and not reference.raw and not can_judge(reward[0], reward_tokenizer, reference):
-        print(f"evaluate: --reward {config.reward} reads other tokens, or fewer of them, than {config.reference} writes; "
-              "no best-of-n", flush=True)
     tasks, ranks = choose_tasks(config)
     fair, everywhere = ranks < config.per_family, np.arange(len(tasks))
     places = best_of_places(ranks, config)
@@ -401,7 +398,11 @@ def main(argv=None):
         prompts = [rows[config.reference].sampled.prompts[i] for i in places]
         sampling = {"temperature": 1.0, "eos_ids": reference.end_ids,
                     "generator": torch.Generator(device=device).manual_seed(1000 * config.seed + len(rows))}
-        if reward and not reference.raw and can_judge(reward[0], reward_tokenizer, reference):
+        judging = reward and not reference.raw
+        if judging and not can_judge(reward[0], reward_tokenizer, reference):
+            say(f"no {best_name}: {config.reward} reads other tokens, or fewer, than {config.reference} writes")
+            judging = None
+        if judging:
             best, samples, *_ = best_of_n(reference.model, reference.tokenizer, reward, prompts, config.best_of,
                                           config.max_new_tokens, config.best_of_beta, **sampling)
             rows[best_name] = Row([tasks[i] for i in places], places,

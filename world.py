@@ -1512,12 +1512,13 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
                   + [(task, True) for task in rng.choices(pool, k=holdout)])
     prompts = [render_chat(tokenizer, [{"role": "user", "content": task.prompt}], generation_prompt=True)[0]
                for task, _ in open_tasks]
-    if not any(len(ids) < model.config.context_length for ids in prompts):
+    fitting = [i for i, ids in enumerate(prompts) if len(ids) < model.config.context_length]
+    if not fitting:
         raise InputError(f"found a context of {model.config.context_length} tokens, expected one that holds a prompt")
     rows = [None] * len(open_tasks)
     given = {kind: [] for kind in QUALITY}  # answers to prompts of each kind
     for _ in range(8):
-        todo = [i for i, row in enumerate(rows) if row is None and len(prompts[i]) < model.config.context_length]
+        todo = [i for i in fitting if rows[i] is None]
         todo.sort(key=lambda i: len(open_tasks[i][0].best))  # short answers wait for no long ones
         starts = list(range(0, len(todo), 256))
         rng.shuffle(starts)  # so that every kind of prompt is soon among the others'

@@ -1,11 +1,19 @@
 """Makefile: what is made again, what goes on, and what is forgotten. A stand-in for Python notes what it is asked."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+import evaluate
+import pretrain
+import reward
+import rlhf
+import sft
+from training import check_range, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which("make") or os.name == "nt", reason="no make")
@@ -75,6 +83,20 @@ def test_real_goes_on_where_it_stopped(make, tmp_path):
     assert make("real", "DATA=.") == ["pretrain.py", "sft.py", "reward.py", "reward.py", "rlhf.py dpo", "rlhf.py ppo"]
     (tmp_path / "out" / "real" / "dpo" / "done").unlink()
     assert make("real", "DATA=.") == ["rlhf.py dpo"] and make("real", "DATA=..", status=2) == []
+
+
+@pytest.mark.parametrize("target", [["quick"], ["long"], ["real", "DATA=."], ["ablation"]])
+def test_what_a_target_asks_for_can_be_asked(target, make, tmp_path):
+    """Its flags are those of the scripts, and their values are of the right kind."""
+    make(*target)
+    configs = {"pretrain.py": pretrain.Config, "sft.py": sft.Config, "reward.py": reward.Config,
+               "evaluate.py": evaluate.Config, "rlhf.py dpo": rlhf.DPOConfig, "rlhf.py ppo": rlhf.PPOConfig}
+    asked = (tmp_path / "asked").read_text().splitlines()
+    parsed = [parse_args(configs[name], shlex.split(line.removeprefix(name)))
+              for line in asked for name in configs if line.startswith(name)]
+    assert len(parsed) == sum(not line.startswith("world.py") for line in asked) >= 4
+    for config in parsed:
+        check_range(config)
 
 
 def test_clean_forgets_the_folder_it_is_told(make, tmp_path):

@@ -504,15 +504,20 @@ def test_ppo_without_a_critic_learns_too(monkeypatch, tmp_path, tokenizer):
     assert all(abs(row["explained_variance"]) < 1e-4 for row in rows if "explained_variance" in row)
 
 
+def watched(monkeypatch, **places):
+    """{name of a function of rlhf.py: what stood at its place among the arguments, call by call}"""
+    seen = {name: [] for name in places}
+
+    def watch(name, place, function):
+        monkeypatch.setattr(rlhf, name, lambda *args: (seen[name].append(args[place]), function(*args))[1])
+    for name, place in places.items():
+        watch(name, place, getattr(rlhf, name))
+    return seen
+
+
 def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
     """--no-whiten and --no-standardise change what the policy learns from; --beta 0 lets it go."""
-    seen = {}
-
-    def watch(name, place):
-        loss = getattr(rlhf, name)
-        monkeypatch.setattr(rlhf, name, lambda *args: (
-            seen.setdefault(name, []).append(args[place]), loss(*args))[1])
-    watch("ppo_loss", 2), watch("grpo_loss", 3)
+    seen = watched(monkeypatch, ppo_loss=2, grpo_loss=3)
     short = ["--iterations", 1, "--epochs", 1, "--minibatches", 1, "--micro-batch", 64, "--stop-kl", 9]
     for stage, flag in (("ppo", "--no-whiten"), ("grpo", "--no-standardise")):
         for extra in ([], [flag]):
@@ -524,14 +529,8 @@ def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
 
 
 def test_settings_reach_what_they_are_of(monkeypatch, tmp_path, tokenizer):
-    seen = {}
-
-    def watch(name, places):
-        function = getattr(rlhf, name)
-        monkeypatch.setattr(rlhf, name, lambda *args: (
-            seen.setdefault(name, []).append(args[places]), function(*args))[1])
-    watch("gae", slice(3, 5)), watch("token_rewards", slice(1, 2)), watch("ppo_loss", slice(7, 9))
-    watch("grpo_loss", slice(5, 8)), watch("dpo_loss", slice(4, 6))
+    seen = watched(monkeypatch, gae=slice(3, 5), token_rewards=slice(1, 2), ppo_loss=slice(7, 9),
+                   grpo_loss=slice(5, 8), dpo_loss=slice(4, 6))
     once = ["--iterations", 1, "--epochs", 1, "--minibatches", 1]
     toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", *once, "--gamma", 0.9, "--lam", 0.5, "--ratio-clip",
         0.3, "--value-clip", 0.4, "--beta", 0.07)

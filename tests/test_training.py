@@ -192,6 +192,20 @@ def same_losses(one, two, tolerance):
     assert one[0]["loss"] > one[-2]["loss"] + 0.5  # and there was something to learn
 
 
+def test_a_second_ctrl_c_stops_at_once_but_not_an_echo_of_the_first(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    stop = training.StopRequest()
+    assert not stop
+    stop._ask(2, None)
+    now[0] += 0.5
+    stop._ask(2, None)  # torchrun hands it on
+    assert stop
+    now[0] += 1
+    with pytest.raises(KeyboardInterrupt):
+        stop._ask(2, None)
+
+
 def test_two_processes_train_as_one(tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
         run = start_pretraining(tmp_path, out, processes, "--steps", "30")
