@@ -81,6 +81,7 @@ def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_fro
 
 def test_real_goes_on_where_it_stopped(make, tmp_path):
     assert make("real", "DATA=.") == ["pretrain.py", "sft.py", "reward.py", "reward.py", "rlhf.py dpo", "rlhf.py ppo"]
+    assert make("real", "DATA=.") == [] and make("real", f"DATA={tmp_path}") == []  # the same folder
     (tmp_path / "out" / "real" / "dpo" / "done").unlink()
     assert make("real", "DATA=.") == ["rlhf.py dpo"] and make("real", "DATA=..", status=2) == []
 
