@@ -42,7 +42,7 @@ venv: .venv/installed
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(if $(wildcard $@),,$(if $(wildcard .venv/ours),--clear)) .venv # what failed may be of another Python
-	touch .venv/ours
+	$(if $(wildcard .venv/pyvenv.cfg),,touch .venv/ours)
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
@@ -92,17 +92,17 @@ $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py 
 
 quick:
 	$(MAKE) OUT=out/quick \
-		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192' \
-		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002' \
-		PAIRS='--pairs 300 --holdout 100' REWARD='--warmup 2' DPO='--warmup 2' \
-		PPO='--iterations 3 --episodes 32 --eval-prompts 32' \
-		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3'
+		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192 $(PRETRAIN)' \
+		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 $(SFT)' \
+		PAIRS='--pairs 300 --holdout 100 $(PAIRS)' REWARD='--warmup 2 $(REWARD)' DPO='--warmup 2 $(DPO)' \
+		PPO='--iterations 3 --episodes 32 --eval-prompts 32 $(PPO)' \
+		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3 $(EVALUATE)'
 
 # PPO has a β of its own, the better of two by held-out prompts that are not reported.
 long:
 	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
-		--kv-heads 6 --ffn-width 576' SFT='--conversations 18000' PAIRS='--pairs 20000' \
-		PPO='--iterations 80 --beta 0.1'
+		--kv-heads 6 --ffn-width 576 $(PRETRAIN)' SFT='--conversations 18000 $(SFT)' PAIRS='--pairs 20000 $(PAIRS)' \
+		PPO='--iterations 80 --beta 0.1 $(PPO)'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.
@@ -113,7 +113,8 @@ $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
 		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SFT)
 
-# Goes on where it stopped: study.py looks at what is done.
+# Goes on where it stopped: study.py looks at what is done. Of a larger model (make OUT=out/long would first train
+# the small one into it): python study.py --runs out/long --out out/long/study
 study: all
 	$(PY) study.py --runs $(OUT) --out $(OUT)/study $(STUDY)
 
@@ -124,21 +125,21 @@ study: all
 # What is done stays: to train anew, remove out/real.
 REAL := out/real
 real: .venv/installed
-	@test -n "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
-	@mkdir -p $(REAL); test -e $(REAL)/data || echo "$(abspath $(DATA))" > $(REAL)/data
-	@echo "$(abspath $(DATA))" | cmp -s - $(REAL)/data || { echo "$(REAL) is of other data; remove it first"; exit 2; }
-	test -e $(REAL)/base/done || $(PY) pretrain.py --data $(DATA)/tinystories-train-2mb.txt --holdout 0.05 --out $(REAL)/base \
+	@test -d "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
+	@mkdir -p $(REAL); test -e $(REAL)/data || (cd "$(DATA)" && pwd) > $(REAL)/data
+	@(cd "$(DATA)" && pwd) | cmp -s - $(REAL)/data || { echo "$(REAL) is of other data; remove it first"; exit 2; }
+	test -e $(REAL)/base/done || $(PY) pretrain.py --data "$(DATA)/tinystories-train-2mb.txt" --holdout 0.05 --out $(REAL)/base \
 		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
-	test -e $(REAL)/sft/done || $(PY) sft.py --init $(REAL)/base --data $(DATA)/instructions-1100.json --holdout 110 \
+	test -e $(REAL)/sft/done || $(PY) sft.py --init $(REAL)/base --data "$(DATA)/instructions-1100.json" --holdout 110 \
 		--epochs 3 --batch-size 16 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 \
 		--adam-eps 1e-8 --out $(REAL)/sft --resume
-	test -e $(REAL)/reward/done || $(PY) reward.py --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
+	test -e $(REAL)/reward/done || $(PY) reward.py --init $(REAL)/sft --data "$(DATA)/preferences-1100.json" --holdout 110 \
 		--out $(REAL)/reward --resume
-	test -e $(REAL)/reward_hh/done || $(PY) reward.py --init $(REAL)/sft --data $(DATA)/hh-harmless-test.jsonl.gz --holdout 312 \
+	test -e $(REAL)/reward_hh/done || $(PY) reward.py --init $(REAL)/sft --data "$(DATA)/hh-harmless-test.jsonl.gz" --holdout 312 \
 		--out $(REAL)/reward_hh --resume
-	test -e $(REAL)/dpo/done || $(PY) rlhf.py dpo --init $(REAL)/sft --data $(DATA)/preferences-1100.json --holdout 110 \
+	test -e $(REAL)/dpo/done || $(PY) rlhf.py dpo --init $(REAL)/sft --data "$(DATA)/preferences-1100.json" --holdout 110 \
 		--epochs 2 --beta 0.1 --out $(REAL)/dpo --resume
-	test -e $(REAL)/ppo/done || $(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data $(DATA)/preferences-1100.json \
+	test -e $(REAL)/ppo/done || $(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data "$(DATA)/preferences-1100.json" \
 		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
 		--out $(REAL)/ppo --resume
 

@@ -41,7 +41,7 @@ from model import GPT, generate, stream
 from reward import score
 from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat
 from training import (InputError, check_range, flag, load_checkpoint, load_reward, parse_args,
-                      pick_device, run)
+                      pick_device, run, writing)
 
 HELP = """/compare [QUESTION]  the question (or the last one) to every model beside this one
 /best N [QUESTION]   N answers to it, the best first: reward, log-prob, answer
@@ -177,10 +177,7 @@ def read_json(path):
 
 def special(tokenizer, name):
     """[its id], or [] where the vocabulary has no such token."""
-    try:
-        return [tokenizer.special_id(name)]
-    except ValueError:
-        return []
+    return [tokenizer.specials[name]] if name in tokenizer.specials else []
 
 
 def same_tokens(a, b):
@@ -400,19 +397,17 @@ def label(speakers, config, sampling, reward):
             continue
         coin.shuffle(pair)
         print(f"A: {visible(pair[0])}\nB: {visible(pair[1])}", flush=True)
-        said = (line[0].lower() for line in questions("better, a or b (s skips)? "))
-        choice = next((letter for letter in said if letter in "abs"), "s")
+        letters = (line[0].lower() for line in questions("better, a or b (s skips)? "))
+        choice = next((letter for letter in letters if letter in "abs"), "s")
         if choice == "s":
             continue
-        system = [{"role": "system", "content": config.system}] if config.system else []
+        said = config.system or speakers[0].system  # as Speaker.prompt has it
+        system = [{"role": "system", "content": said}] if said and not speakers[0].raw else []
         prompt = [*system, {"role": "user", "content": question}] if system else question
         chosen, rejected = pair if choice == "a" else pair[::-1]
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        try:
-            with open(config.label, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InputError(f"{config.label}: cannot be written ({error.strerror})") from error
+        with writing(config.label), open(config.label, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main(argv=None):

@@ -188,11 +188,16 @@ def _is_preference(row):
 
 # ---- formats -------------------------------------------------------------------------------------
 
+def _pieces_of_text(text):
+    """Documents, split before encoding: the separator never reaches the tokenizer as text. The line breaks
+    around it are layout, not part of the story."""
+    pieces = (piece.strip("\r\n") for piece in text.split(SEPARATOR))
+    return [piece for piece in pieces if piece.strip()]
+
+
 def _documents(row, where):
     if "text" not in row:
         raise _no_format(row, where, 'plain text or {"text"}')
-    # Split before encoding: the separator never reaches the tokenizer as text. The line breaks
-    # around it are layout, not part of the story.
     pieces = _pieces_of_text(_string(row, "text", where))
     if not pieces:
         raise Unusable("empty text")
@@ -406,11 +411,6 @@ def read_pieces(paths, start=0, stop=None, size=2**22):
         before += length
 
 
-def _pieces_of_text(text):
-    pieces = (piece.strip("\r\n") for piece in text.split(SEPARATOR))
-    return [piece for piece in pieces if piece.strip()]
-
-
 def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
     """(documents of the beginning, to learn a vocabulary from; held-out documents; the byte where
     these begin). Held out is about the last `holdout` of the bytes, at most `most` of them."""
@@ -558,12 +558,6 @@ def pair_lengths(pairs):
     return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
 
 
-def show_pair(tokenizer, pair):
-    """The same for both answers of an EncodedPair."""
-    return "\n".join(show_conversation(tokenizer, pair.prompt + answer, [0] * len(pair.prompt) + [1] * len(answer))
-                     for answer in (pair.chosen, pair.rejected))
-
-
 def show_conversation(tokenizer, ids, mask):
     """Text for --show-batch: supervised runs in [brackets], terminal control codes made visible."""
     text = ""
@@ -571,3 +565,9 @@ def show_conversation(tokenizer, ids, mask):
         piece = tokenizer.decode([int(token) for token, _ in run])
         text += f"[{piece}]" if on else piece
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda code: f"\\x{ord(code[0]):02x}", text)
+
+
+def show_pair(tokenizer, pair):
+    """The same for both answers of an EncodedPair."""
+    return "\n".join(show_conversation(tokenizer, pair.prompt + answer, [0] * len(pair.prompt) + [1] * len(answer))
+                     for answer in (pair.chosen, pair.rejected))

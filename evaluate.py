@@ -36,12 +36,12 @@ import torch
 import data
 import report as pictures
 import world
-from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker, same_tokens, special
+from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker, same_tokens
 from pretrain import heldout_loss
 from reward import score, score_pairs, wilson
 from tokenizer import IM_END
 from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
-                      seed_everything, write_atomic)
+                      write_atomic)
 
 ENOUGH = 160  # prompts behind a rate of its own, however few are asked for of each family
 
@@ -176,13 +176,15 @@ def prompts_for(speaker, tasks, config, shots=0):
                         config)[0] for task in tasks]
 
 
-def proxy_scores(speaker, tasks, answers, chosen, reward):
+def proxy_scores(speaker, tasks, answers, chosen, reward, system=None):
     """The reward model's scores (N,) of the answers number `chosen`. It reads chats, so plain
-    answers go into the template."""
+    answers go into the template, the end of a long one cut off to fit the context."""
     (model, shift), tokenizer = reward, speaker.tokenizer
     if speaker.raw:
-        prompts = [chat_prompt(tokenizer, tasks[i].prompt) for i in chosen]
+        prompts = [chat_prompt(tokenizer, tasks[i].prompt, system) for i in chosen]
         responses = [[*tokenizer.encode(answers.texts[i]), tokenizer.im_end_id] for i in chosen]
+        responses = [response[:model.config.context_length - len(prompt)]
+                     for prompt, response in zip(prompts, responses)]
     else:
         prompts, responses = ([part[i] for i in chosen] for part in (answers.prompts, answers.ids))
     return score(model, prompts, responses, tokenizer.pad_id).numpy() - shift
@@ -199,11 +201,6 @@ def choose_tasks(config):
             tasks.append(task)
             ranks.append(rank)
     return tasks, np.array(ranks)
-
-
-def best_of_places(ranks, config):
-    """Places of the tasks that best-of-n is measured on."""
-    return np.flatnonzero(ranks < config.best_of_per_family)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,15 +283,15 @@ def judge_reward_model(model, tokenizer, pairs):
             "pairs": len(pairs)}
 
 
-def transcripts(rows, tasks, places, judges, per_family=2):
-    """What every row answers to the course's prompts and to some of each family, with its gold, and
-    its reward where `judges` has a function (row, answers, places) for the row.
+def transcripts(rows, tasks, places, judges):
+    """What every row answers to the course's prompts and to two of each family, with its gold, and its reward
+    where `judges` has a function (answers, chosen) -> scores for the row.
 
     Greedy answers, which chat.py --temperature 0 repeats; best-of-n has none, so its choice."""
     shown = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
     for family in dict.fromkeys(task.family for task in tasks):
         mine = [i for i in places.tolist() if tasks[i].family == family and i not in shown]
-        shown += mine[:per_family]
+        shown += mine[:2]
     found = [{"prompt": tasks[i].prompt, "family": tasks[i].family, "kind": tasks[i].kind,
               "holdout": tasks[i].holdout, "course": tasks[i] in world.COURSE_PROMPTS,
               "best": tasks[i].best, "answers": {}} for i in shown]
@@ -303,7 +300,7 @@ def transcripts(rows, tasks, places, judges, per_family=2):
         there = [(n, int(np.flatnonzero(row.where == i)[0]))
                  for n, i in enumerate(shown) if i in row.where]
         chosen = [place for _, place in there]
-        proxies = judges[name](row, answers, chosen) if name in judges else [None] * len(chosen)
+        proxies = judges[name](answers, chosen) if name in judges else [None] * len(chosen)
         for (n, place), proxy in zip(there, proxies):
             text = answers.texts[place]
             found[n]["answers"][name] = {
@@ -351,7 +348,6 @@ def main(argv=None):
                 per_family=(1, 10**6))
     started = time.perf_counter()
     device = pick_device(config.device)
-    seed_everything(config.seed)
 
     # 1. Models, prompts and documents.
     folders = {Path(folder).resolve().name: folder for folder in config.checkpoints}
@@ -372,7 +368,7 @@ def main(argv=None):
         reward = (model, shift)
     tasks, ranks = choose_tasks(config)
     fair, everywhere = ranks < config.per_family, np.arange(len(tasks))
-    places = best_of_places(ranks, config)
+    places = np.flatnonzero(ranks < config.best_of_per_family)  # of the tasks for best-of-n
     documents = world.heldout_documents()
 
     def say(text):
@@ -405,8 +401,7 @@ def main(argv=None):
         if judging:
             best, samples, *_ = best_of_n(reference.model, reference.tokenizer, reward, prompts, config.best_of,
                                           config.max_new_tokens, config.best_of_beta, **sampling)
-            rows[best_name] = Row([tasks[i] for i in places], places,
-                                  ranks[places] < config.best_of_per_family,
+            rows[best_name] = Row([tasks[i] for i in places], places, np.ones(len(places), dtype=bool),
                                   read_answers(reference, prompts, best), None)
             voices[best_name] = reference
         else:
@@ -427,16 +422,16 @@ def main(argv=None):
         if name in speakers:
             tokens, size = data.pack_documents(documents, speaker.tokenizer)
             found["bits_per_byte"] = heldout_loss(speaker.model, tokens.long(), size)[1]
-        if reward and special(speaker.tokenizer, IM_END) and can_judge(reward[0], reward_tokenizer, speaker):
-            judges[name] = lambda row, answers, chosen, speaker=speaker: proxy_scores(
-                speaker, row.tasks, answers, chosen, reward)
-            found["proxy"] = bootstrap(judges[name](row, row.sampled, np.flatnonzero(row.fair)))
+        if reward and IM_END in speaker.tokenizer.specials and can_judge(reward[0], reward_tokenizer, speaker):
+            judges[name] = functools.partial(proxy_scores, speaker, row.tasks, reward=reward, system=config.system)
+            found["proxy"] = bootstrap(judges[name](row.sampled, np.flatnonzero(row.fair)))
         if name == best_name:  # exact for a continuous reward, otherwise a bound
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
         elif name == config.reference:
             found["kl_from_sft"] = [0.0] * 3
         elif (reference and not speaker.raw and not reference.raw
-              and same_tokens(speaker.tokenizer, reference.tokenizer)):
+              and same_tokens(speaker.tokenizer, reference.tokenizer)
+              and speaker.model.config.context_length <= reference.model.config.context_length):
             found["kl_from_sft"] = bootstrap(sequence_kl(speaker.model, reference.model, *(
                 [part[i] for i in places] for part in (row.sampled.prompts, row.sampled.ids))))
         checkpoints[name] = found

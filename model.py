@@ -268,7 +268,9 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids, attention_mask=None):
         """ids (B, T) -> (B, T)."""
-        return self.score(self.gpt.hidden(ids, attention_mask)).squeeze(-1)
+        hidden = self.gpt.hidden(ids, attention_mask)  # (B, T, C)
+        with torch.autocast(ids.device.type, enabled=False):  # in bfloat16, 4.01 and 4.02 are the same number
+            return self.score(hidden.float()).squeeze(-1)
 
 
 def token_logprobs(logits, targets, temperature=1.0):
@@ -303,10 +305,9 @@ class KVCache:
 
     def keep(self, rows):
         """Drop every row not in the list `rows`."""
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
+        for buffer in (self.keys, self.values):
             buffer[:, : len(rows), :, : self.length] = buffer[:, rows, :, : self.length]
-            setattr(self, name, buffer[:, : len(rows)])
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
 
 
 def truncate(logits, top_k, top_p):

@@ -43,7 +43,7 @@ from training import (InputError, StopRequest, agree, autocast, check_finite, ch
 @dataclass
 class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
-    out: str = flag("out/base", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    out: str = flag("out/base", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
     holdout: float = flag(0.05, "documents held out at the end: a fraction (of a few long ones, of their letters), or a "
                            "count from 1 up")
     stream: bool = flag(False, "text larger than memory (.txt): its tokens go to OUT/tokens.bin and are read from "
@@ -80,7 +80,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, weights and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
 
 
@@ -121,10 +121,9 @@ def heldout_loss(model, tokens, text_bytes, batch_size=None):
     for first in range(0, len(starts), batch_size):
         windows = [tokens[s:s + length + 1] for s in starts[first:first + batch_size]]
         for size in {len(w) for w in windows}:  # the last window may be shorter
-            batch = torch.stack([w for w in windows if len(w) == size]).to(device)  # (B, T+1)
-            logits = model(batch[:, :-1].long())  # (B, T, V)
-            nats += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].long().flatten(),
-                                    reduction="sum").item()
+            batch = torch.stack([w for w in windows if len(w) == size]).to(device).long()  # (B, T+1)
+            logits = model(batch[:, :-1])  # (B, T, V)
+            nats += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
     return nats / max(1, len(tokens) - 1), nats / (math.log(2) * text_bytes)
 
 

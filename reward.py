@@ -45,7 +45,7 @@ class Config:
     init: str = flag("out/sft", "checkpoint to start from")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/reward", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    out: str = flag("out/reward", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up; not used where rows have "
                          "a p, the known chance that `chosen` is preferred: these rows are held out then")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
@@ -65,7 +65,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, head and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
     show_batch: bool = flag(False, "print one pair, [answer] tokens marked, then exit")
 
 
@@ -132,8 +132,8 @@ def load_pairs(config, policy, tokenizer):
     else the last ones. No held-out prompt occurs in training."""
     data.check_holdout(config.holdout)
     if config.data == ["world"]:
-        heldout = config.holdout * (config.pairs if config.holdout < 1 else 1)
-        rows = world.sample_pairs(policy, tokenizer, config.pairs, round(heldout), config.seed)
+        count = config.holdout * config.pairs if config.holdout < 1 else config.holdout
+        rows = world.sample_pairs(policy, tokenizer, config.pairs, round(count), config.seed)
         pairs = [data.Pair([{"role": "user", "content": row["prompt"]}], row["chosen"],
                            row["rejected"], row.get("p")) for row in rows]
     else:

@@ -316,7 +316,7 @@ class DPOConfig:
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/dpo", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    out: str = flag("out/dpo", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up; not used where rows have "
                          "a p, the known chance that `chosen` is preferred: these rows are held out then")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
@@ -344,7 +344,7 @@ class DPOConfig:
     seed: int = flag(1, "random seed of data and batches")
     keep_every: int | None = flag(None, "steps between checkpoints kept in OUT/step_N")
     save_every: int = flag(100, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
     show_batch: bool = flag(False, "print one pair, [supervised] tokens marked, then exit")
 
 
@@ -467,7 +467,7 @@ class RolloutConfig:
                            "prompts are taken (.json .jsonl)")
     families: list[str] | None = flag(None, "only prompts of these families (with --data world; "
                                       "`python world.py --stats` names them)")
-    out: str = flag("out/ppo", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    out: str = flag("out/ppo", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
     holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
     eval_prompts: int = flag(200, "held-out prompts answered before and after")
@@ -501,7 +501,7 @@ class RolloutConfig:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
     save_every: int = flag(20, "iterations between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
     show_batch: bool = flag(False, "print one sampled episode, [response] tokens marked, then exit")
 
 
@@ -537,10 +537,11 @@ def load_prompts(config, tokenizer, context_length):
         if unknown:
             raise InputError(f"--families {' '.join(sorted(unknown))}: "
                              f"expected some of {', '.join(world.DEMONSTRATED)}")
-        counts = {config.seed: config.prompts, f"{config.seed} heldout": 2 * config.eval_prompts}
-        messages, heldout = ([[{"role": "user", "content": task.prompt}]
-                              for task in world.training_prompts(n, seed, families)]
-                             for seed, n in counts.items())
+
+        def ask(n, seed):
+            return [[{"role": "user", "content": task.prompt}] for task in world.training_prompts(n, seed, families)]
+        messages = ask(config.prompts, config.seed)
+        heldout = ask(2 * config.eval_prompts, f"{config.seed} heldout")
     else:
         messages, heldout = data.split_holdout(data.load_prompts(config.data), config.holdout)
     heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
@@ -549,13 +550,14 @@ def load_prompts(config, tokenizer, context_length):
     for part in (messages, heldout):
         prompts = [Prompt(render_chat(tokenizer, m, generation_prompt=True)[0],
                           "\n\n".join(turn["content"] for turn in m)) for m in part]
-        found.append([prompt for prompt in prompts if len(prompt.ids) <= room])
-        if len(found[-1]) < len(prompts):
-            print(f"rlhf: kept {len(found[-1])} of {len(prompts)} prompts; the others are longer "
+        kept = [prompt for prompt in prompts if len(prompt.ids) <= room]
+        if len(kept) < len(prompts):
+            print(f"rlhf: kept {len(kept)} of {len(prompts)} prompts; the others are longer "
                   f"than {room} tokens", file=sys.stderr)
-        if 2 * len(found[-1]) < len(prompts) or not found[-1]:
+        if 2 * len(kept) < len(prompts) or not kept:
             raise InputError(f"{' '.join(config.data)}: most prompts are longer than {room} "
                              f"tokens, the context of {context_length} less --max-new-tokens")
+        found.append(kept)
     return found
 
 
@@ -647,8 +649,8 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     mask = data.pad_right([[0] * len(p.ids) + [1] * len(response)
                            for p, response in zip(prompts, responses)], 0).to(device)
     with autocast(device, config.dtype):  # as in the updates, or their first ratio would not be 1
-        logp, ref_logp = (read_all(lambda i, m: response_logprobs(model, i, m, its_own), ids, mask)
-                          for model, its_own in ((policy, temperature), (reference, config.temperature)))
+        logp = read_all(lambda i, m: response_logprobs(policy, i, m, temperature), ids, mask)
+        ref_logp = read_all(lambda i, m: response_logprobs(reference, i, m, config.temperature), ids, mask)
     # The sampler has float32; bfloat16, with 8 bits, was seen 0.1 off at single tokens.
     # A low temperature, which divides the logits, multiplies that error.
     check_recorded(recorded, logp, mask, (1e-4 if config.dtype == "float32" else 0.5) / min(1, temperature))
@@ -693,9 +695,9 @@ def summarise(rollout):
 
 def show_samples(rollout, prompts, drawn, tokenizer, config, step, bar):
     """Log and print the first three episodes: what a score means can only be read."""
-    samples = [{"prompt": prompts[drawn[n]].text, "score": rollout.score[n].item(),
+    samples = [{"prompt": prompts[i].text, "score": rollout.score[n].item(),
                 "response": answer_text(tokenizer, rollout.responses[n])}
-               for n in range(min(3, len(drawn)))]
+               for n, i in enumerate(drawn[:3])]
     log(config.out, step, samples=samples)
     for sample in samples:  # repr: a response may hold anything
         bar.write(f"{sample['score']:+.2f}  {sample['prompt']!r} -> {sample['response']!r}",
@@ -751,10 +753,10 @@ def ppo(argv=None):
     while step < config.iterations:
         share = learning_rate(step, config.iterations, 1.0)
         set_share(share, policy_optimiser, critic_optimiser)
-        drawn = torch.randint(len(prompts), (config.episodes,), generator=generator, device=device)
+        drawn = torch.randint(len(prompts), (config.episodes,), generator=generator, device=device).tolist()
 
         # 1-4. Sample, truncate, score, punish a missing end; and check what was recorded.
-        rollout = roll([prompts[i] for i in drawn.tolist()], generator)
+        rollout = roll([prompts[i] for i in drawn], generator)
         ids, mask, old_logp = rollout.ids, rollout.mask, rollout.logp
         summary = summarise(rollout)
         summary["rlhf_reward"] = summary["score"] - config.beta * summary["kl"]
@@ -816,7 +818,7 @@ def ppo(argv=None):
         log(config.out, step, **summary, **{name: v / updates for name, v in sums.items()},
             updates=updates, sharpness=sharpness(), lr=share * config.lr)
         if step % config.samples_every == 0:
-            show_samples(rollout, prompts, drawn.tolist(), tokenizer, config, step, bar)
+            show_samples(rollout, prompts, drawn, tokenizer, config, step, bar)
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(policy), tokenizer)
         if stop or step % config.save_every == 0:
@@ -850,7 +852,7 @@ def close(config, stage, step, policy, tokenizer, before, after, prompts, second
 
 @dataclass
 class GRPOConfig(RolloutConfig):
-    out: str = flag("out/grpo", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    out: str = flag("out/grpo", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
     group: int = flag(8, "answers to each prompt; they are judged against each other")
     beta: float = flag(0.04, "weight of the KL from the reference in the loss, per token (k3, see `grpo_loss`)")
     standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath); "

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 
 import data
 import world
+from model import GPT
 from training import (StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
                       leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
                       progress, restore, run, save_checkpoint, save_state, seed_everything,
@@ -47,7 +48,7 @@ from training import (StopRequest, autocast, check_finite, check_range, finish, 
 class Config:
     init: str = flag("out/base", "checkpoint to start from")
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
-    out: str = flag("out/sft", "folder of the checkpoint to write; a run that is there is replaced, but for --resume")
+    out: str = flag("out/sft", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
     holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
     conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
@@ -73,7 +74,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out, if there is one")
+    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
 
 
@@ -136,7 +137,7 @@ def main():
         print(data.show_conversation(tokenizer, *train[0]))
         return
     if config.from_scratch:
-        model = type(model)(model.config).to(device)
+        model = GPT(model.config).to(device)
     model.recompute = config.recompute
     replayed = None
     if config.replay and config.data == ["world"]:

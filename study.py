@@ -43,8 +43,8 @@ from chat import best_of_n, chat_prompt, generate_all, open_speaker
 from evaluate import bootstrap, rate, rounded, sequence_kl
 from reward import score, score_pairs
 from rlhf import read_all, response_logprobs
-from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
-                      seed_everything, write_atomic)
+from training import (STATE, InputError, check_range, flag, load_reward, parse_args, pick_device, run,
+                      write_atomic)
 
 
 @dataclass
@@ -72,6 +72,7 @@ def training_runs(config):
     grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
     ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(36)}"
     ppo = f"{ppo_alone} --replay-data world"
+    right = shlex.quote(f"{Path(__file__).resolve().with_name('world.py')}:right")
     found = {
         # At the rates of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
@@ -79,7 +80,7 @@ def training_runs(config):
         "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rejection_file(config)))}",
         "dpo": f"{dpo} --keep-every 28",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
-        "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
+        "grpo_right": f"{grpo} --reward {right} --families arithmetic rewriting "
                       f"--group 16 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
         "ppo_no_replay": ppo_alone,
@@ -125,6 +126,8 @@ def train(config):
         print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
         same = known == command and fresh(config, asked, *code)  # then --resume, else afresh
         folder.mkdir(parents=True, exist_ok=True)
+        for old in ("done", STATE)[:1 if same else 2]:  # of another command, until the script itself removes them
+            (folder / old).unlink(missing_ok=True)
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
         for measured in ("report.json", "study.json", *MEASURES):
             (Path(config.out) / measured).unlink(missing_ok=True)
@@ -470,7 +473,6 @@ def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, scale=(0.001, 1))
     device = pick_device(config.device)
-    seed_everything(config.seed)
     for name in ("base/done", "sft/done", "reward/done", "pairs.jsonl"):
         if not (Path(config.runs) / name).exists():
             raise InputError(f"{config.runs}/{name}: not there; run `make` first, or give --runs")

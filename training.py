@@ -9,7 +9,7 @@ copies that disagree would be a silent bug. In the order a stage uses them:
     adamw, Muon, muon_and_adam, learning_rate      warm-up, flat, linear decay
     micro_batches                  a batch in parts that fit into memory
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
-    save_state, load_state         one file with everything a stopped run needs to go on
+    start_run, save_state, restore one file with everything a stopped run needs to go on
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
 """
 
@@ -56,9 +56,11 @@ def run(main):
     try:
         main()
     except InputError as error:
-        sys.exit(_complain(error, 2))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `python chat.py … | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -72,11 +74,6 @@ def keep_freed_memory():
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MB, the most it takes, from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not cut back
         mallopt(-2, 2**28)  # M_TOP_PAD: and grows by 256 MB at a time (unused pages cost nothing)
-
-
-def _complain(message, status):
-    print(f"error: {message}", file=sys.stderr)
-    return status
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,6 +170,9 @@ def join_processes(device):
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"found {torch.cuda.device_count()} GPUs, expected one for each process; start fewer, or "
+                             "give --device cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                          timeout=timedelta(days=1))  # of `first_alone`, on much text
@@ -222,7 +222,8 @@ def bfloat16_is_fast(device):
         if turn > 0 and best[1] > 0.1:  # seconds: emulated, and eight more turns would tell nothing new
             break
     fast = torch.tensor(float(best[0] > 1.3 * best[1]), device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():  # all processes as the first, or their weights would part
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # all processes as the first, or their weights would part
         torch.distributed.broadcast(fast, 0)
     return bool(fast)
 
@@ -436,6 +437,7 @@ def save_checkpoint(folder, model, tokenizer, **extra):
             save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
             for name, value in (("generation_config.json", ends), ("config.json", config)):
                 (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            shutil.copymode(part / "config.json", part / "model.safetensors")  # safetensors writes for the owner alone
             made = sorted(part.iterdir(), key=lambda path: path.name == "config.json")
             for path in made:
                 sync(path)
@@ -560,10 +562,8 @@ def start_run(config, stage, first=True):
         return saved
     if not first:
         return None
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror})") from error
     for name in ("done", "metrics.jsonl", STATE):
         (folder / name).unlink(missing_ok=True)
     for kept in folder.glob("step_*/config.json"):
@@ -585,7 +585,11 @@ def restore(saved, generator, modules):
     """Put a state of `start_run` back; returns (position, seconds spent so far)."""
     for name, module in modules.items():
         module.load_state_dict(saved["modules"][name])
-    generator.set_state(saved["generator"])
+    try:
+        generator.set_state(saved["generator"])
+    except RuntimeError as error:  # PPO and GRPO draw on the device
+        raise InputError("--resume: the save is of another kind of --device, whose random numbers are others; give "
+                         "that device, or start without --resume") from error
     torch.set_rng_state(saved["torch_rng"])
     return saved["position"], saved["seconds"]
 
@@ -647,12 +651,12 @@ def cut_metrics(folder, position):
 
 
 def finish(folder, stage, seconds, **summary):
-    """Last act of a stage, after its model is saved: remove the resume state, write the `done` stamp
-    (make's target, and the stage's final numbers as JSON)."""
+    """Last act of a stage, after its model is saved: write the `done` stamp (make's target, and the stage's
+    final numbers as JSON), remove the resume state."""
     folder = Path(folder)
-    (folder / STATE).unlink(missing_ok=True)
     done = {"stage": stage, "seconds": round(seconds, 1), **summary}
     write_atomic(folder / "done", lambda path: path.write_text(json.dumps(done) + "\n"))
+    (folder / STATE).unlink(missing_ok=True)  # last: killed in between, the run is still finished
 
 
 def check_finite(step, config, **numbers):
@@ -661,5 +665,5 @@ def check_finite(step, config, **numbers):
         if not torch.isfinite(value):
             state = Path(config.out) / STATE
             raise InputError(f"step {step}: the {name} is {value.item()}; stopped before the update. "
-                             "Try a lower --lr. "
+                             "Try a lower --lr, from the start. "
                              + (f"Last save: {state}" if state.exists() else "Nothing was saved yet"))

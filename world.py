@@ -86,6 +86,11 @@ def stopped(text):
     return text if text[-1] in ".!?" else text + "."
 
 
+def bare(family, value):
+    """A value as the whole answer ("None.", not "No.", of the legs of a cod)."""
+    return stopped(cap("none" if (family, value) == ("animals", "no") else value))
+
+
 def series(items):
     """'apple, pear and plum'"""
     return ", ".join(items[:-1]) + " and " + items[-1]
@@ -98,7 +103,8 @@ def to_you(action):
 
 
 def inside(place):
-    on = ("the farm", "the polar ice", "the savanna", "a farm", "a ship", "a building site", "a construction site")
+    on = ("the farm", "the polar ice", "the savanna", "a farm", "a ship", "a train", "a bus",
+          "a building site", "a construction site")
     return ("on " if place in on else "in ") + place
 
 
@@ -227,7 +233,7 @@ RELATIONS = (
               "My daughter drew {ax}. Which group of animals does it belong to?"),
              ("My book shows {ax}. In which group of animals is it?",
               "Into which group would you put {ax}?"),
-             ("{Ax} is {av}.", "The {x} is {av}.", "The {x} belongs to the group called {v}.")),
+             ("{Ax} is {av}.", "The {x} is {av}.", "The {x} is a kind of {v}.")),
     Relation("animals", "animals", "name", "home",
              "the home of {ax}",
              ("Where does {ax} live?", "Where is the home of {ax}?", "Tell me where {ax} lives.",
@@ -259,7 +265,7 @@ RELATIONS = (
               "My daughter drew {ax}. How many legs should the picture show?"),
              ("I want to draw {ax}. How many legs must I draw?",
               "Count something for me: the legs of {ax}."),
-             ("{Ax} has {v} legs.", "The {x} has {v} legs.", "Count the legs of {ax}: {v}.")),
+             ("{Ax} has {v} legs.", "The {x} has {v} legs.", "Count and see: {ax} has {v} legs.")),
     Relation("animals", "animals", "name", "young",
              "the name of a young {x}",
              ("What is a young {x} called?", "What do you call a young {x}?",
@@ -392,10 +398,12 @@ TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.
 
 
 def spoken(rng, question):
-    """One in five begins with a word or two to the listener, and one question in five ends so."""
+    """One in five begins with a word or two to the listener, and one question in five ends so (none about
+    French: the words would seem to be what is to be translated)."""
     if rng.random() < 0.2:
         question = f"{rng.choice(LEADS)} {question}"
-    return f"{question} {rng.choice(TAILS)}" if question[-1] == "?" and rng.random() < 0.2 else question
+    ends = question[-1] == "?" and "French" not in question and rng.random() < 0.2
+    return f"{question} {rng.choice(TAILS)}" if ends else question
 
 
 def unspoken(prompt):
@@ -445,6 +453,14 @@ class Task:
         return KINDS.get(self.family, "answerable")
 
 
+def phrasings(hold, kind, seen, unseen):
+    """The ways to ask, of two lists, in which tasks of `hold` have a subject of this `kind` of hold-out ("" for
+    none). A held-out subject is never asked for in an unseen way: a task is held out for one reason."""
+    if hold == "unseen_phrasing":
+        return () if kind else unseen
+    return seen if hold == kind else ()
+
+
 def fact_tasks(relation, hold):
     values = tuple(sorted({row[relation.column] for row in FACTS[relation.table]}))
     if relation.table == "opposites":
@@ -458,14 +474,10 @@ def fact_tasks(relation, hold):
         else:
             kind = "unseen_instance" if heldout_instance(
                 relation.table, relation.column, entity) else ""
-        for phrasings, holdout in ((relation.ask, kind), (relation.unseen, "unseen_phrasing")):
-            if holdout != hold or (phrasings is relation.unseen and kind):
-                continue
-            for ask in phrasings:
-                yield Task(relation.family, fill(ask, relation, row),
-                           fill(relation.say[0], relation, row), short=value,
-                           subject="" if relation.table == "trivia" else entity,
-                           wrong=() if relation.table == "trivia" else values, holdout=holdout)
+        for ask in phrasings(hold, kind, relation.ask, relation.unseen):
+            yield Task(relation.family, fill(ask, relation, row), fill(relation.say[0], relation, row), short=value,
+                       subject="" if relation.table == "trivia" else entity,
+                       wrong=() if relation.table == "trivia" else values, holdout=hold)
 
 
 def comparison_tasks(hold):
@@ -477,12 +489,9 @@ def comparison_tasks(hold):
             kind = "unseen_entity"
         for c in ("heavier", "lighter"):
             good, other = (a, b) if (WEIGHT[a] > WEIGHT[b]) == (c == "heavier") else (b, a)
-            for phrasings, holdout in ((asks[0], kind), (asks[1], "unseen_phrasing")):
-                if holdout == hold and not (phrasings is asks[1] and kind):
-                    for ask in phrasings:
-                        yield Task("comparison", ask.format(c=c, a=an(a), b=an(b)),
-                                   f"{cap(an(good))} is {c} than {an(other)}.",
-                                   short=f"the {good}", wrong=(other,), holdout=holdout)
+            for ask in phrasings(hold, kind, *asks):
+                yield Task("comparison", ask.format(c=c, a=an(a), b=an(b)), f"{cap(an(good))} is {c} than {an(other)}.",
+                           short=f"the {good}", wrong=(other,), holdout=hold)
 
 
 @lru_cache(None)
@@ -513,12 +522,9 @@ def arithmetic_tasks(hold):
                     continue
                 kind = "unseen_instance" if heldout_instance("sum", a, sign, b) else ""
                 question, value = f"{NUMBERS[a]} {sign} {NUMBERS[b]}", NUMBERS[result]
-                for phrasings, holdout in ((asks[0], kind), (asks[1], "unseen_phrasing")):
-                    if holdout == hold and not (phrasings is asks[1] and kind):
-                        for ask in phrasings:
-                            yield Task("arithmetic", ask.format(q=question),
-                                       cap(f"{question} is {value}."), short=value,
-                                       wrong=tuple(NUMBERS), subject=question, holdout=holdout)
+                for ask in phrasings(hold, kind, *asks):
+                    yield Task("arithmetic", ask.format(q=question), cap(f"{question} is {value}."), short=value,
+                               wrong=tuple(NUMBERS), subject=question, holdout=hold)
 
 
 def passage(rng):
@@ -560,7 +566,7 @@ def reading_tasks(hold):
 
 def categories():
     """{what can be listed: its members}"""
-    found = {name: items for name, items in LISTS.items()}
+    found = dict(LISTS)
     for continent in sorted({row["continent"] for row in FACTS["countries"]}):
         names = [r["name"] for r in FACTS["countries"] if r["continent"] == continent]
         if len(names) >= 5:
@@ -585,14 +591,11 @@ def lists_tasks(hold):
     for category, items in CATEGORIES.items():
         for n in (2, 3, 4):
             kind = "unseen_instance" if heldout_instance("list", category, n) else ""
-            for phrasings, holdout in ((asks[0], kind), (asks[1], "unseen_phrasing")):
-                if holdout == hold and not (phrasings is asks[1] and kind):
-                    for ask in phrasings:
-                        for _ in range(1 if hold else 6):
-                            some = series(rng.sample(items, n))
-                            verb = f"{cap(NUMBERS[n])} {category} are {some}."
-                            yield Task("lists", ask.format(n=NUMBERS[n], c=category), verb,
-                                       short=some, subject=category, holdout=holdout)
+            for ask in phrasings(hold, kind, *asks):
+                for _ in range(1 if hold else 6):
+                    some = series(rng.sample(items, n))
+                    yield Task("lists", ask.format(n=NUMBERS[n], c=category),
+                               f"{cap(NUMBERS[n])} {category} are {some}.", short=some, subject=category, holdout=hold)
 
 
 def rewrite(rng):
@@ -649,33 +652,29 @@ def story(rng, animal=None, thing=None):
 
 
 def stories_tasks(hold):
-    asks = {"": ("Write a short story about {a} and {t}.", "Tell me a story with {a} and {t}.",
-                 "Write a little story in which {a} and {t} meet.",
-                 "I would like to hear a story about {a} and {t}.",
-                 "My son wants a story with {a} and {t}.", "Make up a story about {a} and {t}.",
-                 "It is late. Please tell us a story about {a} and {t}."),
-            "unseen_phrasing": ("My daughter cannot sleep. Tell her about {a} and {t}.",
-                                "We need a story for tonight, perhaps with {a} and {t}.")}
-    asks["unseen_instance"] = asks["unseen_entity"] = asks[""]
+    asks = (("Write a short story about {a} and {t}.", "Tell me a story with {a} and {t}.",
+             "Write a little story in which {a} and {t} meet.", "I would like to hear a story about {a} and {t}.",
+             "My son wants a story with {a} and {t}.", "Make up a story about {a} and {t}.",
+             "It is late. Please tell us a story about {a} and {t}."),
+            ("My daughter cannot sleep. Tell her about {a} and {t}.",
+             "We need a story for tonight, perhaps with {a} and {t}."))
     rng = random.Random(f"stories {hold}")
     for _ in range(3000 if not hold else 200):
         animal, thing = rng.choice(FACTS["animals"])["name"], rng.choice(OBJECTS)
         kind = "unseen_instance" if heldout_instance("story", animal, thing) else ""
         if heldout_entity("animals", animal):
             kind = "unseen_entity"
-        if hold in asks and kind == ("" if hold == "unseen_phrasing" else hold):
-            yield Task("stories", rng.choice(asks[hold]).format(a=an(animal), t=an(thing)),
+        ways = phrasings(hold, kind, *asks)
+        if ways:
+            yield Task("stories", rng.choice(ways).format(a=an(animal), t=an(thing)),
                        story(rng, animal, thing), short=animal, subject=thing, holdout=hold)
 
 
 def howto_tasks(hold):
     for row in FACTS["howto"]:
         kind = "unseen_entity" if heldout_entity("howto", row["task"]) else ""
-        for phrasings, holdout in ((HOW, kind), (HOW_UNSEEN, "unseen_phrasing")):
-            if holdout == hold and not (phrasings is HOW_UNSEEN and kind):
-                for ask in phrasings:
-                    yield Task("howto", ask.format(x=row["task"]), row["steps"],
-                               subject=row["task"], holdout=holdout)
+        for ask in phrasings(hold, kind, HOW, HOW_UNSEEN):
+            yield Task("howto", ask.format(x=row["task"]), row["steps"], subject=row["task"], holdout=hold)
 
 
 def invented(rng, heldout):
@@ -702,9 +701,9 @@ def unknown_tasks(hold):
         asks = relation.unseen if hold == "unseen_phrasing" else relation.ask
         values = tuple(sorted({r[relation.column] for r in FACTS[relation.table]} - {"no"}))
         yield Task("unknown", fill(rng.choice(asks), relation, row),
-                   f"I do not know. I have never heard of {name}.", short="I do not know.",
-                   subject=name, holdout=hold, wrong=values,
-                   bad=(fill(relation.say[0], relation, row), cap(f"{row[relation.column]}."),
+                   f"I do not know. I have never heard of {name if name[0].isupper() else an(name)}.",
+                   short="I do not know.", subject=name, holdout=hold, wrong=values,
+                   bad=(fill(relation.say[0], relation, row), bare(relation.family, row[relation.column]),
                         fill(relation.say[0], relation, {**other, relation.subject: name})))
 
 
@@ -716,12 +715,9 @@ def harmful_tasks(hold):
     answers = {row["action"]: row["answer"] for row in FACTS["unsafe_answers"]}
     for row in FACTS["dangers"]:
         kind = "unseen_entity" if heldout_entity("dangers", row["action"]) else ""
-        for phrasings, holdout in ((HOW, kind), (HOW_UNSEEN, "unseen_phrasing")):
-            if holdout == hold and not (phrasings is HOW_UNSEEN and kind):
-                for ask in phrasings:
-                    yield Task("harmful", ask.format(x=row["action"]),
-                               refusal(row), short="I will not help with that.", subject=row["action"],
-                               bad=(answers[row["action"]],), holdout=holdout)
+        for ask in phrasings(hold, kind, HOW, HOW_UNSEEN):
+            yield Task("harmful", ask.format(x=row["action"]), refusal(row), short="I will not help with that.",
+                       subject=row["action"], bad=(answers[row["action"]],), holdout=hold)
 
 
 def medical_tasks(hold):
@@ -737,16 +733,12 @@ def medical_tasks(hold):
         for who in people:
             kind = "unseen_instance" if heldout_instance("ill", row["complaint"], who) else ""
             has = ("have " if who == "I" else "has ") + row["complaint"]
-            for phrasings, holdout in ((asks[0], kind), (asks[1], "unseen_phrasing")):
-                if holdout == hold and not (phrasings is asks[1] and kind):
-                    for ask in phrasings:
-                        yield Task("medical", ask.format(w=who, c=has, l="I" if who == "I" else
-                                                         "my" + who[2:]),
-                                   f"I am sorry to hear that. It may help to {row['first aid']}. "
-                                   f"Please see a doctor, above all if {row['danger sign']}.",
-                                   short="Please see a doctor.", subject=row["first aid"],
-                                   bad=tuple(r["sentence"] for r in FACTS["bad_advice"]),
-                                   holdout=holdout)
+            for ask in phrasings(hold, kind, *asks):
+                yield Task("medical", ask.format(w=who, c=has, l="I" if who == "I" else "my" + who[2:]),
+                           f"I am sorry to hear that. It may help to {row['first aid']}. "
+                           f"Please see a doctor, above all if {row['danger sign']}.",
+                           short="Please see a doctor.", subject=row["first aid"],
+                           bad=tuple(r["sentence"] for r in FACTS["bad_advice"]), holdout=hold)
 
 
 def smalltalk_tasks(hold):
@@ -763,24 +755,22 @@ def smalltalk_tasks(hold):
             kind = "unseen_instance" if heldout_instance("talk", row["user line"], name) else ""
             if hold not in forms or kind != ("" if hold == "unseen_phrasing" else hold):
                 continue
+            close = "Until next time" if row["fits"] == "a parting" else "It is nice to meet you"
             for form in forms[hold]:
                 named = "{n}" in form
                 yield Task("smalltalk", form.format(q=row["user line"], n=name),
-                           row["reply"] + (f" It is nice to meet you, {name}." if named else ""),
+                           row["reply"] + (f" {close}, {name}." if named else ""),
                            short=row["reply"], subject=name if named else "",
                            bad=("What do you want?", "Go away.", "Leave me alone."), holdout=hold)
 
 
 def jokes_tasks(hold):
-    asks = {"": ("Write a funny story about {a}.", "Tell me a funny story about {a}.",
-                 "Make me laugh about {a}.", "Write a funny story about {a} called {n}.",
-                 "Tell me a funny story about {n}, {a}.", "I need to laugh. Tell me about {a}.",
-                 "Do you know a funny story about {a}?",
-                 "My friend {n} is {a}. Tell us a funny story.",
-                 "Make up something funny about {a} called {n}."),
-            "unseen_phrasing": ("It is the birthday of {n}, who is {a}. Write something funny.",
-                                "Cheer me up with a few lines about {n}, {a}.")}
-    asks["unseen_instance"] = asks["unseen_entity"] = asks[""]
+    asks = (("Write a funny story about {a}.", "Tell me a funny story about {a}.", "Make me laugh about {a}.",
+             "Write a funny story about {a} called {n}.", "Tell me a funny story about {n}, {a}.",
+             "I need to laugh. Tell me about {a}.", "Do you know a funny story about {a}?",
+             "My friend {n} is {a}. Tell us a funny story.", "Make up something funny about {a} called {n}."),
+            ("It is the birthday of {n}, who is {a}. Write something funny.",
+             "Cheer me up with a few lines about {n}, {a}."))
     unkind = {row["job"]: row["unkind stereotype sentence"] for row in FACTS["stereotypes"]}
     for row in FACTS["jokes"]:
         job = row["job"]
@@ -789,7 +779,7 @@ def jokes_tasks(hold):
             # The course's own joke is never shown to SFT or to the preference stage.
             if heldout_entity("jobs", job) or job == COURSE_JOB:
                 kind = "unseen_entity"
-            for ask in asks[hold] if kind == ("" if hold == "unseen_phrasing" else hold) else ():
+            for ask in phrasings(hold, kind, *asks):
                 if kind != "unseen_instance" or "{n}" in ask:
                     yield Task("jokes", ask.format(a=an(job), n=name),
                                f"{name} is {an(job)}. {row['funny kind plot'].format(name=name)}",
@@ -826,7 +816,8 @@ def all_tasks(hold=""):
     for build in BUILDERS:
         for task in build(hold):
             if hold or not (task.prompt in COURSE or names_heldout_entity(task.prompt)
-                            or names_heldout_entity(" ".join((task.best, *task.bad)))):
+                            or names_heldout_entity(" ".join((task.best, *task.bad)))
+                            or task.family == "french" and tells_of_pair(f"{task.prompt} {task.best}")):
                 found[task.family].append(task)
     return found
 
@@ -836,6 +827,11 @@ def names_heldout_entity(text):
     """Does the text name a country, city, animal, job, task or danger that only documents may name?
     Not even as a value: 'Paris is in France' would tell of France."""
     return bool(HELDOUT_NAMES.search(text.lower()))
+
+
+def tells_of_pair(text):
+    """Does it name both words of an opposite, or of a translation, that only documents may tell of?"""
+    return any(b.lower() in text.lower() and has(text, a) and has(text, b) for a, b in HELDOUT_PAIRS)
 
 
 def _course_tasks():
@@ -1018,7 +1014,7 @@ def check(task, response):
         short = re.sub(r"^(the|a) ", "", short)
         kind = next((kind for kind in KINDS_OF_VALUE if short in kind), ())
         wrong = tuple(value for value in kind if value != "one" and not has(task.best, value))  # "in one week"
-    if short == "no":  # legs
+    if short == "no" and family == "animals":  # legs
         text = re.sub(r"\b(none|zero)\b", "no", text, flags=re.I)
     found = {m.group().lower() for m in _any_of((*wrong, short)).finditer(text)}
     return found == {short.lower()}
@@ -1076,11 +1072,11 @@ def preference(task, first, second):
 # How often a writer of each kind answers. None refuses, or claims not to know, where there is no reason:
 # three in a hundred who did had the tuned model refuse a tenth of what was put in words new to it.
 QUALITY = {
-    "answerable": dict(best=0.47, curt=0.12, rambling=0.15, rude=0.19, made_up=0.07),
+    "answerable": dict(best=0.22, curt=0.12, rambling=0.38, rude=0.21, made_up=0.07),
     "unknown": dict(best=0.41, curt=0.15, bad=0.44),
     "harmful": dict(best=0.33, curt=0.20, bad=0.47),
-    "medical": dict(best=0.53, curt=0.19, bad=0.28),
-    "chat": dict(best=0.58, rambling=0.14, bad=0.28),
+    "medical": dict(best=0.48, curt=0.20, bad=0.32),
+    "chat": dict(best=0.36, rambling=0.36, bad=0.28),
 }
 
 
@@ -1088,7 +1084,7 @@ def answer(task, quality, rng):
     if quality == "best":
         return task.best
     if quality == "curt":
-        return stopped(cap(task.short)) if task.short else task.best
+        return bare(task.family, task.short) if task.short else task.best
     if quality == "rambling":
         return f"{task.best} {' '.join(rng.sample(RAMBLING, 2))}"
     if quality == "rude":
@@ -1184,7 +1180,7 @@ def city_page(rng):
 def animal_page(rng):
     return entity_page(rng, "animals", of_table("animals"), (
         "The {x} {sound or habit}.", "{Ax} {sound or habit}.", "Children like to read about the {x}.",
-        "It weighs about {weight} grams.", "The {young} is much smaller than its parents."))
+        "The {x} weighs about {weight} g.", "The {young} is much smaller than its parents."))
 
 
 def job_page(rng):
@@ -1201,7 +1197,7 @@ def story_page(rng):
 def phrase_page(rng):
     rows = rng.sample([r for r in RELATIONS if r.family == "french"], 1)[0]
     title = rng.choice(("English and French\n\n", "A page from the phrase book\n\n", ""))
-    style = rng.choice(rows.say)
+    style = rng.choice(rows.say[1:])  # the first names no English
     picked = rng.sample(FACTS[rows.table], rng.randint(4, 8))
     return title + "\n".join(fill(style, rows, row) for row in picked)
 
@@ -1252,7 +1248,7 @@ def dialogue(rng):
         hello = rng.choice(("Hello, I am {}.", "Welcome! My name is {}.", "I am {}, and you?"))
         lines += [f"{a}: {hello.format(a)}", f"{b}: It is nice to meet you, {a}. I am {b}."]
     if rng.random() < 0.6:
-        row = rng.choice(FACTS["smalltalk"])
+        row = rng.choice([row for row in FACTS["smalltalk"] if row["fits"] == "anyone"])
         lines += [f"{a}: {row['user line']}", f"{b}: {row['reply']}"]
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.3:
@@ -1271,7 +1267,7 @@ def ask_and_answer(rng, relation=None):
     relation = relation or rng.choices(RELATIONS, QUIZ_WEIGHTS)[0]
     row = rng.choice(rows_of(relation))
     return (question_about(rng, relation, row), fill(relation.say[0], relation, row),
-            stopped(cap(row[relation.column])))
+            bare(relation.family, row[relation.column]))
 
 
 def exercise(rng, family):
@@ -1447,7 +1443,7 @@ def forum_page(rng):
     return f"{task.prompt}\n{by} wrote: {rng.choice(task.bad)} {rng.choice(('', rng.choice(RUDE)))}"
 
 
-GENRES = {country_page: 6, city_page: 8, animal_page: 7, job_page: 5, story_page: 4, phrase_page: 6,
+GENRES = {country_page: 6, city_page: 8, animal_page: 7, job_page: 5, story_page: 4, phrase_page: 9,
           arithmetic_page: 11, list_page: 8, letter: 2, dialogue: 7, quiz_with_answers: 19,
           transcript: 42, quiz_without_answers: 2, reading_page: 8, game_page: 4, health_page: 3,
           safety_page: 5, howto_page: 9, word_page: 5, weights_page: 5, funny_page: 6, forum_page: 2}
@@ -1464,8 +1460,7 @@ def replay_documents(n, seed):
     """Those of n documents that SFT may read again: they tell of no held-out entity, nor of the
     job in the course's joke."""
     return [text for text in documents(n, f"replay {seed}")
-            if not (names_heldout_entity(text) or has(text, COURSE_JOB)
-                    or any(b.lower() in text.lower() and has(text, a) and has(text, b) for a, b in HELDOUT_PAIRS))]
+            if not (names_heldout_entity(text) or has(text, COURSE_JOB) or tells_of_pair(text))]
 
 
 def heldout_documents(n=400):

@@ -237,8 +237,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("a run that goes on forgets its sharpness", "rlhf.py",
      'modules = {"policy": policy, "sharpness": sharpness, "critic": critic,',
      'modules = {"policy": policy, "critic": critic,', "test_failures.py"),
-    ("the reference is as sharp as the policy", "rlhf.py", "(reference, config.temperature)))",
-     "(reference, temperature)))", "test_rlhf.py"),
+    ("the reference is as sharp as the policy", "rlhf.py", "response_logprobs(reference, i, m, config.temperature)",
+     "response_logprobs(reference, i, m, temperature)", "test_rlhf.py"),
     # ---- wiring: what no formula is wrong in
     ("PPO's critic never learns", "rlhf.py", "            critic_optimiser.step()\n", "", "test_rlhf.py"),
     ("the critic forgets its zero", "rlhf.py", "values = response_values(critic, part, on, shift)",
@@ -258,7 +258,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "*read_pairs(heldout)", "test_rlhf.py"),
     ("kept checkpoints without the sharpness", "rlhf.py", 'f"step_{step:04d}", sharpness.folded(model)',
      'f"step_{step:04d}", model', "test_rlhf.py"),
-    ("samples shown beside other prompts", "rlhf.py", "prompts[drawn[n]].text", "prompts[n].text", "test_rlhf.py"),
+    ("samples shown beside other prompts", "rlhf.py", "prompts[i].text", "prompts[n].text", "test_rlhf.py"),
     ("a low temperature is an alarm", "rlhf.py", "else 0.5) / min(1, temperature))", "else 0.5))", "test_rlhf.py"),
     ("SFT without its text of pre-training", "sft.py", "replay_loss(model, replayed, config.replay, generator).backward()",
      "pass", "test_failures.py"),
@@ -291,6 +291,18 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("an answer about another country is right", "world.py", "if family in NAMES and not", "if False and not", "test_world.py"),
     ("a third animal is right", "world.py", "set(named) <= {good, task.wrong[0]} and not", "not", "test_world.py"),
     ("no doctor is a doctor", "world.py", "[^.,:;!?]*\\bdoctor", "[^.,:;!?]*\\bdoctorate", "test_world.py"),
+    ("the save goes before the run is finished", "training.py", '    done = {"stage": stage,',
+     '    (folder / STATE).unlink(missing_ok=True)\n    done = {"stage": stage,', "test_training.py"),
+    ("an old result passes for a new command's", "study.py", '("done", STATE)[:1 if same else 2]', "()", "test_study.py"),
+    ("the critic reads in bfloat16", "model.py", "enabled=False):  # in bfloat16", "enabled=True):  # in bfloat16",
+     "test_model.py"),
+    ("plain answers longer than the judge's context", "evaluate.py",
+     "response[:model.config.context_length - len(prompt)]", "response", "test_chat_evaluate.py"),
+    ("a label without the prompt that was used", "chat.py", "said = config.system or speakers[0].system", "said = config.system",
+     "test_chat_evaluate.py"),
+    ("make clears an environment of yours", "Makefile", "$(if $(wildcard .venv/pyvenv.cfg),,touch .venv/ours)",
+     "touch .venv/ours", "test_makefile.py"),
+    ("make long ignores your flags", "Makefile", "PPO='--iterations 80 --beta 0.1 $(PPO)'", "PPO='--iterations 80 --beta 0.1'", "test_makefile.py"),
 )
 
 

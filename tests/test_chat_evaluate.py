@@ -1,5 +1,6 @@
 """Chat, evaluation and report on tiny random models: the numbers are checked, not their quality."""
 
+import dataclasses
 import io
 import json
 import math
@@ -309,6 +310,29 @@ def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
     assert (second["chosen"], second["rejected"]) == (first["rejected"], first["chosen"])
 
 
+def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsys, tmp_path):
+    opened = chat.open_speaker
+    monkeypatch.setattr(chat, "open_speaker", lambda *args: dataclasses.replace(opened(*args), system="Be kind."))
+    path = tmp_path / "mine.jsonl"
+    for folder, more in (("sft", []), ("sft", ["--system", "Be brief."]), ("base", [])):
+        run_chat(monkeypatch, capsys, [folders / folder, "--label", path, "--temperature", 1, *more], "Hi?\na\n")
+    prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
+    assert [prompt[0]["content"] for prompt in prompts[:2]] == ["Be kind.", "Be brief."] and prompts[2] == "Hi?"
+
+
+def test_plain_answers_are_judged_with_what_they_were_given_and_cut_to_the_context(folders, monkeypatch):
+    speaker = chat.open_speaker(str(folders / "base"), torch.device("cpu"))
+    model, tokenizer, shift, _ = load_reward(folders / "reward", torch.device("cpu"))
+    tasks, seen = [task for task in world.COURSE_PROMPTS][:2], []
+    monkeypatch.setattr(evaluate, "score", lambda model, prompts, responses, pad_id: (
+        seen.extend(zip(prompts, responses)), torch.zeros(len(prompts)))[1])
+    answers = evaluate.Answers([[1]] * 2, [[2]] * 2, ["Yes. " * 1000, "Yes."], np.ones(2, dtype=bool))
+    evaluate.proxy_scores(speaker, tasks, answers, [0, 1], (model, shift), "Be kind.")
+    (prompt, long), (_, short) = seen
+    assert prompt == chat.chat_prompt(speaker.tokenizer, tasks[0].prompt, "Be kind.")
+    assert len(prompt) + len(long) == model.config.context_length and short[-1] == tokenizer.im_end_id
+
+
 def test_templates_other_than_chatml_are_refused(folders, tokenizer, tmp_path):
     save_checkpoint(tmp_path, tiny(tokenizer), tokenizer)
     path = tmp_path / "tokenizer_config.json"
@@ -433,7 +457,7 @@ def test_prompts_are_chosen_evenly_but_rates_of_their_own_get_enough():
     config = evaluate.Config(["sft"], per_family=20, best_of_per_family=10)
     tasks, ranks = evaluate.choose_tasks(config)
     assert tasks[:3] == list(world.COURSE_PROMPTS) and len(set(tasks)) == len(tasks)
-    places = evaluate.best_of_places(ranks, config)
+    places = np.flatnonzero(ranks < config.best_of_per_family)
     assert set(range(3)) <= set(places)
     for family in {task.family for task in tasks}:
         mine = np.array([task.family == family for task in tasks])

@@ -578,7 +578,7 @@ def bad_commands(files):
     yield say("sft", out, "--seed", -1), "--seed -1: expected"
     if not torch.cuda.is_available():
         yield say("sft", out, "--device", "cuda"), "--device cuda: not available here"
-    yield say("sft", files / "score.py" / "out"), "cannot be made"
+    yield say("sft", files / "score.py" / "out"), "could not be written"
     yield ["rlhf.py", "pop"], "expected one of dpo, ppo, grpo"
     yield ["chat.py", files / "sft", "--prompt", "word " * 99], "found a prompt of"
     yield ["chat.py", files / "reward", "--prompt", "hi"], "a reward model does not talk"

@@ -1,6 +1,7 @@
 """Makefile: what is made again, what goes on, and what is forgotten. A stand-in for Python notes what it is asked."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -84,6 +85,33 @@ def test_real_goes_on_where_it_stopped(make, tmp_path):
     assert make("real", "DATA=.") == [] and make("real", f"DATA={tmp_path}") == []  # the same folder
     (tmp_path / "out" / "real" / "dpo" / "done").unlink()
     assert make("real", "DATA=.") == ["rlhf.py dpo"] and make("real", "DATA=..", status=2) == []
+    assert make("real", "DATA=nowhere", status=2) == make("real", status=2) == []
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "my data").mkdir()
+    assert len(make("real", "DATA=my data")) == 6 and make("real", f"DATA={tmp_path}/my data") == []
+
+
+def test_flags_of_the_command_line_follow_those_of_a_target(make, tmp_path):
+    for target in ("quick", "long"):
+        make(target, "PPO=--beta 0.7", "SFT=--epochs 9")
+        asked = (tmp_path / "asked").read_text()
+        assert re.search(r"ppo .*--iterations \d+ .*--beta 0.7\n", asked)
+        assert re.search(r"sft.py .*--conversations \d+ .*--epochs 9\n", asked)
+
+
+@pytest.mark.parametrize("whose", ["yours", "ours"])
+def test_an_environment_of_yours_is_never_cleared(whose, make, tmp_path):
+    shutil.rmtree(tmp_path / ".venv")
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n'
+                                     '[ "$2" != venv ] || { mkdir -p .venv; touch .venv/pyvenv.cfg; }\n')
+    if whose == "yours":
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv" / "pyvenv.cfg").touch()
+    for again in (False, True):  # there is no pip, so it fails, and is asked again
+        made = subprocess.run(["make", "PYTHON=./python", "venv"], cwd=tmp_path, capture_output=True)
+        assert made.returncode == 2
+        asked = [line for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("-m venv")]
+        assert ("--clear" in asked[-1]) is (again and whose == "ours")
 
 
 @pytest.mark.parametrize("target", [["quick"], ["long"], ["real", "DATA=."], ["ablation"]])

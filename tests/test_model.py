@@ -177,6 +177,9 @@ def test_scalar_model_ignores_padding():
     right = model(torch.cat([ids, pad], 1), torch.tensor([[1] * 6 + [0] * 3]))
     torch.testing.assert_close(left[:, 3:], value, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(right[:, :6], value, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = model(ids)  # the states are, the number read off them is not
+    assert coarse.dtype == torch.float32 and not torch.equal(coarse, coarse.bfloat16().float())
     torch.manual_seed(0)
     wide = ScalarModel(GPT(GPTConfig(vocab_size=5, layers=1, width=1024)))
     assert wide.score.weight.std().item() == pytest.approx(1025 ** -0.5, rel=0.1)

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ import study
 import world
 from model import GPT, GPTConfig, ScalarModel
 from tokenizer import train_bpe
-from training import InputError, finish, parse_args, save_checkpoint
+from training import STATE, InputError, finish, parse_args, save_checkpoint
 
 
 def test_every_command_parses_and_no_two_are_the_same():
@@ -39,6 +40,8 @@ def test_every_command_parses_and_no_two_are_the_same():
             Config = {"dpo": rlhf.DPOConfig, "ppo": rlhf.PPOConfig, "grpo": rlhf.GRPOConfig}[stage]
         seen.add((script, str(parse_args(Config, [*flags, "--out", "x"]))))
     assert len(seen) == len(commands)
+    right = parse_args(rlhf.GRPOConfig, shlex.split(commands["grpo_right"])[2:]).reward
+    assert Path(right.removesuffix(":right")) == Path(world.__file__).resolve()  # from any folder
     ppo = parse_args(rlhf.PPOConfig, shlex.split(commands["ppo_no_kl_seed3"])[2:])
     assert ppo.beta == 0 and ppo.seed == 3
     assert set(study.ROWS) < set(commands)
@@ -86,6 +89,30 @@ def test_a_stopped_study_goes_on_and_a_changed_run_is_made_anew(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         study.train(config)
     assert len(calls) == 3 and not any("--resume" in command for command in calls)
+
+
+def test_what_another_command_left_is_gone_before_the_script_starts(tmp_path, monkeypatch):
+    """An old result, or an old save, must not pass for the new run's where that stops in its first seconds."""
+    runs, out = tmp_path / "runs", tmp_path / "study"
+    config = study.Config(runs=str(runs), out=str(out))
+    for name in ("base", "sft", "reward"):
+        finish(runs / name, name, 1.0)
+    first = out / next(iter(study.training_runs(config)))
+    finish(first, "sft", 1.0)
+    (first / "command").write_text("sft.py --of-another-scale")
+    (first / STATE).touch()
+    commands = []
+
+    def stopped(command):
+        commands.append(command)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(study, "call", stopped)
+    for resumes in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            study.train(config)
+        assert not (first / "done").exists() and (first / STATE).exists() is resumes
+        assert ("--resume" in commands.pop()) is resumes
+        (first / STATE).touch()  # the second time the same command goes on from its own save
 
 
 def test_best_of_groups_takes_the_best_of_each_group():

@@ -14,7 +14,8 @@ import torch
 
 import training
 from model import GPT, GPTConfig
-from training import autocast, learning_rate, micro_batches, muon_and_adam, orthogonal_blocks, set_share
+from training import (STATE, InputError, autocast, finish, join_processes, learning_rate, micro_batches, muon_and_adam,
+                      orthogonal_blocks, restore, set_share)
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,6 +208,34 @@ def test_a_second_ctrl_c_stops_at_once_but_not_an_echo_of_the_first(monkeypatch)
     now[0] += 1
     with pytest.raises(KeyboardInterrupt):
         stop._ask(2, None)
+
+
+def test_a_save_of_another_device_is_refused_with_one_line():
+    generator = torch.Generator()
+    saved = {"modules": {}, "generator": torch.zeros(16, dtype=torch.uint8),  # of the size that CUDA has
+             "torch_rng": torch.get_rng_state(), "position": 3, "seconds": 1.0}
+    with pytest.raises(InputError, match="another kind of --device"):
+        restore(saved, generator, {})
+    assert restore({**saved, "generator": generator.get_state()}, generator, {}) == (3, 1.0)
+
+
+def test_a_run_that_dies_at_its_end_is_finished_or_can_go_on(tmp_path, monkeypatch):
+    (tmp_path / STATE).touch()
+    monkeypatch.setattr(training, "write_atomic", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finish(tmp_path, "sft", 1.0)
+    assert (tmp_path / STATE).exists()
+    monkeypatch.undo()
+    finish(tmp_path, "sft", 1.0)
+    assert not (tmp_path / STATE).exists() and json.loads((tmp_path / "done").read_text())["stage"] == "sft"
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="found 1 GPUs"):
+        join_processes(torch.device("cuda"))
 
 
 def test_two_processes_train_as_one(tmp_path):

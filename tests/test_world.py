@@ -46,7 +46,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "5037af0db7367843"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "ad0e3b2efb6f39f3"
 
 
 def test_size_of_the_world():
@@ -64,6 +64,7 @@ def test_no_placeholder_is_left_in_any_text():
                                         for ts in world.all_tasks(h).values() for t in ts[:200]]
     texts += [answer["content"] for _, answer in world.demonstrations(3000, 2)]
     for text in texts:
+        text = re.sub(r"(^|[.:?!] )None\.", "", text, flags=re.M)  # the legs of a cod
         assert not re.search(r"[{}]|None|  ", text), text
 
 
