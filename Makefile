@@ -42,9 +42,13 @@ venv: .venv/installed
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(if $(wildcard $@),,$(if $(wildcard .venv/ours),--clear)) .venv # what failed may be of another Python
-	$(if $(wildcard .venv/pyvenv.cfg),,touch .venv/ours)
+	$(if $(wildcard .venv/ours),touch .venv/ours,$(if $(wildcard .venv/pyvenv.cfg),,touch .venv/ours))
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+
+# For what stands between single quotes.
+quoted = $(subst ','\'',$(1))
+also = $(call quoted,$($(1)))
 
 # The settings of a stage, in a file that changes only when they do: other settings, another run.
 SETTINGS_base = $(PRETRAIN)
@@ -56,8 +60,8 @@ SETTINGS_ppo = $(PPO)
 SETTINGS_report = $(EVALUATE)
 $(OUT)/%/settings: FORCE
 	@mkdir -p $(@D)
-	@echo '$(subst ','\'',$(SETTINGS_$*))' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; \
-		echo '$(subst ','\'',$(SETTINGS_$*))' > $@; }
+	@echo '$(call quoted,$(SETTINGS_$*))' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; \
+		echo '$(call quoted,$(SETTINGS_$*))' > $@; }
 
 # A stage goes on from its last save only where nothing that it is made from is younger than that.
 FORGET = @for f in $^; do [ ! "$$f" -nt $(@D)/training_state.pt ] || rm -f $(@D)/training_state.pt; done
@@ -92,17 +96,17 @@ $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py 
 
 quick:
 	$(MAKE) OUT=out/quick \
-		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192 $(PRETRAIN)' \
-		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 $(SFT)' \
-		PAIRS='--pairs 300 --holdout 100 $(PAIRS)' REWARD='--warmup 2 $(REWARD)' DPO='--warmup 2 $(DPO)' \
-		PPO='--iterations 3 --episodes 32 --eval-prompts 32 $(PPO)' \
-		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3 $(EVALUATE)'
+		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192 $(call also,PRETRAIN)' \
+		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 $(call also,SFT)' \
+		PAIRS='--pairs 300 --holdout 100 $(call also,PAIRS)' REWARD='--warmup 2 $(call also,REWARD)' \
+		DPO='--warmup 2 $(call also,DPO)' \
+		PPO='--iterations 3 --episodes 32 --eval-prompts 32 $(call also,PPO)' \
+		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3 $(call also,EVALUATE)'
 
-# PPO has a β of its own, the better of two by held-out prompts that are not reported.
 long:
 	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
-		--kv-heads 6 --ffn-width 576 $(PRETRAIN)' SFT='--conversations 18000 $(SFT)' PAIRS='--pairs 20000 $(PAIRS)' \
-		PPO='--iterations 80 --beta 0.1 $(PPO)'
+		--kv-heads 6 --ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 $(call also,SFT)' \
+		PAIRS='--pairs 20000 $(call also,PAIRS)' PPO='--iterations 80 $(call also,PPO)'
 
 # What pre-training is worth: the same demonstrations from random weights, at the rates of
 # pre-training, since the low ones of SFT would not even teach the format.
@@ -113,8 +117,8 @@ $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
 		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SFT)
 
-# Goes on where it stopped: study.py looks at what is done. Of a larger model (make OUT=out/long would first train
-# the small one into it): python study.py --runs out/long --out out/long/study
+# Goes on where it stopped: study.py looks at what is done. Of a larger model (`make study OUT=out/long`
+# would first train the small one into it): python study.py --runs out/long --out out/long/study
 study: all
 	$(PY) study.py --runs $(OUT) --out $(OUT)/study $(STUDY)
 

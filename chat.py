@@ -39,7 +39,7 @@ import torch
 import world
 from model import GPT, generate, stream
 from reward import score
-from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat
+from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat, same_tokens
 from training import (InputError, check_range, flag, load_checkpoint, load_reward, parse_args,
                       pick_device, run, writing)
 
@@ -178,11 +178,6 @@ def read_json(path):
 def special(tokenizer, name):
     """[its id], or [] where the vocabulary has no such token."""
     return [tokenizer.specials[name]] if name in tokenizer.specials else []
-
-
-def same_tokens(a, b):
-    """Whether ids of one tokenizer mean the same in the other."""
-    return a.vocab_size == b.vocab_size and a.merges == b.merges
 
 
 def can_judge(reward, tokenizer, speaker):
@@ -401,8 +396,8 @@ def label(speakers, config, sampling, reward):
         choice = next((letter for letter in letters if letter in "abs"), "s")
         if choice == "s":
             continue
-        said = config.system or speakers[0].system  # as Speaker.prompt has it
-        system = [{"role": "system", "content": said}] if said and not speakers[0].raw else []
+        said = config.system or speakers[0].system  # as Speaker.prompt has it; a raw model has none of its own
+        system = [{"role": "system", "content": said}] if said else []
         prompt = [*system, {"role": "user", "content": question}] if system else question
         chosen, rejected = pair if choice == "a" else pair[::-1]
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}

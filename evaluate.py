@@ -36,10 +36,10 @@ import torch
 import data
 import report as pictures
 import world
-from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker, same_tokens
+from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker
 from pretrain import heldout_loss
 from reward import score, score_pairs, wilson
-from tokenizer import IM_END
+from tokenizer import IM_END, same_tokens
 from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
                       write_atomic)
 
@@ -183,8 +183,11 @@ def proxy_scores(speaker, tasks, answers, chosen, reward, system=None):
     if speaker.raw:
         prompts = [chat_prompt(tokenizer, tasks[i].prompt, system) for i in chosen]
         responses = [[*tokenizer.encode(answers.texts[i]), tokenizer.im_end_id] for i in chosen]
-        responses = [response[:model.config.context_length - len(prompt)]
-                     for prompt, response in zip(prompts, responses)]
+        longest = model.config.context_length
+        if max(map(len, prompts), default=0) >= longest:
+            raise InputError(f"--reward: reads {longest} tokens, and a prompt with --system has as many; expected room "
+                             "for an answer")
+        responses = [response[:longest - len(prompt)] for prompt, response in zip(prompts, responses)]
     else:
         prompts, responses = ([part[i] for i in chosen] for part in (answers.prompts, answers.ids))
     return score(model, prompts, responses, tokenizer.pad_id).numpy() - shift

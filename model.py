@@ -269,7 +269,7 @@ class ScalarModel(nn.Module):
     def forward(self, ids, attention_mask=None):
         """ids (B, T) -> (B, T)."""
         hidden = self.gpt.hidden(ids, attention_mask)  # (B, T, C)
-        with torch.autocast(ids.device.type, enabled=False):  # in bfloat16, 4.01 and 4.02 are the same number
+        with torch.autocast(ids.device.type, enabled=False):  # in bfloat16, 4.00 and 4.01 are the same number
             return self.score(hidden.float()).squeeze(-1)
 
 

@@ -94,7 +94,7 @@ def wilson(successes, n, z=1.96):
 def read_last(model, ids, last, precision=contextlib.nullcontext()):
     """Rewards (B,) of rows ids (B, T), padded on the right, read at their last real tokens (B,).
 
-    The head stays in float32: in bfloat16, rewards of 4.01 and 4.02 are the same number.
+    The head stays in float32: in bfloat16, rewards of 4.00 and 4.01 are the same number.
     """
     with precision:
         hidden = model.gpt.hidden(ids)  # (B, T, C)

@@ -63,7 +63,7 @@ from lora import add_lora
 from model import ScalarModel, generate, token_logprobs
 from reward import load_pairs, score, wilson
 from sft import load_replay, replay_loss
-from tokenizer import render_chat
+from tokenizer import render_chat, same_tokens
 from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, load_reward, log, micro_batches,
                       parse_args, pick_device, progress, restore, run, save_checkpoint, save_state,
@@ -507,7 +507,7 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.05, "reward that a nat of KL from --init costs; 0 lets the score be tricked")
+    beta: float = flag(0.1, "reward that a nat of KL from --init costs; 0 lets the score be tricked")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "
@@ -566,9 +566,7 @@ def load_reward_source(spec, policy, tokenizer, device):
     path, colon, name = spec.rpartition(":")
     if not (colon and path.endswith(".py")):
         model, theirs, shift, _ = load_reward(spec, device)
-        probe = "Hello, how are you? 1 + 2 = 3"
-        if (theirs.vocab_size, theirs.encode(probe)) != (tokenizer.vocab_size,
-                                                         tokenizer.encode(probe)):
+        if not same_tokens(theirs, tokenizer):
             raise InputError(f"--reward {spec}: reads other tokens than --init; "
                              "expected a reward model trained from the same tokenizer")
         if model.config.context_length < policy.config.context_length:

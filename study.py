@@ -72,7 +72,6 @@ def training_runs(config):
     grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
     ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(36)}"
     ppo = f"{ppo_alone} --replay-data world"
-    right = shlex.quote(f"{Path(__file__).resolve().with_name('world.py')}:right")
     found = {
         # At the rates of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
@@ -80,7 +79,7 @@ def training_runs(config):
         "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rejection_file(config)))}",
         "dpo": f"{dpo} --keep-every 28",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
-        "grpo_right": f"{grpo} --reward {right} --families arithmetic rewriting "
+        "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
                       f"--group 16 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
         "ppo_no_replay": ppo_alone,
@@ -104,6 +103,7 @@ def training_runs(config):
             for name, command in found.items()}
 
 
+HERE = Path(__file__).resolve().parent
 SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 
 
@@ -126,19 +126,20 @@ def train(config):
         print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
         same = known == command and fresh(config, asked, *code)  # then --resume, else afresh
         folder.mkdir(parents=True, exist_ok=True)
-        for old in ("done", STATE)[:1 if same else 2]:  # of another command, until the script itself removes them
+        # An old result, or another command's save, must not pass for this run's where it stops in its first seconds.
+        for old in ("done", STATE)[:1 if same else 2]:
             (folder / old).unlink(missing_ok=True)
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
         for measured in ("report.json", "study.json", *MEASURES):
             (Path(config.out) / measured).unlink(missing_ok=True)
-        call([*shlex.split(command), "--out", str(folder), *(["--resume"] if same else [])])
+        words = [str(HERE / "world.py:right") if word == "world.py:right" else word for word in shlex.split(command)]
+        call([*words, "--out", str(folder), *(["--resume"] if same else [])])
 
 
 def call(command):
     """A script of this folder, with this Python. Its failure, or Ctrl-C, ends the study."""
-    here = Path(__file__).resolve().parent
     script, *rest = command
-    child, stopped = subprocess.Popen([sys.executable, str(here / script), *rest]), 0
+    child, stopped = subprocess.Popen([sys.executable, str(HERE / script), *rest]), 0
     while child.poll() is None:
         try:
             child.wait()
@@ -169,8 +170,12 @@ def sized(config, name, n):
     return Path(config.out) / f"{name}_{n}_seed{config.seed}.jsonl"
 
 
+def rejection_prompts(config):
+    return max(40, round(config.scale * 2000))
+
+
 def rejection_file(config):
-    return sized(config, "rejection", max(40, round(config.scale * 2000)))
+    return sized(config, "rejection", rejection_prompts(config))
 
 
 def write_rejection(config, device, n=8):
@@ -180,7 +185,7 @@ def write_rejection(config, device, n=8):
     if fresh(config, path):
         return
     speaker, reward, shift = policy_and_reward(config, device)
-    tasks = world.training_prompts(max(40, round(config.scale * 2000)), f"rejection {config.seed}")
+    tasks = world.training_prompts(rejection_prompts(config), f"rejection {config.seed}")
     tasks.sort(key=lambda task: len(task.best))  # short answers wait for no long ones
     prompts = [chat_prompt(speaker.tokenizer, task.prompt) for task in tasks]
     best, *_ = best_of_n(speaker.model, speaker.tokenizer, (reward, shift), prompts, n, 72,
@@ -271,12 +276,11 @@ def measure_curves(config, device):
         judge, its_shift = (weak, weak_shift) if name == "ppo_hacked" else (reward, shift)
         found["runs"][name] = [sft[judge][-1]]
         for step, folder in kept(Path(config.out) / name):
-            *last, measured = point(folder, judge, its_shift, step)
+            texts, gold, proxy, measured = point(folder, judge, its_shift, step)
             found["runs"][name].append(measured)
         print(f"study: reward against KL of {name}", flush=True)
 
-    # Transcripts of the hacked policy: where its own proxy rose most while gold fell.
-    texts, gold, proxy = last
+    # Transcripts of the hacked policy, the last to be read: where its own proxy rose most while gold fell.
     before = sft[weak]
     rise = np.where(gold < before[1], proxy - before[2], -np.inf)
     found["hacked"] = [{"prompt": tasks[i].prompt, "sft": before[0][i], "sft_gold": before[1][i],
@@ -341,7 +345,7 @@ def measure_reward_model(config, device):
         margin = (chosen - rejected).numpy() * scale
         margins[json.loads((Path(folder) / "done").read_text(encoding="utf-8"))["train_pairs"]] = margin
 
-    # Both orders of every pair, so that "first" means nothing.
+    # From here on the main reward model, the last to be read. Both orders of every pair, so that "first" means nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([margin, -margin])))
     happened = np.repeat([1.0, 0.0], len(p))  # chosen first: preferred; rejected first: not
     bins = np.clip((predicted * 10).astype(int), 0, 9)

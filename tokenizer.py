@@ -307,6 +307,11 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
     return Tokenizer(PATTERN, ranks, merges, specials)
 
 
+def same_tokens(a, b):
+    """Whether ids of one tokenizer mean the same in the other."""
+    return a.vocab_size == b.vocab_size and a.merges == b.merges
+
+
 def render_chat(tokenizer, messages, generation_prompt=False):
     """The chat template (ChatML), the only one in this project -> (ids, mask), equally long.
 

@@ -98,8 +98,7 @@ def series(items):
 
 def to_you(action):
     """'lie to my doctor' -> 'lie to your doctor'"""
-    spoken = {"my": "your", "mine": "yours", "I am": "you are", "I": "you", "me": "you"}
-    return re.sub(r"\b(my|mine|I am|I|me)\b", lambda m: spoken[m[1]], action)
+    return re.sub(r"\bmy\b", "your", action)
 
 
 def inside(place):
@@ -455,7 +454,7 @@ class Task:
 
 def phrasings(hold, kind, seen, unseen):
     """The ways to ask, of two lists, in which tasks of `hold` have a subject of this `kind` of hold-out ("" for
-    none). A held-out subject is never asked for in an unseen way: a task is held out for one reason."""
+    none). A held-out subject is never asked for in an unseen way, so that a task is held out for one reason."""
     if hold == "unseen_phrasing":
         return () if kind else unseen
     return seen if hold == kind else ()
@@ -1069,8 +1068,10 @@ def preference(task, first, second):
 # ---------------------------------------------------------------------------------------------
 # Demonstrations: real ones are of mixed quality, and so are these
 
-# How often a writer of each kind answers. None refuses, or claims not to know, where there is no reason:
-# three in a hundred who did had the tuned model refuse a tenth of what was put in words new to it.
+# How often a writer of each kind answers. Good answers to questions of fact are a minority: where every second
+# was good, the tuned model at a low temperature was nearly as good as after PPO. None refuses, or claims not to
+# know, where there is no reason: three in a hundred who did had the model refuse a tenth of what was put in words
+# new to it.
 QUALITY = {
     "answerable": dict(best=0.22, curt=0.12, rambling=0.38, rude=0.21, made_up=0.07),
     "unknown": dict(best=0.41, curt=0.15, bad=0.44),
@@ -1473,10 +1474,10 @@ def heldout_documents(n=400):
 OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to another kind of prompt
 # One prompt in nineteen teaches little about when to decline and when not (how to bake bread is
 # asked like how to break in). So comparisons have more of that kind, as Anthropic's HH has a set of
-# its own for harmless answers. PPO and GRPO practise on fewer of them: a policy that is asked for
-# harm too often refuses what it does not understand.
-COMPARED = DEMONSTRATED + 3 * ("harmful", "howto") + ("unknown",)
-PRACTISED = DEMONSTRATED + 2 * ("harmful", "howto")
+# its own for harmless answers. PPO and GRPO practise on them too, in like numbers: a policy that is asked
+# for harm alone refuses what it does not understand.
+PRACTISED = DEMONSTRATED + 3 * ("harmful", "howto")
+COMPARED = PRACTISED + ("unknown",)
 
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):

@@ -93,21 +93,22 @@ def test_real_goes_on_where_it_stopped(make, tmp_path):
 
 def test_flags_of_the_command_line_follow_those_of_a_target(make, tmp_path):
     for target in ("quick", "long"):
-        make(target, "PPO=--beta 0.7", "SFT=--epochs 9")
+        make(target, "PPO=--beta 0.7", "SFT=--epochs 9", "EVALUATE=--system 'Be brief; be kind.'")
         asked = (tmp_path / "asked").read_text()
         assert re.search(r"ppo .*--iterations \d+ .*--beta 0.7\n", asked)
-        assert re.search(r"sft.py .*--conversations \d+ .*--epochs 9\n", asked)
+        assert re.search(r"sft.py .*--conversations \d+ .*--epochs 9\n", asked) and "--system Be brief; be kind.\n" in asked
 
 
 @pytest.mark.parametrize("whose", ["yours", "ours"])
 def test_an_environment_of_yours_is_never_cleared(whose, make, tmp_path):
     shutil.rmtree(tmp_path / ".venv")
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> asked\n'
+                                     'case "$*" in *--clear*) rm -rf .venv;; esac\n'
                                      '[ "$2" != venv ] || { mkdir -p .venv; touch .venv/pyvenv.cfg; }\n')
     if whose == "yours":
         (tmp_path / ".venv").mkdir()
         (tmp_path / ".venv" / "pyvenv.cfg").touch()
-    for again in (False, True):  # there is no pip, so it fails, and is asked again
+    for again in (False, True, True):  # there is no pip, so it fails, and is asked again
         made = subprocess.run(["make", "PYTHON=./python", "venv"], cwd=tmp_path, capture_output=True)
         assert made.returncode == 2
         asked = [line for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("-m venv")]

@@ -40,8 +40,6 @@ def test_every_command_parses_and_no_two_are_the_same():
             Config = {"dpo": rlhf.DPOConfig, "ppo": rlhf.PPOConfig, "grpo": rlhf.GRPOConfig}[stage]
         seen.add((script, str(parse_args(Config, [*flags, "--out", "x"]))))
     assert len(seen) == len(commands)
-    right = parse_args(rlhf.GRPOConfig, shlex.split(commands["grpo_right"])[2:]).reward
-    assert Path(right.removesuffix(":right")) == Path(world.__file__).resolve()  # from any folder
     ppo = parse_args(rlhf.PPOConfig, shlex.split(commands["ppo_no_kl_seed3"])[2:])
     assert ppo.beta == 0 and ppo.seed == 3
     assert set(study.ROWS) < set(commands)
@@ -70,6 +68,7 @@ def test_a_stopped_study_goes_on_and_a_changed_run_is_made_anew(tmp_path, monkey
     calls = [None] * 4  # go on: the fourth was begun, so it resumes
     study.train(config)
     again = calls[4:]
+    assert any(str(Path(world.__file__).resolve()) + ":right" in command for command in again)  # from any folder
     assert [command[command.index("--out") + 1] for command in again] == [f"{out}/{n}" for n in names[3:]]
     assert "--resume" in again[0] and "--resume" not in again[1]
 

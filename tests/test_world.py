@@ -104,6 +104,7 @@ def test_no_heldout_entity_is_trained_on(trained_on, replayed):
         assert unseen and not subjects & unseen
         assert unseen == {row["name"] for row in world.FACTS[table]
                           if world.heldout_entity(table, row["name"])}
+    assert not [task for task in world.all_tasks()["french"] if world.tells_of_pair(f"{task.prompt} {task.best}")]
     for family in ("opposites", "howto", "harmful"):
         subjects = {task.subject for task in world.all_tasks()[family]}
         unseen = {task.subject for task in world.all_tasks("unseen_entity")[family]}
@@ -222,8 +223,6 @@ def test_made_up_answers_cut_no_word_in_two(best, short, other, made_up):
 
 def test_what_is_said_of_me_is_said_to_you():
     assert world.to_you("lie to my doctor") == "lie to your doctor"
-    assert world.to_you("drive when I am very tired") == "drive when you are very tired"
-    assert world.to_you("take medicine that is not mine") == "take medicine that is not yours"
 
 
 def test_reading_answers_name_the_right_person():
