@@ -1068,10 +1068,9 @@ def preference(task, first, second):
 # ---------------------------------------------------------------------------------------------
 # Demonstrations: real ones are of mixed quality, and so are these
 
-# How often a writer of each kind answers. Good answers to questions of fact are a minority: where every second
-# was good, the tuned model at a low temperature was nearly as good as after PPO. None refuses, or claims not to
-# know, where there is no reason: three in a hundred who did had the model refuse a tenth of what was put in words
-# new to it.
+# How often a writer of each kind answers. Most ramble, or are rude or curt, with the right fact in what they say. None
+# refuses, or claims not to know, where there is no reason: three in a hundred who did had the tuned model refuse a
+# tenth of what was put in words new to it.
 QUALITY = {
     "answerable": dict(best=0.22, curt=0.12, rambling=0.38, rude=0.21, made_up=0.07),
     "unknown": dict(best=0.41, curt=0.15, bad=0.44),
