@@ -70,9 +70,9 @@ def quiet():
 
 
 def script(main, *flags):
-    """Call a stage's main with this command line, in this process."""
+    """Call a stage's main with this command line, in this process, on the CPU as the peers."""
     with quiet():
-        sys.argv, kept = [main.__module__, *map(str, flags)], sys.argv
+        sys.argv, kept = [main.__module__, *map(str, flags), "--device", "cpu"], sys.argv
         try:
             main()
         finally:
@@ -203,7 +203,7 @@ def shakespeare(bench):
         out = bench.work / "shakespeare"
         seconds = timed(lambda: subprocess.run(
             [sys.executable, ROOT / "pretrain.py", "--data", bench.file("tinyshakespeare.txt"), "--holdout", "0.1",
-             "--out", out, *SHAKESPEARE], capture_output=True, check=True))
+             "--device", "cpu", "--out", out, *SHAKESPEARE], capture_output=True, check=True))
         model, tokenizer = load_policy(out)
         tokens, text_bytes = pack_documents([text[int(0.9 * len(text)):]], tokenizer)
         with torch.no_grad():
