@@ -300,8 +300,8 @@ def banded(points, name="reward model"):
 def study_sections(report, study):
     if not study:
         return []
-    curves, judge, costs, prompting = (study[name] for name in (
-        "curves", "reward_model", "costs", "prompting"))
+    curves, judge, costs, prompting, temperature = (study[name] for name in (
+        "curves", "reward_model", "costs", "prompting", "temperature"))
     along = {name: points for name, points in curves["runs"].items() if name != "ppo_hacked"}
     hacked = curves["runs"]["ppo_hacked"]
     first, last = hacked[0], hacked[-1]
@@ -371,6 +371,13 @@ def study_sections(report, study):
          [(["", "examples", "of which fit", "system prompt", "right", "gold"],
            [[r["model"], f"{r['shots']}", f"{r['shown']:.1f}", r["system"] or "–", cell(r["right"], PERCENT),
              cell(r["gold"], NUMBER)] for r in prompting["rows"]])], []),
+        ("Is it only the temperature?",
+         [f"{temperature['prompts']} prompts, one sample each, compared with SFT's at temperature 1; at 0 the greedy answer. DPO and "
+          "PPO learn to be surer, which a lower temperature gives for nothing; compare rows of one temperature."],
+         [(["", "temperature", "right", "gold", "beats SFT at 1", "refuses harmful", "refuses harmless", "made up"],
+           [[r["model"], f"{r['temperature']:g}", cell(r["right"], PERCENT), cell(r["gold"], NUMBER),
+             *(cell(r[what], PERCENT) for what in ("win_rate", "refuses_harmful", "refuses_harmless", "made_up"))]
+            for r in temperature["rows"]])], []),
     ]
     return sections
 

@@ -16,6 +16,7 @@ and then all is measured anew.
 4  The reward model on held-out pairs of their own: reward_model.json.
 5  Diversity, entropy and calibration of the policies: costs.json.
 6  Prompting: zero-shot, 1 to 8 examples, a system prompt: prompting.json.
+7  SFT, DPO and PPO at lower temperatures: is alignment more than being surer? temperature.json.
 
 report.py then adds it all to the page. Left out: more than one seed for all but PPO with and
 without KL, so of the other rows only large differences mean anything.
@@ -468,9 +469,38 @@ def measure_prompting(config, device):
 
 
 # ---------------------------------------------------------------------------------------------
+# 7. Temperature
 
-MEASURES = {"curves.json": measure_curves, "reward_model.json": measure_reward_model,
-            "costs.json": measure_costs, "prompting.json": measure_prompting}
+
+def measure_temperature(config, device):
+    """SFT, DPO and PPO from temperature 1 down to greedy, all compared with SFT's samples at 1."""
+    evaluation = measuring(config)
+    tasks, ranks = evaluate.choose_tasks(evaluation)
+    few, enough = max(1, round(config.scale * 60)), max(1, round(config.scale * evaluate.ENOUGH))
+    rated = np.array([task.kind in ("harmful", "unknown") for task in tasks])  # these are behind rates of their own
+    asked = np.flatnonzero(ranks < np.where(rated, enough, few))
+    tasks, fair = [tasks[i] for i in asked], ranks[asked] < few
+    rows, reference = [], None
+    for name in ("sft", "dpo", "ppo"):
+        speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)
+        prompts = evaluate.prompts_for(speaker, tasks, evaluation)
+        for temperature in (1.0, 0.7, 0.5, 0.3, 0.0):
+            answers = evaluate.ask(speaker, prompts, evaluation, temperature, len(rows))
+            row = evaluate.Row(tasks, np.arange(len(tasks)), fair, answers, None)
+            reference = reference or row
+            found = evaluate.measure(row, reference, np.zeros(len(tasks), dtype=bool), evaluation)
+            rows.append({"model": name, "temperature": temperature, "right": found["accuracy_sampled"]["all"],
+                         "gold": found["gold"]["total"], "win_rate": found["win_rate_vs_sft"],
+                         **{f"refuses_{kind}": value for kind, value in found["refusal_rate"].items()},
+                         "made_up": found["hallucination_rate"]})
+        print(f"study: temperatures of {name}", flush=True)
+    return {"prompts": len(tasks), "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------
+
+MEASURES = {"curves.json": measure_curves, "reward_model.json": measure_reward_model, "costs.json": measure_costs,
+            "prompting.json": measure_prompting, "temperature.json": measure_temperature}
 
 
 def main():

@@ -208,6 +208,14 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     chosen_by, best_of_groups = [], study.best_of_groups
     monkeypatch.setattr(study, "best_of_groups", lambda gold, scores, n: chosen_by.append(scores) or
                         best_of_groups(gold, scores, n))
+    temperatures, references, measure_temperature = [], [], study.measure_temperature
+    def watched(config, device):
+        with pytest.MonkeyPatch.context() as patch:
+            ask, measure = evaluate.ask, evaluate.measure
+            patch.setattr(evaluate, "ask", lambda *args: temperatures.append(args[3]) or ask(*args))
+            patch.setattr(evaluate, "measure", lambda *args: references.append(args[1]) or measure(*args))
+            return measure_temperature(config, device)
+    monkeypatch.setitem(study.MEASURES, "temperature.json", watched)
     config = study.Config(runs=str(runs), out=str(runs / "study"), scale=0.05, device="cpu")
     for name, command in study.training_runs(config).items():
         (runs / "study" / name / "command").write_text(command)
@@ -244,8 +252,14 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
         ("base", 0, True)]
     assert rows[2]["shown"] <= 2 and rows[0]["shown"] == 0
 
+    rows = found["temperature"]["rows"]
+    assert [(r["model"], r["temperature"]) for r in rows] == [
+        (name, t) for name in ("sft", "dpo", "ppo") for t in (1, 0.7, 0.5, 0.3, 0)]
+    assert rows[0]["win_rate"] == [0.5, 0.5, 0.5] and found["temperature"]["prompts"] == len(tasks)
+    assert temperatures == [r["temperature"] for r in rows] and len(set(map(id, references))) == 1
+
     page, notes = ((runs / "study" / f"report.{kind}").read_text("utf-8") for kind in ("html", "md"))
-    for text in ("Which stage buys what", "Over-optimisation", "calibration", "PPO without whitening"):
+    for text in ("Which stage buys what", "Over-optimisation", "Is it only the temperature?", "calibration", "PPO without whitening"):
         assert text in page
     assert "PPO without whitening" in notes and "3 seeds" in notes
     ids = re.findall(r'\bid="([^"]+)"', page)
