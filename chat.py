@@ -280,7 +280,7 @@ def questions(prompt):
             yield line
 
 
-def family_of(folder, device, raw):
+def models_beside(folder, device, raw):
     """The language models beside `folder`, itself included, in the order in which they were made."""
     found = []
     for path in sorted(Path(folder).resolve().parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
@@ -292,8 +292,8 @@ def family_of(folder, device, raw):
 
 
 def compare(question, config, sampling, device):
-    """The question to every model of the family, each with the same seed."""
-    for speaker in family_of(config.checkpoints[0], device, config.raw):
+    """The question to the first model and all beside it, each with the same seed."""
+    for speaker in models_beside(config.checkpoints[0], device, config.raw):
         ids, _ = speaker.fit(question, examples_like(question, config), config)
         sampling["generator"].manual_seed(config.seed)
         print(f"{speaker.name}> ", end="", flush=True)
@@ -356,24 +356,29 @@ def converse(speakers, config, sampling, reward, device):
             print("(no such command; /help shows them, and /seed needs a number)")
         else:
             asked = line
-            for i, speaker in enumerate(speakers):
-                before = histories[i] or examples_like(line, config)
-                try:
-                    ids, history = speaker.fit(line, before, config)
-                except InputError as error:
-                    print(f"({error})")
-                    continue
-                if len(history) < len(before):
-                    print(f"({speaker.name}: the context is full, the oldest "
-                          f"{len(before) - len(history)} of {len(before)} turns are forgotten)")
-                if len(speakers) > 1 or sys.stdin.isatty():
-                    print(f"{speaker.name}> ", end="", flush=True)
-                if reward:
-                    text = answer(speaker, ids, config, sampling, reward)
-                    print(visible(text))
-                else:
-                    text = speak(speaker, ids, config.max_new_tokens, sampling)
-                histories[i] = [*history, (line, text.strip() if speaker.raw else text)]
+            reply(line, speakers, histories, config, sampling, reward)
+
+
+def reply(line, speakers, histories, config, sampling, reward):
+    """Every speaker's answer, which its own history remembers."""
+    for i, speaker in enumerate(speakers):
+        before = histories[i] or examples_like(line, config)
+        try:
+            ids, history = speaker.fit(line, before, config)
+        except InputError as error:
+            print(f"({error})")
+            continue
+        if len(history) < len(before):
+            print(f"({speaker.name}: the context is full, the oldest "
+                  f"{len(before) - len(history)} of {len(before)} turns are forgotten)")
+        if len(speakers) > 1 or sys.stdin.isatty():
+            print(f"{speaker.name}> ", end="", flush=True)
+        if reward:
+            text = answer(speaker, ids, config, sampling, reward)
+            print(visible(text))
+        else:
+            text = speak(speaker, ids, config.max_new_tokens, sampling)
+        histories[i] = [*history, (line, text.strip() if speaker.raw else text)]
 
 
 def label(speakers, config, sampling, reward):

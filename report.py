@@ -309,7 +309,7 @@ def study_sections(report, study):
     best = (f", was best at iteration {peak['step']} with {peak['gold'][0]:.2f}"
             if peak is not first else "")
     opening, times = curves["hacked_opening"]
-    sections = [
+    return [
         ("Which stage buys what",
          ["All rows answer the same held-out prompts. In brackets: where there are three seeds, the lowest "
           "and the highest; else 95 % intervals over prompts, which do not tell what another seed would "
@@ -379,7 +379,6 @@ def study_sections(report, study):
              *(cell(r[what], PERCENT) for what in ("win_rate", "refuses_harmful", "refuses_harmless", "made_up"))]
             for r in temperature["rows"]])], []),
     ]
-    return sections
 
 
 # ---------------------------------------------------------------------------------------------
@@ -525,7 +524,8 @@ ul { padding-left: 1.2rem; font-size: .9rem; } svg { width: 100%; height: auto; 
 
 
 def html_table(headings, rows, titles=()):
-    escape, css = html.escape, ""
+    escape = html.escape
+    css = "words" if any(len(text) > 60 for row in rows for text in row) else ""  # sentences wrap, numbers do not
     head = "".join(f'<th scope="col" title="{escape(title)}">{escape(heading)}</th>' if heading else "<td></td>"
                    for heading, title in zip(headings, [*titles, *[""] * len(headings)]))
 
@@ -535,14 +535,8 @@ def html_table(headings, rows, titles=()):
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(f"<td>{interval(text)}</td>" for text in cells) + "</tr>\n"
         for name, *cells in rows)
-    if any(len(text) > 60 for row in rows for text in row):
-        css = "words"  # sentences wrap, numbers do not
     return (f'<div class="wide" tabindex="0" role="region" aria-label="table"><table class="{css}">'
             f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>")
-
-
-def html_list(lines):
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def html_transcript(transcript):
@@ -556,25 +550,25 @@ def html_transcript(transcript):
             f"<small>{html.escape(about)}</small></h3><dl>{answers}</dl></article>")
 
 
-def five_numbers(report):
-    """-> [(number, what it says)]: what happened, for the top of the page. Those there are."""
-    rows = report["checkpoints"]
+def headlines(report):
+    """-> [(number, what it says)]: what happened, for the top of the page. Up to five, those there are."""
+    found, rows = [], report["checkpoints"]
     best = next((name for name in ("ppo", "grpo", "dpo") if name in rows), None)
 
     def change(path, unit, before, after, text):
         old, new = (dig(rows.get(name), path) for name in (before, after))
         if old and new:
             found.append((f"{cell(old[0], unit)} → {cell(new[0], unit)}", text))
-    found = []
     change(("accuracy", "all"), PERCENT, "base", "sft", "right answers: before and after instruction tuning")
-    if best and dig(rows[best], ("win_rate_vs_sft",)):
+    if not best:
+        return found
+    if dig(rows[best], ("win_rate_vs_sft",)):
         found.append((cell(rows[best]["win_rate_vs_sft"][0], PERCENT), f"of comparisons won by {best.upper()} "
                       f"against {compared_with(report)}, before the hidden judge"))
     for path, text in ((("refusal_rate", "harmful"), "harmful requests refused"),
                        (("hallucination_rate",), "made-up answers about things that do not exist"),
                        (("accuracy", "all"), "right answers: what alignment cost")):
-        if best:
-            change(path, PERCENT, "sft", best, f"{text}: SFT and {best.upper()}")
+        change(path, PERCENT, "sft", best, f"{text}: SFT and {best.upper()}")
     return found
 
 
@@ -588,7 +582,7 @@ def build_html(report, folder, study=None):
     sections = [
         "<h1>From raw text to an aligned model</h1>",
         '<div class="cards">' + "".join(f"<p><strong>{escape(number)}</strong>{escape(text)}</p>"
-                                        for number, text in five_numbers(core)) + "</div>",
+                                        for number, text in headlines(core)) + "</div>",
         html_table(*main_rows(core), titles=["", *(meanings[heading] for heading, *_ in COLUMNS)]),
         "<h2>The course’s three prompts</h2>",
         *(html_transcript(t) for t in core["transcripts"] if t["course"]),
@@ -606,7 +600,7 @@ def build_html(report, folder, study=None):
         *(f'<details name="family"><summary>{escape(family)}</summary>'
           + "".join(map(html_transcript, chosen)) + "</details>" for family, chosen in families.items()),
         "<h2>What the figures mean</h2>", html_table(*glossary_rows()),
-        "<h2>How it was measured</h2>", html_list(notes(report))]
+        "<h2>How it was measured</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in notes(report)) + "</ul>"]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>From raw text to an aligned model</title><style>{STYLE}</style></head>\n<body>"
