@@ -109,7 +109,8 @@ def test_an_environment_of_yours_is_never_cleared(whose, make, tmp_path):
         (tmp_path / ".venv").mkdir()
         (tmp_path / ".venv" / "pyvenv.cfg").touch()
     for again in (False, True, True):  # there is no pip, so it fails, and is asked again
-        made = subprocess.run(["make", "PYTHON=./python", "venv"], cwd=tmp_path, capture_output=True)
+        made = subprocess.run(["make", "PYTHON=./python", "venv"], cwd=tmp_path, capture_output=True,
+                              env={**os.environ, "MAKEFLAGS": ""})
         assert made.returncode == 2
         asked = [line for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("-m venv")]
         assert ("--clear" in asked[-1]) is (again and whose == "ours")
