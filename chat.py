@@ -60,7 +60,7 @@ class Config:
     system: str | None = flag(None, "instruction put before it all (default: the folder's, if any)")
     few_shot: int = flag(0, "solved examples of the embedded world, of the family nearest to the question, to put "
                          "before it")
-    raw: bool = flag(False, "treat the models as base models: plain text, no chat template (known of `make`'s base)")
+    raw: bool = flag(False, "treat the models as base models: plain text, no chat template (not needed for `make`'s base, whose config.json says so)")
     best_of: int = flag(1, "answers to draw, of which one is chosen by the reward model")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
     reward: str | None = flag(None, "folder of the reward model (with --best-of)")
@@ -120,7 +120,7 @@ class Speaker:
     def prompt(self, question, history=(), system=None):
         """-> ids. Raw text begins like a document of pre-training, with <|endoftext|>."""
         if not self.raw:
-            return chat_prompt(self.tokenizer, question, system or self.system, history)
+            return chat_prompt(self.tokenizer, question, self.system if system is None else system, history)
         text = (f"{system}\n\n" if system else "") + plain_prompt(question, history)
         return [*special(self.tokenizer, ENDOFTEXT), *self.tokenizer.encode(text)]
 
@@ -172,7 +172,10 @@ def open_speaker(folder, device="cpu", raw=False):
 
 
 def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def special(tokenizer, name):
@@ -295,9 +298,9 @@ def compare(question, config, sampling, device):
     """The question to the first model and all beside it, each with the same seed."""
     for speaker in models_beside(config.checkpoints[0], device, config.raw):
         ids, _ = speaker.fit(question, examples_like(question, config), config)
-        sampling["generator"].manual_seed(config.seed)
+        alike = torch.Generator(device).manual_seed(config.seed)  # the conversation's own goes on where it is
         print(f"{speaker.name}> ", end="", flush=True)
-        speak(speaker, ids, config.max_new_tokens, sampling)
+        speak(speaker, ids, config.max_new_tokens, sampling | {"generator": alike})
 
 
 def candidates(question, n, speaker, config, sampling, device):
@@ -350,7 +353,8 @@ def converse(speakers, config, sampling, reward, device):
             histories = [[] for _ in speakers]
             print("(forgotten)")
         elif command == "/seed" and value.strip().isdecimal():
-            sampling["generator"].manual_seed(int(value) % 2**63)
+            config.seed = int(value) % 2**63  # for /compare
+            sampling["generator"].manual_seed(config.seed)
             print(f"(seed {value.strip()})")
         elif command.startswith("/"):
             print("(no such command; /help shows them, and /seed needs a number)")
@@ -386,10 +390,14 @@ def label(speakers, config, sampling, reward):
     (so that the judge is blind); the choice becomes one line of a preference file."""
     coin = random.Random(config.seed)
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
-        shots = examples_like(question, config)
+        shots, two = examples_like(question, config), (speakers[0], speakers[-1])
+        try:
+            prompts = [speaker.fit(question, shots, config)[0] for speaker in two]
+        except InputError as error:
+            print(f"({error})")
+            continue
         for _ in range(8):
-            pair = [answer(speaker, speaker.fit(question, shots, config)[0], config, sampling,
-                           reward) for speaker in (speakers[0], speakers[-1])]
+            pair = [answer(speaker, ids, config, sampling, reward) for speaker, ids in zip(two, prompts)]
             if pair[0].strip() != pair[1].strip() and all(text.strip() for text in pair):
                 break
         else:
@@ -401,7 +409,7 @@ def label(speakers, config, sampling, reward):
         choice = next((letter for letter in letters if letter in "abs"), "s")
         if choice == "s":
             continue
-        said = config.system or speakers[0].system  # as Speaker.prompt has it; a raw model has none of its own
+        said = speakers[0].system if config.system is None else config.system  # as Speaker.prompt has it; a raw model has none of its own
         system = [{"role": "system", "content": said}] if said else []
         prompt = [*system, {"role": "user", "content": question}] if system else question
         chosen, rejected = pair if choice == "a" else pair[::-1]

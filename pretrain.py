@@ -43,7 +43,7 @@ from training import (InputError, StopRequest, agree, autocast, check_finite, ch
 @dataclass
 class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
-    out: str = flag("out/base", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
+    out: str = flag("out/base", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
     holdout: float = flag(0.05, "documents held out at the end: a fraction (of a few long ones, of their letters), or a "
                            "count from 1 up")
     stream: bool = flag(False, "text larger than memory (.txt): its tokens go to OUT/tokens.bin and are read from "

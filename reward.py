@@ -45,9 +45,9 @@ class Config:
     init: str = flag("out/sft", "checkpoint to start from")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/reward", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up; not used where rows have "
-                         "a p, the known chance that `chosen` is preferred: these rows are held out then")
+    out: str = flag("out/reward", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up. Where rows "
+                         "have a p, the known chance that `chosen` is preferred, these are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, the identity at first")
     epochs: int = flag(2, "passes over the pairs; more tend to learn them by heart")
@@ -133,6 +133,8 @@ def load_pairs(config, policy, tokenizer):
     data.check_holdout(config.holdout)
     if config.data == ["world"]:
         count = config.holdout * config.pairs if config.holdout < 1 else config.holdout
+        if count >= config.pairs:
+            raise InputError(f"--holdout {config.holdout:g}: expected fewer than --pairs {config.pairs}")
         rows = world.sample_pairs(policy, tokenizer, config.pairs, round(count), config.seed)
         pairs = [data.Pair([{"role": "user", "content": row["prompt"]}], row["chosen"],
                            row["rejected"], row.get("p")) for row in rows]

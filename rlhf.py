@@ -17,7 +17,11 @@ dpo     Direct preference optimisation (arXiv 2305.18290): the best policy of th
         model's loss, and train the policy on the pairs. No sampling and no reward model.
         Do not be alarmed when log π(chosen) falls: the loss asks only for the *difference* to the
         rejected answer to grow. The two share words and weights, so pushing one down drags
-        the other along, more slowly, and the probability goes to answers in neither column.
+        the other along, more slowly, and the probability goes to answers in neither column:
+        asked for harm, a model of `make long` no longer said "I will not help with that" but
+        "I will not know what you want to lift a cow". So the chosen answers' own loss, in nats
+        per token, is added (`--nll`; iterative RPO, arXiv 2404.19733, has 1, Llama 3, arXiv
+        2407.21783, has 0.2; 0 is DPO as published).
 ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155):
         sample answers, score them, make the better than expected ones likelier, again and again.
         Watch the KL and the answers, not the score alone: a score that rises for ever is being
@@ -316,13 +320,15 @@ class DPOConfig:
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/dpo", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up; not used where rows have "
-                         "a p, the known chance that `chosen` is preferred: these rows are held out then")
+    out: str = flag("out/dpo", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
+    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up. Where rows "
+                         "have a p, the known chance that `chosen` is preferred, these are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     beta: float = flag(0.25, "reward that a nat of KL from --init costs; smaller strays further (do not carry it "
                        "over to PPO or GRPO)")
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, at most 0.5")
+    nll: float = flag(0.2, "weight of the chosen answers' own loss, per token; 0 is DPO as published, whose answers can "
+                      "drift to what is in neither column")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
     replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: "
@@ -357,7 +363,7 @@ def pair_logprobs(model, pairs, pad_id, device, temperature=1.0):
 
 def dpo(argv=None):
     config = parse_args(DPOConfig, argv, __doc__, prog="rlhf.py dpo")
-    check_range(config, label_smoothing=(0, 0.5), replay=(1, 10**6))
+    check_range(config, label_smoothing=(0, 0.5), nll=(0, 1000), replay=(1, 10**6))
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
@@ -383,6 +389,7 @@ def dpo(argv=None):
         return table
 
     reference, heldout_reference = read_pairs(train), read_pairs(heldout)  # (2, N) each
+    lengths = torch.tensor([len(pair.chosen) for pair in train], device=device)  # (N,)
     if config.lora:
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
@@ -417,8 +424,9 @@ def dpo(argv=None):
                 chosen, rejected = logprobs.chunk(2)  # (B,) each
                 loss, stats = dpo_loss(chosen, rejected, *reference[:, rows], config.beta,
                                        config.label_smoothing)
-                (weight * loss).backward()
-                stats |= {"loss": loss, "logp_chosen": chosen.mean(), "logp_rejected": rejected.mean()}
+                nll = -(chosen / lengths[rows]).mean()
+                (weight * (loss + config.nll * nll)).backward()
+                stats |= {"loss": loss, "nll": nll, "logp_chosen": chosen.mean(), "logp_rejected": rejected.mean()}
                 seen = {name: seen.get(name, 0) + weight * value.item() for name, value in stats.items()}
             if replayed is not None:
                 with precision:
@@ -467,7 +475,7 @@ class RolloutConfig:
                            "prompts are taken (.json .jsonl)")
     families: list[str] | None = flag(None, "only prompts of these families (with --data world; "
                                       "`python world.py --stats` names them)")
-    out: str = flag("out/ppo", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
+    out: str = flag("out/ppo", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
     holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
     eval_prompts: int = flag(200, "held-out prompts answered before and after")
@@ -850,7 +858,7 @@ def close(config, stage, step, policy, tokenizer, before, after, prompts, second
 
 @dataclass
 class GRPOConfig(RolloutConfig):
-    out: str = flag("out/grpo", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
+    out: str = flag("out/grpo", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
     group: int = flag(8, "answers to each prompt; they are judged against each other")
     beta: float = flag(0.04, "weight of the KL from the reference in the loss, per token (k3, see `grpo_loss`)")
     standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath); "

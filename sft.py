@@ -48,7 +48,7 @@ from training import (StopRequest, autocast, check_finite, check_range, finish, 
 class Config:
     init: str = flag("out/base", "checkpoint to start from")
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
-    out: str = flag("out/sft", "folder of the checkpoint to write; a run that is there is replaced, an unfinished one not with --resume")
+    out: str = flag("out/sft", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
     holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
     conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
@@ -64,7 +64,7 @@ class Config:
     warmup: int = flag(20, "steps of linear warm-up")
     adam_eps: float = flag(1e-3, "ε of AdamW, large, so that words which no answer holds stay where they are "
                            "(usual: 1e-8)")
-    weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
+    weight_decay: float = flag(0.0, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     replay: int = flag(1, "windows of pre-training text mixed into every step, so that less of it is "
                        "forgotten (with --data world)")
@@ -105,10 +105,10 @@ def replay_loss(model, tokens, windows, generator):
 
 
 @torch.no_grad()
-def heldout_loss(model, rows, pad_id, device):
-    """Mean nats per supervised token over all rows of (ids, mask)."""
+def heldout_loss(model, rows, pad_id, device, size=64):
+    """Mean nats per supervised token over all rows of (ids, mask), of which `size` are read at a time."""
     total, count = 0.0, 0
-    for batch in data.length_batches([len(ids) for ids, _ in rows], 64):
+    for batch in data.length_batches([len(ids) for ids, _ in rows], size):
         inputs, targets = data.sft_batch([rows[i] for i in batch], pad_id)
         tokens = (targets != data.IGNORE).sum().item()
         total += answer_loss(model, inputs.to(device), targets.to(device)).item() * tokens
@@ -199,7 +199,7 @@ def main():
     bar.close()
 
     # 3. Held-out conversations.
-    nats = heldout_loss(model, heldout, tokenizer.pad_id, device)
+    nats = heldout_loss(model, heldout, tokenizer.pad_id, device, config.micro_batch or 64)
     seconds = time.perf_counter() - started
     log(config.out, step, heldout_loss=nats)
     save_checkpoint(config.out, model, tokenizer)

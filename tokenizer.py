@@ -309,7 +309,7 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
 
 def same_tokens(a, b):
     """Whether ids of one tokenizer mean the same in the other."""
-    return a.vocab_size == b.vocab_size and a.merges == b.merges
+    return a.ranks == b.ranks and a.specials == b.specials
 
 
 def render_chat(tokenizer, messages, generation_prompt=False):

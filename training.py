@@ -6,10 +6,10 @@ copies that disagree would be a silent bug. In the order a stage uses them:
     flag, parse_args, run          command line from a dataclass, errors as one clear line
     keep_freed_memory              a tenth of the time on a CPU, for the asking
     pick_device, autocast, compiled, seed_everything, join_processes
-    adamw, Muon, muon_and_adam, learning_rate      warm-up, flat, linear decay
+    adamw, Muon, muon_and_adam     their learning_rate: warm-up, flat, linear decay
     micro_batches                  a batch in parts that fit into memory
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
-    start_run, save_state, restore one file with everything a stopped run needs to go on
+    start_run, save_state, restore   one file with everything a stopped run needs to go on
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
 """
 
@@ -242,9 +242,10 @@ def compiled(function, wanted, device):
 
 
 def seed_everything(seed):
-    """Seed Python, numpy and torch; return a CPU generator for everything the stage draws itself."""
+    """Seed torch, and Python and numpy for reward functions of one's own; return a CPU generator for
+    everything the stage draws itself."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
@@ -413,7 +414,8 @@ def write_atomic(path, write):
             sync(temporary)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where not even the folder could be made
+            temporary.unlink()
 
 
 def save_checkpoint(folder, model, tokenizer, **extra):
@@ -441,7 +443,9 @@ def save_checkpoint(folder, model, tokenizer, **extra):
             made = sorted(part.iterdir(), key=lambda path: path.name == "config.json")
             for path in made:
                 sync(path)
-            (folder / "config.json").unlink(missing_ok=True)
+            # Of a model of others that lay here, what a reader would take before ours goes too.
+            for old in ("config.json", "model.safetensors.index.json", "chat_template.jinja"):
+                (folder / old).unlink(missing_ok=True)
             for path in made:
                 os.replace(path, folder / path.name)
     finally:
@@ -470,8 +474,8 @@ def load_checkpoint(folder, device="cpu"):
         model = ScalarModel(GPT(config)) if scalar else GPT(config)
         model.load_state_dict(from_hf(tensors, config))
         tokenizer = Tokenizer.load(folder)
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename}: missing; is {folder} a finished checkpoint?") from error
+    except OSError as error:  # safetensors names no file, but says what is missing
+        raise InputError(f"{error.filename or error}: missing, or not readable; is {folder} a finished checkpoint?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: not a checkpoint that can be read here ({reason})") from error
@@ -525,8 +529,9 @@ def read_by(config):
             if word == "world":
                 yield from (here / "world.py", here / "world_facts.txt")
             path = Path(re.sub(r"\.py:\w+$", ".py", word))
-            path = path / "model.safetensors" if path.is_dir() else path
-            if path.is_file():
+            if path.is_dir():
+                yield from path.glob("*.safetensors")
+            elif path.is_file():
                 yield path
 
 
@@ -564,10 +569,10 @@ def start_run(config, stage, first=True):
         return None
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in ("done", "metrics.jsonl", STATE):
-        (folder / name).unlink(missing_ok=True)
-    for kept in folder.glob("step_*/config.json"):
-        shutil.rmtree(kept.parent)
+        for name in ("done", "metrics.jsonl", STATE):
+            (folder / name).unlink(missing_ok=True)
+        for kept in folder.glob("step_*/config.json"):
+            shutil.rmtree(kept.parent)
     return None
 
 

@@ -1637,6 +1637,7 @@ def main():
         out: str = flag("out/pairs.jsonl", "pairs: file to write")
         pairs: int = flag(7500, "pairs: how many")
         holdout: int = flag(400, "pairs: how many of them, at the end, have held-out prompts")
+        max_new_tokens: int = flag(72, "pairs: longest answer, in tokens")
         device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
         seed: int = flag(1, "random seed")
 
@@ -1650,7 +1651,7 @@ def main():
     model, tokenizer = load_policy(config.init, pick_device(config.device))
     with tqdm(total=config.pairs, desc="pairs", unit="pair") as bar:
         rows = sample_pairs(model, tokenizer, config.pairs, config.holdout, config.seed,
-                            tell=lambda done: bar.update(done - bar.n))
+                            config.max_new_tokens, tell=lambda done: bar.update(done - bar.n))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(config.out, lambda path: path.write_text(text, encoding="utf-8"))
     ceiling = sum(max(r["p"], 1 - r["p"]) for r in rows if "p" in r) / max(1, sum("p" in r for r in rows))

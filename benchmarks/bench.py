@@ -306,7 +306,7 @@ def dpo(bench):
             trainer.save_model()
 
     def ours():
-        script(rlhf.dpo, "--init", bench.folder(), "--data", path, "--holdout", 100, "--batch-size", 16, "--beta", 0.1,
+        script(rlhf.dpo, "--init", bench.folder(), "--data", path, "--holdout", 100, "--batch-size", 16, "--beta", 0.1, "--nll", 0,
                "--dtype", dtype, "--out", bench.work / "dpo")
     return compare(len(pairs) - 100, rounds=3, **{"TRL": theirs, "ours": ours})
 

@@ -245,6 +245,17 @@ def test_compare_asks_every_model_beside_it(folders, monkeypatch, capsys):
     assert "\n".join(lines) == "\n".join(2 * expected) + "\n"
 
 
+def test_compare_draws_alike_and_leaves_the_conversation_where_it_was(folders, monkeypatch, capsys):
+    talk = "Hi?\n/reset\nHi?\n"
+    plain, between = (run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 1], text)
+                      for text in (talk, talk.replace("/reset", "/compare\n/reset")))
+    first, last = plain.split("(forgotten)\n")
+    assert between.startswith(first) and between.endswith("(forgotten)\n" + last) and first.strip() != last.strip()
+    one, again, other = (run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 1], f"/seed {seed}\n/compare Hi?\n")
+                         .split("\n", 1)[1] for seed in (7, 7, 8))
+    assert one == again != other
+
+
 def test_best_shows_candidates_with_their_scores(folders, monkeypatch, capsys):
     out = run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 1],
                    "/best 16\n/best 0 Hi?\n/best 16 Hi?\n")
@@ -318,11 +329,20 @@ def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsy
     monkeypatch.setattr(chat, "open_speaker", opened)
     monkeypatch.setattr(chat, "answer", lambda *args, texts=itertools.count(): f"Answer {next(texts)}.")
     path, brief = tmp_path / "mine.jsonl", ["--system", "Be brief."]
-    for folder, more in (("sft", []), ("sft", brief), ("base", brief), ("base", [])):
+    for folder, more in (("sft", []), ("sft", brief), ("base", brief), ("base", []), ("sft", ["--system", ""])):
         run_chat(monkeypatch, capsys, [folders / folder, "--label", path, *more], "Hi?\na\n")
     prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
     assert [prompt[0]["content"] for prompt in prompts[:3]] == ["Be kind.", "Be brief.", "Be brief."]
-    assert prompts[3] == "Hi?"
+    assert prompts[3] == prompts[4] == "Hi?"
+    speaker = chat.open_speaker(folders / "sft")
+    assert speaker.prompt("Hi?", system="") == chat.chat_prompt(speaker.tokenizer, "Hi?") != speaker.prompt("Hi?")
+
+
+def test_a_question_too_long_does_not_end_labelling(folders, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    out = run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1],
+                   "word " * 600 + "\nHi?\na\n")
+    assert "found a prompt of" in out and json.loads(path.read_text("utf-8"))["prompt"] == "Hi?"
 
 
 def test_plain_answers_are_judged_with_what_they_were_given_and_cut_to_the_context(folders, monkeypatch):

@@ -6,6 +6,7 @@
 import contextlib
 import gzip
 import json
+import math
 import os
 import pickle
 import random
@@ -125,6 +126,13 @@ def stage_ends(out):
 STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "dpo": rlhf, "ppo": rlhf, "grpo": rlhf}
 
 
+def watch_steps(stage, monkeypatch):
+    """A list that will hold every step which the stage asks a learning rate for."""
+    steps, rate = [], training.learning_rate
+    monkeypatch.setattr(STAGES[stage], "learning_rate", lambda step, *rest: (steps.append(step), rate(step, *rest))[1])
+    return steps
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stopped_run_goes_on_to_the_same_end(stage, files, tmp_path, monkeypatch):
     """Stopped at its second save, in the middle of an epoch: bit for bit what an undisturbed run gives."""
@@ -144,7 +152,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(stage, files, tmp_path, monkeypat
     monkeypatch.setattr(STAGES[stage], "save_state", save)
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:  # of steps after the save, and a line cut off
         file.write('{"step": 999, "loss": 1.0}\n{"step": 9')
+    steps = watch_steps(stage, monkeypatch)
     call(monkeypatch, command(files, stage, tmp_path / "cut", *short, "--resume"))
+    assert steps[0] == saves[1][2] > 0
     assert stage_ends(tmp_path / "cut") == stage_ends(tmp_path / "whole")
 
 
@@ -158,7 +168,9 @@ def test_stopped_after_its_last_step_a_run_can_end(stage, files, tmp_path, monke
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, command(files, stage, tmp_path / "cut", *short))
     monkeypatch.setattr(STAGES[stage], "save_checkpoint", save)
+    steps = watch_steps(stage, monkeypatch)
     call(monkeypatch, command(files, stage, tmp_path / "cut", *short, "--resume"))
+    assert not steps
     call(monkeypatch, command(files, stage, tmp_path / "whole", *short))
     assert stage_ends(tmp_path / "cut")[1] == stage_ends(tmp_path / "whole")[1] and (tmp_path / "cut" / "done").exists()
 
@@ -174,7 +186,11 @@ def test_show_batch_marks_what_is_trained_on_and_writes_nothing(stage, shown, fi
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_knows_what_it_reads(files):
+def test_a_run_knows_what_it_reads(files, tmp_path):
+    parts = {tmp_path / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    for part in parts:
+        part.touch()
+    assert set(training.read_by(sft.Config(init=str(tmp_path)))) == parts | {ROOT / "world.py", ROOT / "world_facts.txt"}
     config = rlhf.PPOConfig(init=str(files / "sft"), reward=f"{files}/score.py:fails", data=["world"],
                             replay_data=[str(files / "conversations.jsonl")])
     assert set(training.read_by(config)) == {
@@ -233,7 +249,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(stage, kills, files, tm
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal for one child's Ctrl-C")
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
+def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path, monkeypatch):
     words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--iterations" if stage == "ppo"
                                             else "--epochs", 10**5, "--save-every", 10**6)]
     child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -244,14 +260,13 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path):
     assert child.returncode == 130 and "Traceback" not in error
     last = error.strip().splitlines()[-1]
     assert last.startswith("stopped and saved") and last.endswith("--resume")
-    assert torch.load(tmp_path / "out" / training.STATE, weights_only=True)["position"] > 0
+    position = torch.load(tmp_path / "out" / training.STATE, weights_only=True)["position"]
     python, *words = shlex.split(last.split("go on with:")[1])
-    assert python == "python"
-    child = subprocess.Popen([sys.executable, "-u", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    said = child.stdout.readline()
-    child.kill()
-    child.wait()
-    assert said.startswith(f"{stage}:")  # the printed command goes on
+    begun = []
+    monkeypatch.setattr(STAGES[stage], "progress", lambda total, start, *rest, **kw: begun.append(start) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the printed command goes on
+        call(monkeypatch, words)
+    assert python == "python" and begun == [position] and position > 0
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "state"])
@@ -315,12 +330,34 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(files, tmp_path, monkeypatch):
     assert len(read) == 5
 
 
-def test_the_same_seed_gives_the_same_weights(files, tmp_path, monkeypatch):
-    ends = []
-    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        call(monkeypatch, command(files, "sft", tmp_path / out, "--epochs", 2, "--seed", seed))
-        ends.append((tmp_path / out / "model.safetensors").read_bytes())
-    assert ends[0] == ends[1] != ends[2]
+def test_a_checkpoint_takes_the_place_of_a_model_in_parts(files, tmp_path):
+    """An index of parts, or a template in a file of its own, would be read before what is new."""
+    model, tokenizer, _ = load_checkpoint(files / "sft")
+    save_checkpoint(tmp_path, model, tokenizer)
+    parts = "model-00001-of-00001.safetensors"
+    (tmp_path / "model.safetensors").rename(tmp_path / parts)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": parts}}))
+    (tmp_path / "chat_template.jinja").write_text("[INST]")
+    with torch.no_grad():
+        model.norm.weight += 1
+    save_checkpoint(tmp_path, model, tokenizer)
+    assert torch.equal(load_checkpoint(tmp_path)[0].norm.weight, model.norm.weight)
+    chat.open_speaker(tmp_path)
+
+
+def test_what_cannot_be_written_is_said_in_one_line(files, tmp_path):
+    with pytest.raises(InputError, match="could not be written"):
+        training.write_atomic(files / "score.py" / "pairs.jsonl", lambda path: path.write_text("x"))
+    (tmp_path / "done").mkdir()  # what no run can remove
+    with pytest.raises(InputError, match="could not be written"):
+        training.start_run(sft.Config(out=str(tmp_path)), "sft")
+
+
+def test_another_seed_gives_other_weights(files, tmp_path, monkeypatch):
+    """That the same gives the same is what the stopped runs show."""
+    for seed in (1, 2):
+        call(monkeypatch, command(files, "sft", tmp_path / str(seed), "--epochs", 2, "--seed", seed))
+    assert stage_ends(tmp_path / "1")[1] != stage_ends(tmp_path / "2")[1]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
@@ -338,24 +375,26 @@ def test_every_epoch_has_an_order_of_its_own(stage, files, tmp_path, monkeypatch
     assert count == first != second and sorted(first) == sorted(second) == list(range(len(first)))
 
 
-@pytest.mark.parametrize("flags", [["--micro-batch", 3], ["--recompute"], ["--micro-batch", 1, "--recompute"]])
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo"])
-def test_less_memory_is_the_same_training(stage, flags, files, tmp_path, monkeypatch):
+def test_less_memory_is_the_same_training(stage, files, tmp_path, monkeypatch):
     """Gradient accumulation and recomputed activations: the same losses from step to step, but for rounding."""
     rows, again, kept = rows_of("conversations", 40), [], model_module.checkpoint
+    sizes, parts = set(), training.micro_batches
+    monkeypatch.setattr(STAGES[stage], "micro_batches", lambda batch, size: (sizes.add(size), parts(batch, size))[1])
     for i, row in enumerate(rows):  # of several lengths: shares must go by supervised tokens
         row["messages"][1]["content"] *= 1 + i % 4
     (tmp_path / "rows.jsonl").write_text(lines(rows))
     monkeypatch.setattr(model_module, "checkpoint", lambda *args, **kw: (again.append(1), kept(*args, **kw))[1])
     short = {"pretrain": ["--steps", 12, "--batch-size", 8], "sft": ["--data", tmp_path / "rows.jsonl"]}.get(stage, [])
-    for out, more in (("plain", []), ("small", flags)):
-        call(monkeypatch, command(files, stage, tmp_path / out, "--epochs" if stage != "pretrain" else "--seed", 1,
-                                  *short, *more))
-        assert bool(again) == ("--recompute" in more)
-    plain, small = (metrics(tmp_path / out) for out in ("plain", "small"))
-    for before, after in zip(plain, small, strict=True):
-        for name in before:
-            assert name == "tokens_per_second" or after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-4), name
+    for size, more in ((None, []), (3, ["--micro-batch", 3]), (None, ["--recompute"]), (1, ["--micro-batch", 1, "--recompute"])):
+        again.clear()
+        sizes.clear()
+        out = tmp_path / " ".join(map(str, more))
+        call(monkeypatch, command(files, stage, out, "--epochs" if stage != "pretrain" else "--seed", 1, *short, *more))
+        assert bool(again) == ("--recompute" in more) and sizes == {size}
+        for before, after in zip(metrics(tmp_path), metrics(out), strict=True):  # the first run is in tmp_path itself
+            for name in before:
+                assert name == "tokens_per_second" or after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-4), name
 
 
 # ---- no code from data ---------------------------------------------------------------------------
@@ -433,7 +472,6 @@ def test_a_gradient_that_is_no_number_stops_too():
 
 def test_sft_reads_text_of_pretraining_beside(files, tmp_path, monkeypatch):
     """In the world, by default. And --from-scratch begins with other weights than --init."""
-    rows = [json.loads(line) for line in (files / "conversations.jsonl").read_text("utf-8").splitlines()]
     asked = [([{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}])
              for n in range(60)]
     text = ["Line 7 tells of 49 birds and more birds."] * 400
@@ -446,7 +484,7 @@ def test_sft_reads_text_of_pretraining_beside(files, tmp_path, monkeypatch):
         model = load_checkpoint(tmp_path / "out")[0]
         with torch.no_grad():
             nats[replay] = sft.replay_loss(model, tokens, 8, torch.Generator().manual_seed(1)).item()
-    assert rows and nats[2] < nats[0] - 0.5
+    assert nats[2] < nats[0] - 0.5
     still = ["--epochs", 1, "--lr", 0, "--embed-lr", 0, "--head-lr", 0]
     start = load_checkpoint(files / "sft")[0].embed.weight
     for flags, same in (([], True), (["--from-scratch"], False)):
@@ -454,11 +492,16 @@ def test_sft_reads_text_of_pretraining_beside(files, tmp_path, monkeypatch):
         assert torch.equal(load_checkpoint(tmp_path / "out")[0].embed.weight, start) is same
 
 
-def test_heldout_loss_of_sft_is_a_mean_over_tokens(files):
+def test_heldout_loss_of_sft_is_a_mean_over_tokens(files, tmp_path, monkeypatch):
     model, tokenizer, _ = load_checkpoint(files / "sft")
     rows = [([5] * (3 + n % 7), [0, 0] + [1] * (1 + n % 7)) for n in range(70)]  # more than one batch
     whole = sft.answer_loss(model, *data.sft_batch(rows, tokenizer.pad_id)).item()
     assert sft.heldout_loss(model, rows, tokenizer.pad_id, "cpu") == pytest.approx(whole, rel=1e-4)
+    largest, loss = [], sft.answer_loss
+    monkeypatch.setattr(sft, "answer_loss", lambda model, inputs, *rest: (
+        largest.append(len(inputs)), loss(model, inputs, *rest))[1])
+    call(monkeypatch, command(files, "sft", tmp_path, "--epochs", 1, "--micro-batch", 2))
+    assert max(largest) == 2  # the held-out rows too, or a run that fitted would end in want of memory
 
 
 def test_small_numbers_are_logged_with_their_digits(tmp_path):
@@ -473,9 +516,9 @@ def test_equal_rewards_teach_nothing_and_break_nothing(files, tmp_path, monkeypa
         call(monkeypatch, command(files, stage, tmp_path / stage, "--reward", f"{tmp_path}/flat.py:flat",
                                   "--iterations", 2, "--no-eos-score", "nan"))
     rows = [row for row in metrics(tmp_path / "grpo") if "silent_groups" in row]
-    assert all(row["silent_groups"] == 1 and row["kl"] == 0 for row in rows)
+    assert rows and all(row["silent_groups"] == 1 and row["kl"] == 0 for row in rows)
     for row in metrics(tmp_path / "ppo"):
-        assert all(value == value for value in row.values() if isinstance(value, float))
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
 
 
 def test_kl_that_explodes_stops_the_run(files, tmp_path, monkeypatch, capsys):
@@ -500,6 +543,10 @@ def bad_commands(files):
         for part in (files / "plain").glob("*.json*"):
             part.write_text(part.read_text("utf-8").replace("<|im_start|>", "<|begin|>"), "utf-8")
         (files / "no_config").mkdir()
+        save_checkpoint(files / "no_weights", model_of(tokenizer), tokenizer)
+        (files / "no_weights" / "model.safetensors").unlink()
+        save_checkpoint(files / "no_ends", model_of(tokenizer), tokenizer)
+        (files / "no_ends" / "generation_config.json").write_text("")
         for name, part in (("half", "model.safetensors"), ("no_tokens", "tokenizer.json")):
             save_checkpoint(files / name, model_of(train_bpe(["a"], 260)), train_bpe(["a"], 260))
             path = files / name / part
@@ -539,9 +586,12 @@ def bad_commands(files):
     yield say("sft", out, "--holdout", 0), "expected a fraction or a count above 0"
     yield say("sft", out, "--holdout", -1), "expected a fraction or a count above 0"
     yield say("reward", out, "--data", "world", "--holdout", "nan"), "expected a fraction or a count above 0"
+    yield say("reward", out, "--data", "world", "--pairs", 60, "--holdout", 60), "--holdout 60: expected fewer than"
     yield say("sft", out, "--adam-eps", 0), "--adam-eps 0.0: expected"
     yield say("sft", out, "--init", files / "nowhere"), "nowhere: no such folder"
     yield say("sft", out, "--init", files / "no_config"), "config.json: missing"
+    yield say("sft", out, "--init", files / "no_weights"), f"{files}/no_weights/model.safetensors"
+    yield ["chat.py", files / "no_ends", "--prompt", "hi"], "generation_config.json: cannot be read as JSON"
     yield say("sft", out, "--init", files / "half"), "half: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "no_tokens"), "no_tokens: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "plain"), "its tokenizer has no <|im_start|>"

@@ -1,5 +1,6 @@
 """notebooks/: the two editions are one, each has its parts, everything runs, and the grader grades."""
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
@@ -21,9 +23,9 @@ SOLVED = build.solved()
 NAMES = [path.stem for path in SOLVED]
 CHECKS = [name for name in dir(checks) if name.startswith("check_")]
 SMALL = ("PRETRAIN=--steps 100 --documents 2000 --vocab-size 2048 --width 64 --ffn-width 192",
-         "SFT=--conversations 500 --lr 0.01 --embed-lr 0.01 --head-lr 0.002", "PAIRS=--pairs 300 --holdout 100",
-         "REWARD=--warmup 2", "DPO=--warmup 2", "PPO=--iterations 2 --episodes 32 --eval-prompts 16",
-         "EVALUATE=--per-family 4 --best-of 2 --best-of-per-family 2")
+         "SFT=--conversations 500 --lr 0.01 --embed-lr 0.01 --head-lr 0.002", "PAIRS=--pairs 300 --holdout 100 --max-new-tokens 24",
+         "REWARD=--warmup 2", "DPO=--warmup 2", "PPO=--iterations 2 --episodes 32 --eval-prompts 16 --prompts 300 "
+         "--max-new-tokens 24", "EVALUATE=--per-family 4 --best-of 2 --best-of-per-family 2 --max-new-tokens 16")
 
 
 def text_of(path):
@@ -48,26 +50,28 @@ def trained():
     return root / "out/test"
 
 
-def execute(folder, paths):
-    """Run notebooks with few steps, two at a time, on a core each -> their finished processes."""
-    def one(path):
-        return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", path], capture_output=True, text=True,
-                              env={**os.environ, "RUN": str(folder), "FAST": "1", "OMP_NUM_THREADS": "1"}, timeout=600)
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, paths))
-
-
 def test_the_solved_edition_runs(trained):
-    for path, ran in zip(SOLVED, execute(trained, SOLVED)):
-        assert ran.returncode == 0, path.name + ran.stderr[-3000:]
-        assert ran.stdout.count("✓") >= len(re.findall(r"^check_", text_of(path), re.M)), path.name
+    """With few steps, two notebooks at a time, on a core each."""
+    def run(path):
+        return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", path], capture_output=True, text=True,
+                              env={**os.environ, "RUN": str(trained), "FAST": "1", "OMP_NUM_THREADS": "1"}, timeout=600)
+    with ThreadPoolExecutor(2) as pool:
+        for path, ran in zip(SOLVED, pool.map(run, SOLVED)):
+            assert ran.returncode == 0, path.name + ran.stderr[-3000:]
+            assert ran.stdout.count("✓") >= len(re.findall(r"^check_", text_of(path), re.M)), path.name
 
 
-def test_the_student_edition_stops_at_its_first_gap(trained):
-    paths = [NOTEBOOKS / path.name for path in SOLVED]
-    for path, ran in zip(paths, execute(trained, paths)):
-        assert ran.returncode != 0, path.name
-        assert "waits for you" in ran.stderr or "Wrong" in ran.stderr, path.name + ran.stderr[-3000:]
+def test_the_student_edition_stops_at_its_first_gap(trained, monkeypatch):
+    monkeypatch.setenv("RUN", str(trained))
+    monkeypatch.setenv("FAST", "1")
+    monkeypatch.chdir(NOTEBOOKS)  # where build.run goes
+    monkeypatch.delitem(sys.modules, "start", raising=False)
+    start, threads = importlib.import_module("start"), torch.get_num_threads()
+    for path in SOLVED:
+        with pytest.raises((start.Unfilled, checks.Wrong)):
+            build.run(NOTEBOOKS / path.name)
+        start.plt.close("all")
+    torch.set_num_threads(threads)
 
 
 # ---- the two editions, and the map -----------------------------------------------------------------
@@ -98,7 +102,9 @@ def test_the_index_of_exercises_is_that_of_the_notebooks():
 
 def test_what_the_map_names_is_there():
     root, readme = NOTEBOOKS.parent, (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
-    for file, first, more in re.findall(r"`((?:\w+/)?\w+\.py): (\w+)`((?:, `\w+`)*)", readme):
+    named = re.findall(r"`((?:\w+/)?\w+\.py): (\w+)`((?:, `\w+`)*)", readme)
+    assert len(named) > 30
+    for file, first, more in named:
         path = root / ("tests" if file.startswith("test_") else ".") / file
         for name in [first, *re.findall(r"\w+", more)]:
             assert re.search(rf"(def|class) {name}\b|{name}:", path.read_text(encoding="utf-8")), (file, name)
@@ -135,13 +141,13 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     file = tmp_path / "solutions.py"
     file.write_text("import math\nraise SystemExit('not run')\n"
                     "def noise_ceiling(labels):\n    return undefined\n"
+                    "@undefined\ndef win_rate(a, b):\n    return 0.5\n"
                     "def best_of_n_kl(n):\n    return math.log2(n) - (n - 1) / n\n"
                     "def training_flops(parameters, tokens):\n    return 6 * parameters * tokens\n")
     ran, found = grade(file)
     assert {name: sign for name, sign in found.items() if sign != "–"} == {
-        "3.8 training_flops": "✓", "6.4 noise_ceiling": "✗", "9.3 best_of_n_kl": "✗"}, ran.stdout
-    assert "which logarithm" in ran.stdout and "NameError" in ran.stdout
+        "3.8 training_flops": "✓", "6.4 noise_ceiling": "✗", "0.3 win_rate": "✗", "9.3 best_of_n_kl": "✗"}, ran.stdout
+    assert "which logarithm" in ran.stdout and "NameError" in ran.stdout and "its definition fails" in ran.stdout
     file.write_text("def noise_ceiling(:\n")
-    assert "the cell is not Python" in grade(file)[0].stdout
-    for wrong in (tmp_path / "nothing", ""):
-        assert "expected one folder of notebooks" in grade(wrong)[0].stderr
+    assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
+    assert "expected one folder of notebooks" in grade(tmp_path / "nothing")[0].stderr

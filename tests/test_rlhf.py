@@ -402,6 +402,25 @@ def test_dpo_learns_the_preference(monkeypatch, tmp_path, tokenizer):
     assert done["heldout_margin"] == pytest.approx(stats["margin"].item(), rel=1e-3)
 
 
+def test_the_chosen_answers_own_loss_is_per_token_and_holds_them_up(monkeypatch, tmp_path, tokenizer):
+    save_checkpoint(tmp_path / "sft", tiny(tokenizer), tokenizer)
+    rows = [{"prompt": f"the mat {n}", "chosen": "cat " * (1 + n % 5), "rejected": f"dog {n}"} for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    last = {}
+    for nll, lr in ((0, 0), (0, 3e-3), (5, 3e-3)):
+        run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "dpo",
+            "--holdout", 20, "--batch-size", 40, "--epochs", 20, "--warmup", 0, "--lr", lr, "--sharpness-lr", 0,
+            "--nll", nll, "--device", "cpu")
+        last[nll, lr] = metrics(tmp_path / "dpo")[-2]
+    model = load_policy(tmp_path / "sft")[0]
+    pairs = data.encode_pairs(data.load_preferences([tmp_path / "pairs.jsonl"]), tokenizer, 64)[:40]
+    with torch.no_grad():
+        each = [rlhf.pair_logprobs(model, [pair], tokenizer.pad_id, "cpu")[0].item() / len(pair.chosen) for pair in pairs]
+    assert last[0, 0]["nll"] == pytest.approx(-sum(each) / 40, rel=1e-4)
+    assert last[5, 3e-3]["logp_chosen"] > last[0, 3e-3]["logp_chosen"] + 1
+    assert last[5, 3e-3]["margin"] > 0.1 and last[5, 3e-3]["loss"] < math.log(2)  # DPO's own loss, without the other
+
+
 def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, tokenizer):
     """At a rate of 0 the policy stays the reference: margin 0 on every batch, whatever its rows."""
     save_checkpoint(tmp_path / "sft", tiny(tokenizer), tokenizer)
@@ -501,7 +520,8 @@ def test_ppo_without_a_critic_learns_too(monkeypatch, tmp_path, tokenizer):
     done, rows = toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", "--iterations", 15, "--no-critic")
     assert done["heldout_score"] > done["heldout_score_before"] + 0.2
     # Every state has the value 0, so of what the returns vary by, nothing is explained.
-    assert all(abs(row["explained_variance"]) < 1e-4 for row in rows if "explained_variance" in row)
+    found = [row["explained_variance"] for row in rows if "explained_variance" in row]
+    assert len(found) == 15 and all(abs(share) < 1e-4 for share in found)
 
 
 def watched(monkeypatch, **places):
@@ -516,7 +536,7 @@ def watched(monkeypatch, **places):
 
 
 def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
-    """--no-whiten and --no-standardise change what the policy learns from; --beta 0 lets it go."""
+    """--no-whiten and --no-standardise change what the policy learns from."""
     seen = watched(monkeypatch, ppo_loss=2, grpo_loss=3)
     short = ["--iterations", 1, "--epochs", 1, "--minibatches", 1, "--micro-batch", 64, "--stop-kl", 9]
     for stage, flag in (("ppo", "--no-whiten"), ("grpo", "--no-standardise")):
@@ -577,12 +597,13 @@ def test_no_heldout_prompt_is_practised(tokenizer, tmp_path):
 @pytest.mark.parametrize("stage, settings", [("ppo", []), ("grpo", []), ("grpo", ["--aggregation", "token"])])
 def test_parts_of_a_minibatch_give_its_gradient_and_statistics(stage, settings, monkeypatch, tmp_path, tokenizer):
     """Of unlike length, so that a part's share of the rows is not its share of the tokens."""
-    found = {}
+    found, seen = {}, watched(monkeypatch, parts_by_length=2)
     for size in (64, 5):
         out = tmp_path / f"{stage}{size}"
         _, rows = toy(stage, monkeypatch, tmp_path, tokenizer, out, *settings, "--iterations", 2, "--epochs", 1,
                       "--minibatches", 2, "--stop-kl", 9, "--micro-batch", size)
         found[size] = load_policy(out)[0].state_dict(), rows[0]
+        assert set(seen["parts_by_length"][-4:]) == {size}
     start = load_policy(tmp_path / "sft")[0].state_dict()
     for name, whole in found[64][0].items():
         moved = (whole - start[name]).abs().max()

@@ -267,6 +267,7 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     assert "ppo_no_whitening</dt>" not in page and "ppo</dt>" in page  # the browser shows the method's stages
     before = (runs / "study" / "study.json").read_text("utf-8")
     (runs / "study" / "costs.json").unlink()  # a part that is lost is measured again, the same
+    monkeypatch.setattr(study.pages, "write", lambda *args: None)  # takes long, and was looked at
     study.main()
     assert (runs / "study" / "study.json").read_text("utf-8") == before
 
@@ -283,7 +284,7 @@ def test_ctrl_c_waits_for_the_script_to_save(status, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     script = tmp_path / "slow.py"
     script.write_text("import pathlib, signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: None)\n"
-                      f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(1)\nsys.exit({status})\n")
+                      f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(0.3)\nsys.exit({status})\n")
 
     def press():
         while not (tmp_path / "begun").exists():

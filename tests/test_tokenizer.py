@@ -8,7 +8,7 @@ import pytest
 import regex
 
 import tokenizer as tok
-from tokenizer import PATTERN, SPECIALS, Tokenizer, render_chat, train_bpe
+from tokenizer import PATTERN, SPECIALS, Tokenizer, render_chat, same_tokens, train_bpe
 
 STORY = (
     "The old lighthouse keeper counted 12 ships, then 120 more. \"It's late,\" she'd say,\n"
@@ -154,6 +154,17 @@ def test_ids_and_size(tokenizer):
     assert [*specials, tokenizer.pad_id] == [416, 417, 418, 419]  # so padding is not the end token
     assert tokenizer.decode([418, 419]) == "<|im_end|><|pad|>"
     assert tokenizer.decode([420, *tokenizer.encode("hello"), 5000]) == "hello"  # a model may have more rows, and draw one
+
+
+def test_tokens_are_the_same_only_where_their_ids_are(tokenizer):
+    """SmolLM has its special tokens first: equal merges, a vocabulary of equal size, and every id another."""
+    count = len(tokenizer.specials)
+    first = Tokenizer(tokenizer.pattern, {token: i + count for token, i in tokenizer.ranks.items()}, tokenizer.merges,
+                      {name: i for i, name in enumerate(tokenizer.specials)})
+    names = dict(zip(tokenizer.specials, reversed(tokenizer.specials.values())))
+    turned = Tokenizer(tokenizer.pattern, tokenizer.ranks, tokenizer.merges, names)
+    assert same_tokens(tokenizer, Tokenizer(tokenizer.pattern, dict(tokenizer.ranks), [*tokenizer.merges], {**tokenizer.specials}))
+    assert not same_tokens(tokenizer, first) and not same_tokens(tokenizer, turned)
 
 
 def test_small_text_gives_fewer_merges():

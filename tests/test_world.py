@@ -15,13 +15,23 @@ HOLDS = world.HOLDOUTS
 
 
 @pytest.fixture(scope="module")
-def trained_on():
+def written():
+    return world.documents(20000, 1)  # a draw like the one that pre-training makes
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Of demonstrations, by their questions."""
+    return {user["content"]: answer["content"] for user, answer in world.demonstrations(20000, 5)}
+
+
+@pytest.fixture(scope="module")
+def trained_on(answers):
     """Every prompt that SFT, the preference stage and PPO can see with plenty of data: the pools
     they draw from, and draws themselves with their opening words. SFT's texts: `replayed`."""
     prompts = {task.prompt for tasks in world.all_tasks().values() for task in tasks}
     prompts |= {task.prompt for task in world.training_prompts(20000, "leaks")}
-    prompts |= {user["content"] for user, _ in world.demonstrations(20000, 5)}
-    return prompts
+    return prompts | set(answers)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +59,8 @@ def test_documents_are_deterministic_and_known():
     assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "ad0e3b2efb6f39f3"
 
 
-def test_size_of_the_world():
-    texts = world.documents(6000, 1)
+def test_size_of_the_world(written):
+    texts = written[:6000]
     assert len(world.GENRES) >= 10
     assert len({word for text in texts for word in world.words(text)}) >= 1500
     assert len(world.DEMONSTRATED) >= 14
@@ -59,10 +69,9 @@ def test_size_of_the_world():
         assert all(len(genre(random.Random(i)).strip()) > 3 for i in range(30)), genre.__name__
 
 
-def test_no_placeholder_is_left_in_any_text():
-    texts = world.documents(4000, 3) + [t.prompt + t.best for h in ("", *HOLDS)
+def test_no_placeholder_is_left_in_any_text(written, answers):
+    texts = written[6000:10000] + [*answers.values()][:3000] + [t.prompt + t.best for h in ("", *HOLDS)
                                         for ts in world.all_tasks(h).values() for t in ts[:200]]
-    texts += [answer["content"] for _, answer in world.demonstrations(3000, 2)]
     for text in texts:
         text = re.sub(r"(^|[.:?!] )None\.", "", text, flags=re.M)  # the legs of a cod
         assert not re.search(r"[{}]|None|  ", text), text
@@ -75,26 +84,24 @@ def test_no_heldout_prompt_is_trained_on(trained_on):
     assert not occurring(heldout, trained_on)  # nor behind opening words
 
 
-def test_no_text_asks_a_heldout_prompt(replayed):
+def test_no_text_asks_a_heldout_prompt(written, replayed):
     """Pre-training may state what a held-out prompt asks for, but not contain the prompt."""
     heldout = {task.prompt for hold in HOLDS for tasks in world.all_tasks(hold).values()
                for task in tasks} | set(world.COURSE)
-    texts = world.documents(20000, 1)  # a draw like the one that pre-training makes
     asked = {t.prompt for t in world.all_tasks()["countries"]}
-    found = occurring(heldout | asked, texts)
+    found = occurring(heldout | asked, written)
     assert not found & heldout and not occurring(heldout, replayed)
     # The search does find what is there, and the documents do ask the prompts of training.
     assert occurring(heldout, [f"user\n{prompt}\nassistant" for prompt in heldout]) == heldout
     assert len(found & asked) > 500
 
 
-def test_no_heldout_entity_is_trained_on(trained_on, replayed):
+def test_no_heldout_entity_is_trained_on(trained_on, answers, replayed):
     names = [row["name"] for table in ("countries", "cities", "animals", "jobs")
              for row in world.FACTS[table] if world.heldout_entity(table, row["name"])]
     assert len(names) > 30
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b", re.I)
-    answers = {answer["content"] for _, answer in world.demonstrations(20000, 5)}
-    assert not [text for text in trained_on | answers | set(replayed) if pattern.search(text)]
+    assert not [text for text in trained_on | {*answers.values(), *replayed} if pattern.search(text)]
     assert not [text for text in replayed if world.has(text, world.COURSE_JOB)]
     assert len(replayed) > 4500  # what is left is still a good share
     for family, table in (("countries", "countries"), ("cities", "cities"), ("animals", "animals"),
@@ -121,7 +128,7 @@ def test_no_heldout_entity_is_trained_on(trained_on, replayed):
     assert "programmer" not in {t.subject for t in world.all_tasks()["jokes"]}
 
 
-def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on, replayed):
+def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on, written, replayed):
     """The words that frame an unseen phrasing occur in no training prompt and no document."""
     frames = {max(re.split(r"\{[^}]*\}", phrase), key=len).strip()
               for phrases in [*(r.unseen for r in world.RELATIONS), world.HOW_UNSEEN]
@@ -130,16 +137,16 @@ def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on, replayed)
                "I am making a poster", "My daughter cannot sleep", "Here is your friend",
                "It is the birthday of", "Write something funny", "My sister cannot think of",
                "and I am worried. Please advise"}
-    everything = "\n".join([*trained_on, *world.documents(8000, 4), *replayed])
+    everything = "\n".join([*trained_on, *written[10000:18000], *replayed])
     for frame in sorted(frames):
         assert len(frame) > 3 and frame not in everything, frame
 
 
-def test_no_heldout_family_is_demonstrated(trained_on):
+def test_no_heldout_family_is_demonstrated(trained_on, written):
     assert not world.all_tasks()["grammar"] and "grammar" not in world.DEMONSTRATED
     assert not [prompt for prompt in trained_on if "past tense" in prompt or "plural" in prompt]
     # …but documents teach it, or there would be nothing to transfer.
-    assert any("past tense" in text for text in world.documents(3000, 1))
+    assert any("past tense" in text for text in written[:3000])
 
 
 def test_course_prompts_are_held_out_and_answered(trained_on):
