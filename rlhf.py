@@ -324,8 +324,7 @@ class DPOConfig:
     holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up. Where rows "
                          "have a p, the known chance that `chosen` is preferred, these are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
-    beta: float = flag(0.25, "reward that a nat of KL from --init costs; smaller strays further (do not carry it "
-                       "over to PPO or GRPO)")
+    beta: float = flag(0.1, "reward that a nat of KL from --init costs; smaller strays further")
     label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, at most 0.5")
     nll: float = flag(0.2, "weight of the chosen answers' own loss, per token; 0 is DPO as published, whose answers can "
                       "drift to what is in neither column")
@@ -341,7 +340,7 @@ class DPOConfig:
                            "a third more time")
     dtype: str = flag("float32", "arithmetic of the policy; bfloat16 takes half the time where a device has "
                       "units for it", choices=["float32", "bfloat16"])
-    lr: float = flag(2e-4, "peak learning rate")
+    lr: float = flag(1e-4, "peak learning rate")
     sharpness_lr: float = flag(0.02, "peak learning rate of the policy's sharpness, one factor on all logits; 0 "
                                "leaves it at 1")
     warmup: int = flag(20, "steps of linear warm-up")

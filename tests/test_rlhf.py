@@ -383,7 +383,8 @@ def toy_dpo(monkeypatch, tmp_path, tokenizer, *args):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "dpo"
     run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out", out,
-        "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-3", "--warmup", 0, "--device", "cpu", *args)
+        "--holdout", 20, "--epochs", 2, "--batch-size", 10, "--lr", "1e-3", "--beta", 0.25, "--warmup", 0, "--device", "cpu",
+        *args)
     return json.loads((out / "done").read_text("utf-8")), metrics(out)
 
 
