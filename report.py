@@ -245,7 +245,8 @@ def core_of(report):
 ABLATIONS = {  # what each row is
     "base": "zero-shot", "base_few_shot": "few-shot", "sft_scratch": "SFT without pre-training", "sft": "SFT",
     "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16",
-    "rejection": "SFT again, on its best of 8", "dpo": "DPO", "grpo": "GRPO",
+    "rejection": "SFT again, on its best of 8", "dpo": "DPO", "dpo_no_nll": "DPO without the chosen answers' own loss",
+    "grpo": "GRPO",
     "grpo_right": "GRPO, paid for right answers (arithmetic and rewriting)", "ppo": "PPO",
     "ppo_no_kl": "PPO without KL", "ppo_no_replay": "PPO without pre-training text",
     "ppo_no_sharpness": "PPO without learned sharpness",

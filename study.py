@@ -7,7 +7,7 @@ prompts. `runs` below is the list. What is finished is not done again: an interr
 where it stopped. A run is made anew where its command, its code (rlhf.py, this file) or the main runs have changed,
 and then all is measured anew.
 
-1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO, GRPO,
+1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO (also as published), GRPO,
    PPO with three seeds and without each of its parts, reward models from fewer pairs, and a PPO
    that nothing holds back.
 2  evaluate.py on all of them: report.json.
@@ -79,6 +79,7 @@ def training_runs(config):
         "sft_best": f"{tune} --best-only",
         "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rejection_file(config)))}",
         "dpo": f"{dpo} --keep-every 28",
+        "dpo_no_nll": f"{dpo} --nll 0",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
         "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
                       f"--group 16 --iterations {times(84)}",
@@ -212,7 +213,7 @@ def policy_and_reward(config, device):
 # 2. The table
 
 
-ROWS = ("sft_scratch", "sft_best", "rejection", "dpo", "ppo", "ppo_seed2", "ppo_seed3", "grpo",
+ROWS = ("sft_scratch", "sft_best", "rejection", "dpo", "dpo_no_nll", "ppo", "ppo_seed2", "ppo_seed3", "grpo",
         "grpo_right", "ppo_no_kl", "ppo_no_kl_seed2", "ppo_no_kl_seed3", "ppo_no_replay",
         "ppo_no_sharpness", "ppo_no_eos_score", "ppo_no_whitening", "ppo_no_critic", "ppo_hacked")
 
