@@ -1,6 +1,6 @@
 """How cost grows: seconds and memory per token against parameters, context and batch, training and decoding.
 
-    python benchmarks/growth.py            # a minute or two, nothing else running; prints tables, draws growth.png
+    python benchmarks/growth.py            # about 3 minutes, nothing else running; prints tables, draws growth.png
 
 Expected is the slope, on the same points, of the work that has to be done. Training: 6 N + 6 L T C floating-point
 operations a token (N weights, of L layers of width C; a token attends to T/2 others on average), at the rate of a
@@ -8,6 +8,7 @@ large matrix product. Decoding: the weights read once a step for the whole batch
 slope below the expected one means that something else than this work takes the time at the small end.
 """
 
+import argparse
 import math
 import sys
 import time
@@ -97,6 +98,7 @@ def slope(x, y):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     training.keep_freed_memory()

@@ -6,6 +6,7 @@ The model and the schedule of `python pretrain.py --data world`, 600 of its 3,20
 learning rates scaled over the same grid of factors around a usual value; weight decay 0.1, the same seed and batches.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,7 @@ def train(name, factor, steps, tokens, vocabulary):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     training.keep_freed_memory()
     documents = world.documents(10_000, "optimisers")
     tokenizer = train_bpe(documents, 4096)

@@ -1,6 +1,6 @@
 """A scaling law for the world's documents: loss against compute, and whether it foretells a larger run.
 
-    python benchmarks/scaling.py        # up to an hour on two cores; what is done is kept in scaling.jsonl
+    python benchmarks/scaling.py        # 20 minutes to an hour; what is done is kept in scaling.jsonl
 
 Every run sees each token once, in documents of a seed of its own, so nothing is repeated. Five sizes share each
 budget C = 6 N D (N weights, D tokens; Kaplan et al. 2020, arXiv 2001.08361, and section 2.2 of Hoffmann et al.
@@ -9,6 +9,7 @@ the best that budget buys. L(C) = E + A C^-a goes through those points; its inte
 parabolas' residuals. The law is written down before the larger run is looked at.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -114,6 +115,7 @@ def foretell(found, rng=None):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     training.keep_freed_memory()
