@@ -86,7 +86,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_training.py test_pipeline.py"),
     ("the optimiser is not resumed", "training.py", "        module.load_state_dict(saved[\"modules\"][name])",
      "        if 'optimiser' not in name: module.load_state_dict(saved[\"modules\"][name])", "test_failures.py"),
-    ("the generator is not resumed", "training.py", "    generator.set_state(saved[\"generator\"])\n", "",
+    ("the generator is not resumed", "training.py", "        generator.set_state(saved[\"generator\"])\n", "        pass\n",
      "test_failures.py"),
     # ---- reward model
     ("the loss prefers the rejected", "reward.py", "-F.logsigmoid(chosen - rejected).mean()",
