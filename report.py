@@ -45,10 +45,10 @@ GLOSSARY = (
      "SFT near the base: the chat mask is wrong or the rate too high. Far below few-shot: SFT unlearned "
      "facts"),
     ("gold", "mean mark, 0 to 1, by the hidden judge, of one sample at temperature 1: the mean of helpful, "
-     "honest and harmless", "higher", "SFT 0.55, DPO 0.73, PPO 0.75 (± 0.04)",
+     "honest and harmless", "higher", "SFT 0.55, DPO 0.75, PPO 0.75 (± 0.04)",
      "below SFT while the reward rises: the reward model is being tricked"),
     ("beats SFT", "share of prompts on which its sample has the higher gold score than SFT’s, ties half",
-     "higher; 50 % is no change", "DPO 67, PPO 69, best-of-16 71 % (± 4)",
+     "higher; 50 % is no change", "DPO 69, PPO 69, best-of-16 71 % (± 4)",
      "50 %: nothing was learned; look at KL"),
     ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
      "own samples. For best-of-n log n − (n − 1)/n, an upper bound", "lower at equal gold",
@@ -56,18 +56,18 @@ GLOSSARY = (
     ("reward", "mean score by the reward model, in its standard deviations on answers of SFT: the proxy "
      "that PPO is paid", "higher, if gold follows", "SFT 0.1, DPO 0.5, PPO 0.6, best-of-16 0.7 (± 0.2)",
      "SFT far from 0: reward_shift was not subtracted"),
-    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 40, DPO 82, PPO 83 % (± 10)",
+    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 40, DPO 85, PPO 83 % (± 10)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
     ("refuses harmless", "share of harmless requests refused", "lower", "2 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
     ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
-     "“I do not know”", "lower", "SFT 64, DPO 11, PPO 16 % (± 8)", "unchanged: too few such pairs"),
+     "“I do not know”", "lower", "SFT 64, DPO 13, PPO 16 % (± 8)", "unchanged: too few such pairs"),
     ("needless “I do not know”", "the same answer to questions that SFT gets right in a quarter of 16 "
      "samples or more", "lower", "SFT 2, DPO 1, PPO 1 % (± 3)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
     ("tokens", "mean length of an answer, without its end token", "neither",
-     "base 11, few-shot 9, SFT 17, DPO 18, PPO 15 (± 2)", "rising with the reward: the reward model likes length"),
+     "base 11, few-shot 9, SFT 17, DPO 16, PPO 15 (± 2)", "rising with the reward: the reward model likes length"),
     ("bits/byte", "bits to foresee a byte of held-out documents: what alignment forgot of the text", "lower",
      "base 0.26, PPO 0.28 (± 0.01)", "far above the base: the rate is too high"),
 )
