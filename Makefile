@@ -125,7 +125,7 @@ study: all
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
 # are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
-# the stories, so SFT takes higher rates than in the world, and the usual epsilon.
+# the stories, so SFT and DPO take higher rates than in the world, and SFT the usual epsilon.
 # What is done stays: to train anew, remove out/real.
 REAL := out/real
 real: .venv/installed
@@ -142,7 +142,7 @@ real: .venv/installed
 	test -e $(REAL)/reward_hh/done || $(PY) reward.py --init $(REAL)/sft --data "$(DATA)/hh-harmless-test.jsonl.gz" --holdout 312 \
 		--out $(REAL)/reward_hh --resume
 	test -e $(REAL)/dpo/done || $(PY) rlhf.py dpo --init $(REAL)/sft --data "$(DATA)/preferences-1100.json" --holdout 110 \
-		--epochs 2 --out $(REAL)/dpo --resume
+		--epochs 2 --lr 2e-4 --out $(REAL)/dpo --resume
 	test -e $(REAL)/ppo/done || $(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data "$(DATA)/preferences-1100.json" \
 		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
 		--out $(REAL)/ppo --resume
