@@ -432,11 +432,13 @@ def main(argv=None):
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
         elif name == config.reference:
             found["kl_from_sft"] = [0.0] * 3
-        elif (reference and not speaker.raw and not reference.raw
-              and same_tokens(speaker.tokenizer, reference.tokenizer)
-              and speaker.model.config.context_length <= reference.model.config.context_length):
-            found["kl_from_sft"] = bootstrap(sequence_kl(speaker.model, reference.model, *(
-                [part[i] for i in places] for part in (row.sampled.prompts, row.sampled.ids))))
+        elif reference and not speaker.raw and not reference.raw:
+            if (same_tokens(speaker.tokenizer, reference.tokenizer)
+                    and speaker.model.config.context_length <= reference.model.config.context_length):
+                found["kl_from_sft"] = bootstrap(sequence_kl(speaker.model, reference.model, *(
+                    [part[i] for i in places] for part in (row.sampled.prompts, row.sampled.ids))))
+            else:
+                say(f"no KL of {name}: {config.reference} reads other tokens, or fewer, than it writes")
         checkpoints[name] = found
         say(f"{name} is measured")
     judged = judge_reward_model(reward and reward[0], reward_tokenizer, pairs)

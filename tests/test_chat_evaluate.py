@@ -556,6 +556,16 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
     assert all(set(t["answers"]) == set(rows) for t in course)
 
 
+def test_a_kl_that_cannot_be_had_is_said(folders, tokenizer, some_tasks, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+    save_checkpoint(tmp_path / "long", tiny(tokenizer, 2, context_length=600), tokenizer)
+    evaluate.main([str(folders / "sft"), str(tmp_path / "long"), "--out", str(tmp_path), "--max-new-tokens", "4", "--device",
+                   "cpu", "--best-of", "1", "--per-family", "1"])
+    assert "no KL of long: sft reads other tokens, or fewer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["checkpoints"]["long"]["kl_from_sft"] is None
+
+
 def test_the_same_seed_gives_the_same_answers(written, folders):
     before = json.loads((written / "report.json").read_text("utf-8"))
     speaker = chat.open_speaker(folders / "sft")
