@@ -60,7 +60,7 @@ class Config:
     system: str | None = flag(None, "instruction put before it all (default: the folder's, if any)")
     few_shot: int = flag(0, "solved examples of the embedded world, of the family nearest to the question, to put "
                          "before it")
-    raw: bool = flag(False, "treat the models as base models: plain text, no chat template (not needed for `make`'s base, whose config.json says so)")
+    raw: bool = flag(False, "treat the models as base models: plain text, no chat template (`make`'s base says so of itself)")
     best_of: int = flag(1, "answers to draw, of which one is chosen by the reward model")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
     reward: str | None = flag(None, "folder of the reward model (with --best-of)")
@@ -295,10 +295,11 @@ def models_beside(folder, device, raw):
 
 
 def compare(question, config, sampling, device):
-    """The question to the first model and all beside it, each with the same seed."""
+    """The question to the first model and all beside it, each with the conversation's seed."""
+    seed = sampling["generator"].initial_seed()
     for speaker in models_beside(config.checkpoints[0], device, config.raw):
         ids, _ = speaker.fit(question, examples_like(question, config), config)
-        alike = torch.Generator(device).manual_seed(config.seed)  # the conversation's own goes on where it is
+        alike = torch.Generator(device).manual_seed(seed)  # the conversation's own goes on where it is
         print(f"{speaker.name}> ", end="", flush=True)
         speak(speaker, ids, config.max_new_tokens, sampling | {"generator": alike})
 
@@ -353,8 +354,7 @@ def converse(speakers, config, sampling, reward, device):
             histories = [[] for _ in speakers]
             print("(forgotten)")
         elif command == "/seed" and value.strip().isdecimal():
-            config.seed = int(value) % 2**63  # for /compare
-            sampling["generator"].manual_seed(config.seed)
+            sampling["generator"].manual_seed(int(value) % 2**63)
             print(f"(seed {value.strip()})")
         elif command.startswith("/"):
             print("(no such command; /help shows them, and /seed needs a number)")
@@ -409,7 +409,8 @@ def label(speakers, config, sampling, reward):
         choice = next((letter for letter in letters if letter in "abs"), "s")
         if choice == "s":
             continue
-        said = speakers[0].system if config.system is None else config.system  # as Speaker.prompt has it; a raw model has none of its own
+        # As Speaker.prompt has it; a raw model has none of its own.
+        said = speakers[0].system if config.system is None else config.system
         system = [{"role": "system", "content": said}] if said else []
         prompt = [*system, {"role": "user", "content": question}] if system else question
         chosen, rejected = pair if choice == "a" else pair[::-1]

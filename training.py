@@ -475,7 +475,8 @@ def load_checkpoint(folder, device="cpu"):
         model.load_state_dict(from_hf(tensors, config))
         tokenizer = Tokenizer.load(folder)
     except OSError as error:  # safetensors names no file, but says what is missing
-        raise InputError(f"{error.filename or error}: missing, or not readable; is {folder} a finished checkpoint?") from error
+        raise InputError(f"{error.filename or error}: missing, or not readable; is {folder} a finished "
+                         "checkpoint?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: not a checkpoint that can be read here ({reason})") from error
