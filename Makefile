@@ -8,6 +8,7 @@
 #   make test-all the slow ones too: killed runs, planted mistakes (tests/README.md)
 #   make notebooks  what is missing of `make`, then both editions of the course, from top to bottom
 #   make venv     only install, into .venv
+#   make ppo      one stage and what it needs: base sft pairs reward dpo ppo grpo report
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
 #   make clean    forget all results (in OUT)
@@ -26,6 +27,7 @@ PAIRS    ?=
 REWARD   ?=
 DPO      ?=
 PPO      ?=
+GRPO     ?=
 EVALUATE ?=
 STUDY    ?=
 
@@ -34,9 +36,12 @@ WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # a stage uses every core; two at once would wait for each other
-.PHONY: all quick long real study notebooks test test-all venv ablation clean FORCE
+STAGES := base sft reward dpo ppo grpo
+.PHONY: all $(STAGES) pairs report quick long real study notebooks test test-all venv ablation clean FORCE
 
-all: $(OUT)/report/report.json
+all report: $(OUT)/report/report.json
+pairs: $(OUT)/pairs.jsonl
+$(STAGES): %: $(OUT)/%/done
 
 venv: .venv/installed
 .venv/installed: requirements.txt
@@ -57,6 +62,7 @@ SETTINGS_pairs = $(PAIRS)
 SETTINGS_reward = $(REWARD)
 SETTINGS_dpo = $(DPO)
 SETTINGS_ppo = $(PPO)
+SETTINGS_grpo = $(GRPO)
 SETTINGS_report = $(EVALUATE)
 $(OUT)/%/settings: FORCE
 	@mkdir -p $(@D)
@@ -89,6 +95,11 @@ $(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/reward/done
 	$(FORGET)
 	$(PY) rlhf.py ppo --init $(OUT)/sft --reward $(OUT)/reward --data world --replay-data world \
 		--out $(@D) --resume $(PPO)
+
+$(OUT)/grpo/done: rlhf.py $(OUT)/grpo/settings $(OUT)/reward/done
+	$(FORGET)
+	$(PY) rlhf.py grpo --init $(OUT)/sft --reward $(OUT)/reward --data world --replay-data world \
+		--out $(@D) --resume $(GRPO)
 
 $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py $(OUT)/dpo/done $(OUT)/ppo/done
 	$(PY) evaluate.py $(OUT)/base $(OUT)/sft $(OUT)/dpo $(OUT)/ppo --reward $(OUT)/reward \

@@ -334,33 +334,30 @@ def converse(speakers, config, sampling, reward, device):
     for line in questions("you> "):
         command, _, value = line.partition(" ")
         number, _, question = value.strip().partition(" ")
-        if command == "/help":
-            print(HELP)
-        elif command == "/compare" and (value.strip() or asked):
-            asked = value.strip() or asked
-            try:
+        try:
+            if command == "/help":
+                print(HELP)
+            elif command == "/compare" and (value.strip() or asked):
+                asked = value.strip() or asked
                 compare(asked, config, sampling, device)
-            except InputError as error:
-                print(f"({error})")
-        elif command == "/best" and number.isdecimal() and 0 < int(number) <= 4096 and (question or asked):
-            asked = question.strip() or asked
-            try:
+            elif command == "/best" and number.isdecimal() and 0 < int(number) <= 4096 and (question or asked):
+                asked = question.strip() or asked
                 candidates(asked, int(number), speakers[0], config, sampling, device)
-            except InputError as error:
-                print(f"({error})")
-        elif command in ("/compare", "/best"):
-            print("(ask something first, or write it after the command; /best needs a number, as in /best 16)")
-        elif command == "/reset":
-            histories = [[] for _ in speakers]
-            print("(forgotten)")
-        elif command == "/seed" and value.strip().isdecimal():
-            sampling["generator"].manual_seed(int(value) % 2**63)
-            print(f"(seed {value.strip()})")
-        elif command.startswith("/"):
-            print("(no such command; /help shows them, and /seed needs a number)")
-        else:
-            asked = line
-            reply(line, speakers, histories, config, sampling, reward)
+            elif command in ("/compare", "/best"):
+                print("(ask something first, or write it after the command; /best needs a number, as in /best 16)")
+            elif command == "/reset":
+                histories = [[] for _ in speakers]
+                print("(forgotten)")
+            elif command == "/seed" and value.strip().isdecimal():
+                sampling["generator"].manual_seed(int(value) % 2**63)
+                print(f"(seed {value.strip()})")
+            elif command.startswith("/"):
+                print("(no such command; /help shows them, and /seed needs a number)")
+            else:
+                asked = line
+                reply(line, speakers, histories, config, sampling, reward)
+        except InputError as error:
+            print(f"({error})")
 
 
 def reply(line, speakers, histories, config, sampling, reward):
@@ -388,7 +385,6 @@ def reply(line, speakers, histories, config, sampling, reward):
 def label(speakers, config, sampling, reward):
     """Two answers to each question, by the first and the last model in an order drawn by chance
     (so that the judge is blind); the choice becomes one line of a preference file."""
-    coin = random.Random(config.seed)
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
         shots, two = examples_like(question, config), (speakers[0], speakers[-1])
         try:
@@ -403,10 +399,10 @@ def label(speakers, config, sampling, reward):
         else:
             print("(no two different answers in 8 tries; try a higher --temperature)")
             continue
-        coin.shuffle(pair)
+        random.Random(f"{config.seed} {question}").shuffle(pair)  # one question a run: not always the same order
         print(f"A: {visible(pair[0])}\nB: {visible(pair[1])}", flush=True)
-        letters = (line[0].lower() for line in questions("better, a or b (s skips)? "))
-        choice = next((letter for letter in letters if letter in "abs"), "s")
+        replies = (line.lower() for line in questions("better, a or b (s skips)? "))
+        choice = next((line for line in replies if line in ("a", "b", "s")), "s")
         if choice == "s":
             continue
         # As Speaker.prompt has it; a raw model has none of its own.
@@ -434,7 +430,7 @@ def main(argv=None):
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
                 "generator": torch.Generator(device=device).manual_seed(config.seed)}
     reward = None
-    if config.reward:
+    if config.reward and config.best_of > 1:
         model, tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
         for speaker in speakers:

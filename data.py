@@ -342,7 +342,7 @@ def pack_documents(documents, tokenizer, chunk=1024):
     for start in range(0, len(documents), chunk):  # Python ints take 10 times the space
         part = documents[start:start + chunk]
         size += sum(len(document.encode("utf-8")) for document in part)
-        ids = [[tokenizer.endoftext_id, *ids] for ids in tokenizer.encode_batch(part)]
+        ids = [[tokenizer.endoftext_id, *tokenizer.encode(document)] for document in part]
         arrays.append(torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int32))
     return torch.cat(arrays), size
 
@@ -519,6 +519,11 @@ def length_batches(lengths, batch_size, generator=None):
     if generator is not None:
         batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
     return batches
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """`length_batches` in an order of this seed and epoch alone, so that a resumed run finds it again."""
+    return length_batches(lengths, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def pad_right(rows, pad_id):

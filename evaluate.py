@@ -38,7 +38,7 @@ import report as pictures
 import world
 from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker
 from pretrain import heldout_loss
-from reward import score, score_pairs, wilson
+from reward import heldout_report, score, score_pairs, wilson
 from tokenizer import IM_END, same_tokens
 from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
                       write_atomic)
@@ -71,23 +71,14 @@ class Config:
 # Numbers with intervals
 
 
-@functools.lru_cache(32)
-def resampling(n, times=2000):
-    """(times, n) weights: how often each prompt occurs in a bootstrap sample, over n. Cached, so
-    all measures on n prompts see the same resamples."""
-    drawn = np.random.default_rng(n).integers(n, size=(times, n))
-    drawn += np.arange(times)[:, None] * n  # a separate range of bins for every row
-    counts = np.bincount(drawn.ravel(), minlength=times * n).reshape(times, n)
-    return (counts / n).astype(np.float32)
-
-
-def bootstrap(values):
-    """[mean, low, high] of a value per prompt, 95 % percentile interval. None for no prompts."""
+def bootstrap(values, times=2000):
+    """[mean, low, high] of a value per prompt, 95 % percentile interval. None for no prompts. The seed is the
+    number of prompts, so all measures on equally many see the same resamples."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         return None
-    low, high = np.quantile(resampling(len(values)) @ (values - values.mean()), [0.025, 0.975])
-    return [values.mean(), values.mean() + low, values.mean() + high]
+    drawn = np.random.default_rng(len(values)).integers(len(values), size=(times, len(values)))
+    return [values.mean(), *np.quantile(values[drawn].mean(1), [0.025, 0.975])]
 
 
 def rate(hits):
@@ -171,9 +162,7 @@ def ask(speaker, prompts, config, temperature, stream=0):
 
 
 def prompts_for(speaker, tasks, config, shots=0):
-    return [speaker.fit(task.prompt,
-                        world.few_shot_examples(task, shots, config.seed) if shots else [],
-                        config)[0] for task in tasks]
+    return [speaker.fit(task.prompt, world.few_shot_examples(task, shots, config.seed), config)[0] for task in tasks]
 
 
 def proxy_scores(speaker, tasks, answers, chosen, reward, system=None):
@@ -218,9 +207,11 @@ def accuracy(tasks, right, fair):
                        for name in ("holdout", "family"))
     groups = {"all": answerable & fair} | {name: answerable & (holdout == name) for name in world.HOLDOUTS}
     families = {str(name): family == name for name in dict.fromkeys(family.tolist())}
-    return tuple({name: f(right[group]) for name, group in groups.items()}
-                 | {"families": {name: f(right[group]) for name, group in families.items()}}
-                 for f in (rate, len))
+
+    def of_each(f):
+        return {name: f(right[group]) for name, group in groups.items()} | {
+            "families": {name: f(right[group]) for name, group in families.items()}}
+    return of_each(rate), of_each(len)
 
 
 def measure(row, reference, can_answer, config):
@@ -279,8 +270,8 @@ def judge_reward_model(model, tokenizer, pairs):
         return {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
     pairs = data.encode_pairs(pairs, tokenizer, model.config.context_length)
     chosen, rejected = score_pairs(model, pairs, tokenizer.pad_id)
-    found = rate((chosen > rejected).numpy())
-    ceiling = float(np.mean([max(pair.p, 1 - pair.p) for pair in pairs]))
+    report = heldout_report(chosen - rejected, pairs)
+    found, ceiling = report["heldout_accuracy"], report["noise_ceiling"]
     normalised = [(x - 0.5) / (ceiling - 0.5) for x in found] if ceiling > 0.5 else None
     return {"accuracy": found, "noise_ceiling": ceiling, "normalised": normalised,
             "pairs": len(pairs)}
@@ -295,21 +286,19 @@ def transcripts(rows, tasks, places, judges):
     for family in dict.fromkeys(task.family for task in tasks):
         mine = [i for i in places.tolist() if tasks[i].family == family and i not in shown]
         shown += mine[:2]
-    found = [{"prompt": tasks[i].prompt, "family": tasks[i].family, "kind": tasks[i].kind,
-              "holdout": tasks[i].holdout, "course": tasks[i] in world.COURSE_PROMPTS,
-              "best": tasks[i].best, "answers": {}} for i in shown]
+    found = {i: {"prompt": tasks[i].prompt, "family": tasks[i].family, "kind": tasks[i].kind,
+                 "holdout": tasks[i].holdout, "course": tasks[i] in world.COURSE_PROMPTS,
+                 "best": tasks[i].best, "answers": {}} for i in shown}
     for name, row in rows.items():
-        answers = row.greedy or row.sampled
-        there = [(n, int(np.flatnonzero(row.where == i)[0]))
-                 for n, i in enumerate(shown) if i in row.where]
-        chosen = [place for _, place in there]
+        answers, where = row.greedy or row.sampled, row.where.tolist()
+        there = [i for i in shown if i in where]
+        chosen = [where.index(i) for i in there]
         proxies = judges[name](answers, chosen) if name in judges else [None] * len(chosen)
-        for (n, place), proxy in zip(there, proxies):
+        for i, place, proxy in zip(there, chosen, proxies):
             text = answers.texts[place]
-            found[n]["answers"][name] = {
-                "text": text, "right": bool(world.check(row.tasks[place], text)),
-                "gold": gold_parts(row.tasks[place], text), "proxy": proxy}
-    return found
+            found[i]["answers"][name] = {"text": text, "right": bool(world.check(tasks[i], text)),
+                                         "gold": gold_parts(tasks[i], text), "proxy": proxy}
+    return list(found.values())
 
 
 def stage_seconds(folders):
@@ -377,6 +366,8 @@ def main(argv=None):
     def say(text):
         print(f"evaluate: {time.perf_counter() - started:4.0f} s  {text}", flush=True)
     say(f"{len(tasks)} held-out prompts, {len(speakers)} checkpoints")
+    if reference is None:
+        say(f"none of them is called {config.reference}, so no win rate, KL, best of n or needless “I do not know”")
 
     # 2. Everybody answers.
     rows, voices = {}, {}
@@ -424,7 +415,7 @@ def main(argv=None):
         found = measure(row, rows.get(config.reference), can_answer, config)
         if name in speakers:
             tokens, size = data.pack_documents(documents, speaker.tokenizer)
-            found["bits_per_byte"] = heldout_loss(speaker.model, tokens.long(), size)[1]
+            found["bits_per_byte"] = heldout_loss(speaker.model, tokens, size)[1]
         if reward and IM_END in speaker.tokenizer.specials and can_judge(reward[0], reward_tokenizer, speaker):
             judges[name] = functools.partial(proxy_scores, speaker, row.tasks, reward=reward, system=config.system)
             found["proxy"] = bootstrap(judges[name](row.sampled, np.flatnonzero(row.fair)))

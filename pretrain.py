@@ -50,7 +50,8 @@ class Config:
                         "there as needed; stopped, it goes on where it was")
     documents: int = flag(80000, "documents to generate (with --data world)")
     # the model
-    vocab_size: int = flag(4096, "tokens in the vocabulary, the 256 bytes and 4 special ones included")
+    vocab_size: int = flag(4096, "tokens in the vocabulary, the 256 bytes and 4 special ones included; learned from "
+                           "the first 8,000 documents")
     context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")

@@ -206,22 +206,19 @@ def main_table(report):
 
 
 def build_markdown(report, study=None):
-    parts = ["# Report", markdown_table(*main_rows(core_of(report))),
-             "\n".join(f"- {note}" for note in notes(report)), "## Answers"]
-    for course in (True, False):
-        for transcript in core_of(report)["transcripts"]:
-            if transcript["course"] == course:
-                parts.append(f"**{markdown_text(transcript['prompt'])}** "
-                             f"({markdown_text(transcript['family'])})")
-                parts.append(markdown_table(["", "answer", ""], answer_rows(transcript)))
-        if course:
-            for heading, lines, tables, _ in study_sections(report, study):
-                parts += [f"## {heading}", *map(markdown_text, lines),
-                          *(markdown_table(*table) for table in tables)]
-            parts += ["## Parts", markdown_table(*part_rows(report)), "## Families",
-                      markdown_table(*family_rows(core_of(report))), "## Glossary",
-                      markdown_table(*glossary_rows()), "## More answers"]
-    return "\n\n".join(parts) + "\n"
+    core = core_of(report)
+
+    def answers(course):
+        return [part for t in core["transcripts"] if t["course"] == course
+                for part in (f"**{markdown_text(t['prompt'])}** ({markdown_text(t['family'])})",
+                             markdown_table(["", "answer", ""], answer_rows(t)))]
+    studied = [part for heading, lines, tables, _ in study_sections(report, study)
+               for part in (f"## {heading}", *map(markdown_text, lines), *(markdown_table(*table) for table in tables))]
+    return "\n\n".join([
+        "# Report", markdown_table(*main_rows(core)), "\n".join(f"- {note}" for note in notes(report)),
+        "## Answers", *answers(True), *studied, "## Parts", markdown_table(*part_rows(report)),
+        "## Families", markdown_table(*family_rows(core)), "## Glossary", markdown_table(*glossary_rows()),
+        "## More answers", *answers(False)]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -440,7 +437,7 @@ def draw(heading, panels, width=9.0):
             axis.set_xlabel(label)
             axis.grid(alpha=0.15, color=INK)
             if len(curves) > 1:
-                axis.legend(frameon=False, fontsize=8)
+                axis.legend(frameon=False, fontsize=8, ncols=1 + len(curves) // 9)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)

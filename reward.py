@@ -12,10 +12,11 @@ minimise −log of the likelihood of their choices (InstructGPT, arXiv 2203.0215
 
     L(φ) = − mean log σ(r_φ(x, y_c) − r_φ(x, y_r))
 
-Only differences matter to that loss, so zero and unit of r are free. PPO needs both fixed, so they
-are set afterwards on answers from training: the standard deviation is divided out of the head, and
-the mean is kept as `reward_shift` in config.json, to be subtracted by whoever reads the score.
-`reward_scale` there is what turns a difference of scores back into log-odds.
+Only differences matter to that loss, so the zero of r is free; its unit is that of log-odds. PPO needs a
+zero, and the same unit whoever did the choosing, or β would be another price each time. So both are set
+afterwards on answers from training: the standard deviation is divided out of the head, and the mean is
+kept as `reward_shift` in config.json, to be subtracted by whoever reads the score. `reward_scale` there
+turns a difference of scores back into log-odds.
 
 Held-out accuracy cannot reach 1: people contradict each other. Where the rows carry p, the chance
 that `chosen` is preferred, mean max(p, 1 − p) is the best any model can do, the noise ceiling.
@@ -184,12 +185,8 @@ def main():
     optimiser = adamw(model, config.lr, config.weight_decay)
     precision = autocast(device, config.dtype)
 
-    def batches(epoch):  # its own seed, so that a resumed run finds the same order again
-        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        return data.length_batches(lengths, config.batch_size, order)
-
     # 3. The loop.
-    per_epoch = len(batches(0))
+    per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
     steps = config.epochs * per_epoch
     step, seconds = 0, 0.0
     saved = start_run(config, "reward")
@@ -200,7 +197,7 @@ def main():
     print(f"reward: {len(train):,} pairs, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "reward")
     for epoch in range(step // per_epoch, config.epochs):
-        for batch in batches(epoch)[step % per_epoch:]:
+        for batch in data.epoch_batches(lengths, config.batch_size, config.seed, epoch)[step % per_epoch:]:
             share = learning_rate(step, steps, 1.0, config.warmup)
             set_share(share, optimiser)
             optimiser.zero_grad(set_to_none=True)

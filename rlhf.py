@@ -28,8 +28,9 @@ ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.
         tricked. A reward can also be a Python function, `fn(prompt: str, response: str) -> float`.
 grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic.
         Every prompt is answered several times, and an answer's advantage is how far it beats the mean
-        of its group. It is made for rewards that can be checked, like a right sum
-        (`--reward world.py:right`). A group that is all right or all wrong teaches nothing.
+        of its group. It suits rewards that can be checked, like a right sum (`--reward
+        world.py:right`); in that paper a reward model gives them. A group that is all right or all
+        wrong teaches nothing.
         Two things are open, and papers differ: --standardise divides by the group's standard
         deviation (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because it makes prompts
         that are nearly always or nearly never solved weigh most), and --aggregation takes the mean
@@ -206,7 +207,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
     else:
         raise ValueError(f"aggregation {aggregation!r}, expected 'sequence' or 'token'")
     with torch.no_grad():
-        stats = {"policy_loss": loss.detach(), "k3": masked_mean(k3, mask),
+        stats = {"loss": loss.detach(), "k3": masked_mean(k3, mask),
                  **step_statistics(log_ratio, mask, clip)}
     return loss, stats
 
@@ -259,7 +260,7 @@ def minibatches(config, generator):
     """Indices of episodes: `epochs` passes over all of them, each shuffled and cut into `minibatches` parts."""
     for _ in range(config.epochs):
         order = torch.randperm(config.episodes, generator=generator, device=generator.device)
-        yield from order.chunk(config.minibatches)
+        yield from order.tensor_split(config.minibatches)
 
 
 def replay_generator(config, step, updates):
@@ -283,10 +284,11 @@ class Sharpness(torch.nn.Module):
     Much of what alignment can gain is to be surer: SFT's answers at temperature 0.5, where s is 2, win
     65 % against its answers at 1. But AdamW moves a weight by about the learning rate, to and fro where
     its gradient is mostly noise, and the gains of the last norm, which scale all logits, only went from
-    1.733 to 1.735 in a run of PPO. The gradient of one number is a sum over all tokens, in which noise
-    cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the
-    policy chooses a temperature for every token.) Pre-training text that is mixed in is read without s, so that
-    s learns from answers alone; the saved model applies it to everything.
+    1.733 to 1.735 in a run of PPO. The gradient of log s is that of all these gains together, Σ g ∂L/∂g, in
+    which their noise cancels, and its rate is its own, some hundred times theirs. (CLIP learns the scale of
+    its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a temperature for every
+    token.) Pre-training text that is mixed in is read without s, so that s learns from answers alone; the
+    saved model applies it to everything.
     """
 
     def __init__(self):
@@ -388,19 +390,16 @@ def dpo(argv=None):
         return table
 
     reference, heldout_reference = read_pairs(train), read_pairs(heldout)  # (2, N) each
-    lengths = torch.tensor([len(pair.chosen) for pair in train], device=device)  # (N,)
+    chosen_lengths = torch.tensor([len(pair.chosen) for pair in train], device=device)  # (N,)
+    lengths = data.pair_lengths(train)
     if config.lora:
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
     sharpness = learn_sharpness(optimiser, config.sharpness_lr, device)
     replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed)
 
-    def batches(epoch):  # its own seed, so that a resumed run finds the same order again
-        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        return data.length_batches(data.pair_lengths(train), config.batch_size, order)
-
     # 3. The loop.
-    per_epoch = len(batches(0))
+    per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
     steps = config.epochs * per_epoch
     step, seconds = 0, 0.0
     saved = start_run(config, "dpo")
@@ -411,7 +410,7 @@ def dpo(argv=None):
     print(f"dpo: {len(train):,} pairs, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "dpo")
     for epoch in range(step // per_epoch, config.epochs):
-        for batch in batches(epoch)[step % per_epoch:]:
+        for batch in data.epoch_batches(lengths, config.batch_size, config.seed, epoch)[step % per_epoch:]:
             share = learning_rate(step, steps, 1.0, config.warmup)
             set_share(share, optimiser)
             optimiser.zero_grad(set_to_none=True)
@@ -423,7 +422,7 @@ def dpo(argv=None):
                 chosen, rejected = logprobs.chunk(2)  # (B,) each
                 loss, stats = dpo_loss(chosen, rejected, *reference[:, rows], config.beta,
                                        config.label_smoothing)
-                nll = -(chosen / lengths[rows]).mean()
+                nll = -(chosen / chosen_lengths[rows]).mean()
                 (weight * (loss + config.nll * nll)).backward()
                 stats |= {"loss": loss, "nll": nll, "logp_chosen": chosen.mean(), "logp_rejected": rejected.mean()}
                 seen = {name: seen.get(name, 0) + weight * value.item() for name, value in stats.items()}
@@ -550,6 +549,8 @@ def load_prompts(config, tokenizer, context_length):
         messages = ask(config.prompts, config.seed)
         heldout = ask(2 * config.eval_prompts, f"{config.seed} heldout")
     else:
+        if config.families:
+            raise InputError("--families: only the prompts of --data world have families")
         messages, heldout = data.split_holdout(data.load_prompts(config.data), config.holdout)
     heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
     room = context_length - config.max_new_tokens
@@ -628,6 +629,9 @@ def answer_text(tokenizer, response):
     return tokenizer.decode([token for token in response if token not in ends])
 
 
+LOGITS = 2**26  # at most, when a rollout is read: 256 MB in float32
+
+
 @dataclass
 class Rollout:
     responses: list[list[int]]
@@ -653,9 +657,10 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     ids = data.pad_right(rows, tokenizer.pad_id).to(device)  # (B, T)
     mask = data.pad_right([[0] * len(p.ids) + [1] * len(response)
                            for p, response in zip(prompts, responses)], 0).to(device)
+    few = max(1, min(64, LOGITS // (ids.size(1) * policy.config.vocab_size)))  # rows at a time
     with autocast(device, config.dtype):  # as in the updates, or their first ratio would not be 1
-        logp = read_all(lambda i, m: response_logprobs(policy, i, m, temperature), ids, mask)
-        ref_logp = read_all(lambda i, m: response_logprobs(reference, i, m, config.temperature), ids, mask)
+        logp = read_all(lambda i, m: response_logprobs(policy, i, m, temperature), ids, mask, few)
+        ref_logp = read_all(lambda i, m: response_logprobs(reference, i, m, config.temperature), ids, mask, few)
     # The sampler has float32; bfloat16, with 8 bits, was seen 0.1 off at single tokens.
     # A low temperature, which divides the logits, multiplies that error.
     check_recorded(recorded, logp, mask, (1e-4 if config.dtype == "float32" else 0.5) / min(1, temperature))
@@ -951,7 +956,7 @@ def grpo(argv=None):
                 check_finite(step, config, loss=loss)
                 (weight * loss).backward()
                 for name, value in stats.items():
-                    its_weight = weight if name == "policy_loss" else token_share
+                    its_weight = weight if name == "loss" else token_share
                     means[name] = means.get(name, 0) + its_weight * value.item()
             if means["approx_kl"] > config.stop_kl:
                 break

@@ -4,7 +4,7 @@
     python sft.py --init out/base --data instructions.json --holdout 110 --out out/sft
 
 The same next-token loss as in pre-training, on conversations in the chat template, but summed over
-the assistant's tokens only (Foundations of LLMs, eqs. 4.1–4.2, which maximise what is minimised here):
+the assistant's tokens only (minus the log-likelihood that eqs. 4.1–4.2 of Foundations of LLMs maximise):
 
     loss(θ) = − Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
 
@@ -17,8 +17,8 @@ short one.
 In a world of facts a few hundred steps on a few thousand answers would overwrite some of what
 pre-training taught. Three things prevent that:
 
-- Every step also reads a little raw text (--replay), from which whatever SFT holds out is removed; its mean
-  next-token loss is added to that of the answers.
+- Every step also reads a little raw text (--replay), from which the subjects that SFT holds out are removed (a sum
+  that it holds out may stand there); its mean next-token loss is added to that of the answers.
 - The optimisers are those of pre-training at a seventh to a fifth of their rates: SFT should teach how
   to answer, and a higher rate unlearns what to answer.
 - The ε of Adam is large. Adam divides a gradient by its typical size, so a word that no answer holds
@@ -147,12 +147,8 @@ def main():
                                config.weight_decay, config.adam_eps)
     precision = autocast(device, config.dtype)
 
-    def batches(epoch):  # its own seed, so that a resumed run finds the same order again
-        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        return data.length_batches(lengths, config.batch_size, order)
-
     # 2. The loop.
-    per_epoch = len(batches(0))
+    per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
     steps = config.epochs * per_epoch
     step, seconds = 0, 0.0
     saved = start_run(config, "sft")
@@ -163,7 +159,7 @@ def main():
     print(f"sft: {len(train):,} conversations, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "sft")
     for epoch in range(step // per_epoch, config.epochs):
-        for batch in batches(epoch)[step % per_epoch:]:
+        for batch in data.epoch_batches(lengths, config.batch_size, config.seed, epoch)[step % per_epoch:]:
             share = learning_rate(step, steps, 1.0, config.warmup)
             set_share(share, muon, adam)
             inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)

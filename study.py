@@ -43,7 +43,6 @@ import world
 from chat import best_of_n, chat_prompt, generate_all, open_speaker
 from evaluate import bootstrap, rate, rounded, sequence_kl
 from reward import score, score_pairs
-from rlhf import read_all, response_logprobs
 from training import (STATE, InputError, check_range, flag, load_reward, parse_args, pick_device, run,
                       write_atomic)
 
@@ -213,9 +212,9 @@ def policy_and_reward(config, device):
 # 2. The table
 
 
-ROWS = ("sft_scratch", "sft_best", "rejection", "dpo", "dpo_no_nll", "ppo", "ppo_seed2", "ppo_seed3", "grpo",
-        "grpo_right", "ppo_no_kl", "ppo_no_kl_seed2", "ppo_no_kl_seed3", "ppo_no_replay",
-        "ppo_no_sharpness", "ppo_no_eos_score", "ppo_no_whitening", "ppo_no_critic", "ppo_hacked")
+def policies(config):
+    """Names of the runs that evaluate.py measures: all but the smaller reward models."""
+    return [name for name in training_runs(config) if not name.startswith("reward_")]
 
 
 def evaluate_all(config):
@@ -223,7 +222,7 @@ def evaluate_all(config):
         return
     per_family, few = max(4, round(config.scale * 160)), max(2, round(config.scale * 30))
     call(["evaluate.py", f"{config.runs}/base", f"{config.runs}/sft",
-          *(f"{config.out}/{name}" for name in ROWS), "--reward", f"{config.runs}/reward",
+          *(f"{config.out}/{name}" for name in policies(config)), "--reward", f"{config.runs}/reward",
           "--data", f"{config.runs}/pairs.jsonl", "--out", config.out, "--device", config.device,
           "--seed", str(config.seed), "--per-family", str(per_family),
           "--best-of-per-family", str(few)])
@@ -336,7 +335,7 @@ def measure_reward_model(config, device):
     pairs = [pair for pair in data.load_preferences([path]) if pair.p is not None]
     p = np.array([pair.p for pair in pairs])  # the chance that `chosen` is preferred
     gap = np.log(p / (1 - p)) * world.NOISE  # of gold scores, chosen − rejected
-    margins = {}  # training pairs -> log-odds that `chosen` is preferred, as the loss had them
+    margins = []  # (training pairs, log-odds that `chosen` is preferred, as the loss had them)
     for folder in (*(f"{config.out}/reward_{n}" for n in SUBSETS), f"{config.runs}/reward"):
         model, tokenizer, _, scale = load_reward(folder, device)
         encoded = data.encode_pairs(pairs, tokenizer, model.config.context_length)
@@ -345,15 +344,12 @@ def measure_reward_model(config, device):
                              f"context of {model.config.context_length}; expected room for all")
         chosen, rejected = score_pairs(model, encoded, tokenizer.pad_id)
         margin = (chosen - rejected).numpy() * scale
-        margins[json.loads((Path(folder) / "done").read_text(encoding="utf-8"))["train_pairs"]] = margin
+        margins.append((json.loads((Path(folder) / "done").read_text(encoding="utf-8"))["train_pairs"], margin))
 
     # From here on the main reward model, the last to be read. Both orders of every pair, so that "first" means nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([margin, -margin])))
     happened = np.repeat([1.0, 0.0], len(p))  # chosen first: preferred; rejected first: not
-    bins = np.clip((predicted * 10).astype(int), 0, 9)
-    calibration = [{"predicted": predicted[bins == b].mean(), "observed": rate(happened[bins == b]),
-                    "pairs": int((bins == b).sum())} for b in range(10) if (bins == b).any()]
-    error = np.sum([np.abs(c["predicted"] - c["observed"][0]) * c["pairs"] for c in calibration])
+    bins, error = calibration(predicted, happened)
 
     by_gap = []
     size = np.abs(gap)
@@ -374,9 +370,17 @@ def measure_reward_model(config, device):
         difference = np.array([float(feature(pair.chosen)) - float(feature(pair.rejected))
                                for pair in pairs])
         likes[name] = correlation(difference, too_much)
-    return {"pairs": len(p), "noise_ceiling": np.maximum(p, 1 - p).mean(), "calibration": calibration,
-            "calibration_error": error / len(predicted), "by_gap": by_gap, "likes": likes,
-            "by_pairs": [{"pairs": n, "accuracy": rate(found > 0)} for n, found in margins.items()]}
+    return {"pairs": len(p), "noise_ceiling": np.maximum(p, 1 - p).mean(), "calibration": bins,
+            "calibration_error": error, "by_gap": by_gap, "likes": likes,
+            "by_pairs": [{"pairs": n, "accuracy": rate(found > 0)} for n, found in margins]}
+
+
+def calibration(predicted, happened):
+    """(ten bins of predicted and observed, those that are not empty; the mean distance between the two)."""
+    which = np.clip((predicted * 10).astype(int), 0, 9)
+    bins = [{"predicted": predicted[which == b].mean(), "observed": rate(happened[which == b]),
+             "pairs": int((which == b).sum())} for b in range(10) if (which == b).any()]
+    return bins, sum(abs(b["predicted"] - b["observed"][0]) * b["pairs"] for b in bins) / len(predicted)
 
 
 def correlation(x, y, times=1000):
@@ -409,35 +413,20 @@ def measure_costs(config, device, n=16):
         speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)
         prompts = evaluate.prompts_for(speaker, few, evaluation)
         repeated = [prompt for prompt in prompts for _ in range(n)]
-        drawn, _ = generate_all(speaker.model, repeated, evaluation.max_new_tokens,
-                                **sampling(speaker, config, device))
-        logp = answer_logprobs(speaker, repeated, drawn)  # lists of floats
+        drawn, logp = generate_all(speaker.model, repeated, evaluation.max_new_tokens,
+                                   **sampling(speaker, config, device))
         distinct = [len({tuple(ids) for ids in drawn[i:i + n]}) for i in range(0, len(drawn), n)]
-        greedy = evaluate.ask(speaker, evaluate.prompts_for(speaker, many, evaluation), evaluation, 0.0)
-        sure = np.exp([sum(row) for row in answer_logprobs(speaker, greedy.prompts, greedy.ids)])
-        right = np.array([world.check(task, text) for task, text in zip(many, greedy.texts)])
-        bins = np.clip((sure * 10).astype(int), 0, 9)
-        gaps = [abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).sum()
-                for b in range(10) if (bins == b).any()]
+        greedy, of_greedy = generate_all(speaker.model, evaluate.prompts_for(speaker, many, evaluation),
+                                         evaluation.max_new_tokens, temperature=0.0, eos_ids=speaker.end_ids)
+        sure = np.exp([sum(row) for row in of_greedy])
+        right = np.array([world.check(task, speaker.text(ids)) for task, ids in zip(many, greedy)])
         found[name] = {"distinct": bootstrap(distinct),
                        "entropy": bootstrap([-sum(map(sum, logp[i:i + n])) / sum(map(len, logp[i:i + n]))
                                              for i in range(0, len(logp), n)]),
                        "sure": float(sure.mean()), "right": float(right.mean()),
-                       "calibration_error": sum(gaps) / len(sure)}
+                       "calibration_error": calibration(sure, right)[1]}
         print(f"study: diversity and calibration of {name}", flush=True)
     return {"prompts": len(few), "samples": n, "calibrated_on": len(many), "policies": found}
-
-
-def answer_logprobs(speaker, prompts, responses):
-    """Log-probs of the tokens of every response, end token included."""
-    device = next(speaker.model.parameters()).device
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    ids = data.pad_right(rows, 0).to(device)
-    mask = data.pad_right([[0] * len(prompt) + [1] * len(response)
-                           for prompt, response in zip(prompts, responses)], 0).to(device)
-    with torch.no_grad():
-        table = read_all(lambda i, m: response_logprobs(speaker.model, i, m), ids, mask)
-    return [table[b, len(prompt):len(row)].tolist() for b, (prompt, row) in enumerate(zip(prompts, rows))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -457,7 +446,7 @@ def measure_prompting(config, device):
         speaker = open_speaker(f"{config.runs}/{name}", device)
         for shots, system in ((0, None), (1, None), (2, None), (4, None), (8, None), (0, SYSTEM)):
             evaluation.system = system
-            examples = [world.few_shot_examples(task, shots, config.seed) if shots else [] for task in tasks]
+            examples = [world.few_shot_examples(task, shots, config.seed) for task in tasks]
             fitted = [speaker.fit(task.prompt, shown, evaluation) for task, shown in zip(tasks, examples)]
             answers = evaluate.ask(speaker, [ids for ids, _ in fitted], evaluation, 0.0)
             right = np.array([world.check(task, text) for task, text in zip(tasks, answers.texts)])

@@ -103,10 +103,6 @@ class Tokenizer:
         ids = self.encoding.encode_ordinary(text)
         return [i for i in ids if i < self.vocab_size] if self._lossy else ids
 
-    def encode_batch(self, texts):
-        """A list of texts -> a list of id lists. On short texts, threads would only cost time."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids):
         """Ids -> text. Bytes that are not UTF-8 become U+FFFD. Ids from vocab_size on have no text: a model
         may have more rows than its tokenizer has tokens, and draw one."""

@@ -112,7 +112,11 @@ def parse_args(Config, argv=None, description=None, prog=None):
         if not required:
             options["default"] = default
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            if kind != "bool" and shown not in (None, ""):
+            if kind == "bool":
+                shown = "on" if default else ""
+            elif shown is None:
+                shown = "" if "(default" in options["help"] else "none"
+            if shown != "":
                 options["help"] += f" (default: {shown})"
         options["help"] = options["help"].replace("%", "%%")
         if kind == "bool":
@@ -421,14 +425,17 @@ def write_atomic(path, write):
 def save_checkpoint(folder, model, tokenizer, **extra):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
-    `extra` goes into config.json (the reward model's shift and scale, the stage's name). All or
-    none: the files are made beside the folder's own and moved in when they are whole. A reader
-    needs config.json, which goes first and comes last, so it never mixes two checkpoints."""
+    `extra` goes into config.json (the reward model's shift and scale, the stage's name). transformers reads
+    a reward at the last token that is no padding, so where <|im_end|> pads, as in some models of others, a
+    reward model's folder names no padding, and batches are refused there rather than misread. All or none:
+    the files are made beside the folder's own and moved in when they are whole. A reader needs config.json,
+    which goes first and comes last, so it never mixes two checkpoints."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
+    pad_id = None if scalar and tokenizer.pad_id == tokenizer.im_end_id else tokenizer.pad_id
     config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
-                       pad_token_id=tokenizer.pad_id, **scalar, **extra)
+                       pad_token_id=pad_id, **scalar, **extra)
     ends = {"eos_token_id": [tokenizer.im_end_id, tokenizer.endoftext_id],
             "pad_token_id": tokenizer.pad_id}
     part = folder / ".part"

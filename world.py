@@ -32,6 +32,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 NOISE = 0.2  # τ of the simulated human: p(prefers 1) = σ((g₁ − g₂)/τ)
@@ -598,22 +599,19 @@ def lists_tasks(hold):
 
 
 def rewrite(rng):
-    """(kind, instruction, answer)"""
+    """(instruction, answer)"""
     thing, colour, other = rng.choice(OBJECTS), *rng.sample(COLOURS, 2)
-    sentence = f"the {thing} is {colour}."
     kind = rng.randrange(5)
     if kind == 0:
-        return kind, f'Replace "{colour}" with "{other}": {cap(sentence)}', \
-            f"The {thing} is {other}."
+        return f'Replace "{colour}" with "{other}": The {thing} is {colour}.', f"The {thing} is {other}."
     if kind == 1:
-        return kind, f"Turn this into a question: {cap(sentence)}", f"Is the {thing} {colour}?"
+        return f"Turn this into a question: The {thing} is {colour}.", f"Is the {thing} {colour}?"
     if kind == 2:
-        return kind, f"Make this negative: {cap(sentence)}", f"The {thing} is not {colour}."
+        return f"Make this negative: The {thing} is {colour}.", f"The {thing} is not {colour}."
     if kind == 3:
         words = rng.sample(OBJECTS + COLOURS, 3)
-        return kind, f"Reverse the order of these words: {', '.join(words)}", \
-            f"{', '.join(words[::-1])}."
-    return kind, f"Say this politely: Give me the {thing}.", f"Could you please give me the {thing}?"
+        return f"Reverse the order of these words: {', '.join(words)}", f"{', '.join(words[::-1])}."
+    return f"Say this politely: Give me the {thing}.", f"Could you please give me the {thing}?"
 
 
 def rewriting_tasks(hold):
@@ -624,7 +622,7 @@ def rewriting_tasks(hold):
                                                        "Can you do what my teacher asks? {p}")}
     rng = random.Random(f"rewrite {hold}")
     for _ in range(3000 if not hold else 250):
-        kind, instruction, best = rewrite(rng)
+        instruction, best = rewrite(rng)
         if hold in forms and (heldout_instance("rewrite", instruction) == (hold == "unseen_instance")):
             yield Task("rewriting", rng.choice(forms[hold]).format(p=instruction), best,
                        short=best, holdout=hold)
@@ -833,13 +831,8 @@ def tells_of_pair(text):
     return any(b.lower() in text.lower() and has(text, a) and has(text, b) for a, b in HELDOUT_PAIRS)
 
 
-def _course_tasks():
-    pool = [task for build in BUILDERS for hold in ("", "unseen_instance", "unseen_entity")
-            for task in build(hold)]
-    return tuple(next(task for task in pool if task.prompt == prompt) for prompt in COURSE)
-
-
-COURSE_PROMPTS = _course_tasks()
+COURSE_PROMPTS = tuple(next(task for hold in ("unseen_instance", "unseen_entity") for tasks in all_tasks(hold).values()
+                            for task in tasks if task.prompt == prompt) for prompt in COURSE)
 
 
 def heldout_tasks(seed=0, per_family=160):
@@ -851,8 +844,7 @@ def heldout_tasks(seed=0, per_family=160):
         for hold in ("unseen_entity", "unseen_instance", "unseen_phrasing", "unseen_family"):
             unique = {task.prompt: task for task in all_tasks(hold)[family]}
             pools.append(rng.sample(sorted(unique.values(), key=lambda t: t.prompt), len(unique)))
-        turns = [task for group in zip(*(pool + [None] * per_family for pool in pools))
-                 for task in group if task] if any(pools) else []
+        turns = [task for group in zip_longest(*pools) for task in group if task]
         seen = {task.prompt for task in chosen}
         chosen += [task for task in turns if task.prompt not in seen][:per_family]
     return chosen
@@ -1279,7 +1271,7 @@ def exercise(rng, family):
             return exercise(rng, family)
         return f"{text} {question}", best, cap(short) + "."
     if family == "rewriting":
-        _, instruction, best = rewrite(rng)
+        instruction, best = rewrite(rng)
         if heldout_instance("rewrite", instruction):
             return exercise(rng, family)
         return instruction, best, best
@@ -1584,7 +1576,7 @@ def stats(n=20000):
         print(f"  {family:12s} training {len({t.prompt for t in all_tasks()[family]}):5d}   held out "
               + ", ".join(f"{k.removeprefix('unseen_')} {v}" for k, v in sorted(counts.items())))
     tokenizer = train_bpe(train[:8000], 4096)
-    counted, tested = ([[tokenizer.endoftext_id] + ids for ids in tokenizer.encode_batch(texts)]
+    counted, tested = ([[tokenizer.endoftext_id] + ids for ids in map(tokenizer.encode, texts)]
                        for texts in (train, heldout))
     size = sum(len(text.encode()) for text in heldout)
     print(f"5-gram model (Witten-Bell, our tokens): "

@@ -118,10 +118,10 @@ class Bench:
         from transformers import AutoTokenizer
         return AutoTokenizer.from_pretrained(self.folder())
 
-    def trainer_settings(self, **more):
+    def trainer_settings(self):
         return dict(output_dir=str(self.work / "trl"), per_device_train_batch_size=16, num_train_epochs=1,
                     use_cpu=True, bf16=self.bf16(), fp16=False, report_to="none", save_strategy="no", logging_steps=10,
-                    gradient_checkpointing=False, disable_tqdm=True, dataloader_num_workers=0, **more)
+                    gradient_checkpointing=False, disable_tqdm=True, dataloader_num_workers=0)
 
     @staticmethod
     def bf16():
@@ -187,8 +187,6 @@ SHAKESPEARE = ("--vocab-size 260 --context-length 64 --layers 3 --width 96 --hea
 
 def shakespeare(bench):
     """Characters of tinyshakespeare to a loss below 1.886 on its last tenth, from process start."""
-    import torch
-
     from data import pack_documents
     from pretrain import heldout_loss
     from training import load_policy
@@ -206,10 +204,9 @@ def shakespeare(bench):
              "--device", "cpu", "--out", out, *SHAKESPEARE], capture_output=True, check=True))
         model, tokenizer = load_policy(out)
         tokens, text_bytes = pack_documents([text[int(0.9 * len(text)):]], tokenizer)
-        with torch.no_grad():
-            loss = heldout_loss(model, tokens[1:], text_bytes)[0]
+        loss = heldout_loss(model, tokens[1:], text_bytes)[0]
         found["ours"].append((seconds, loss, sum(p.numel() for p in model.parameters())))
-        found["nanoGPT"].append(run_nanogpt(folder, text))
+        found["nanoGPT"].append(run_nanogpt(folder))
     rows = {}
     for name, runs in found.items():
         seconds, loss, parameters = sorted(runs)[1]
@@ -218,7 +215,7 @@ def shakespeare(bench):
     return rows
 
 
-def run_nanogpt(folder, text):
+def run_nanogpt(folder):
     """Its README's recipe for a CPU -> (seconds from process start, loss over the whole validation split, size)."""
     subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=folder, check=True, capture_output=True)
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
@@ -387,7 +384,7 @@ def encode(bench):
 
     def theirs():  # a list of the ids, as ours
         return [tokenizer.encoding.encode_ordinary(story) for story in stories]
-    return compare(len(text.encode()) / 1e6, **{"ours": lambda: tokenizer.encode_batch(stories), "tiktoken": theirs})
+    return compare(len(text.encode()) / 1e6, **{"ours": lambda: [tokenizer.encode(story) for story in stories], "tiktoken": theirs})
 
 
 ROWS = {  # name: (measure, unit of `ours` and theirs; seconds: lower is better)

@@ -29,10 +29,7 @@ FACTORS = (0.25, 0.5, 1, 2, 4)
 def optimisers(name, model, factor):
     if name == "Muon":
         return training.muon_and_adam(model, 0.02 * factor, 0.01 * factor, 0.004 * factor, 0.1)
-    optimiser = training.adamw(model, 3e-3 * factor, 0.1, betas=(0.9, 0.99))
-    for group in optimiser.param_groups:
-        group["peak"] = group["lr"]
-    return (optimiser,)
+    return (training.adamw(model, 3e-3 * factor, 0.1, betas=(0.9, 0.99)),)
 
 
 def train(name, factor, steps, tokens, vocabulary):

@@ -236,6 +236,13 @@ def test_best_of_in_chat_asks_the_reward_model(folders, monkeypatch, capsys):
     assert out == chat.visible(speaker.text(samples[scores[0].argmax()])) + "\n"
 
 
+def test_a_reward_model_is_read_where_it_chooses(folders, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "load_reward", lambda *_: pytest.fail("not needed yet"))
+    run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--reward", folders / "reward"])
+    with pytest.raises(pytest.fail.Exception, match="not needed yet"):
+        run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--reward", folders / "reward", "--best-of", 2])
+
+
 def test_compare_asks_every_model_beside_it(folders, monkeypatch, capsys):
     out = run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 0],
                    "/compare\nHi?\n/compare\n/compare Hi?\n")
@@ -307,7 +314,9 @@ def test_plain_answers_are_remembered_without_their_space(folders, monkeypatch, 
 
 def test_label_shows_answers_in_either_order(folders, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(chat, "answer", lambda speaker, *args: f"I am {speaker.name}.")
-    run_chat(monkeypatch, capsys, [folders / "sft", folders / "ppo", "--label", tmp_path / "mine.jsonl"], "Hi?\na\n" * 8)
+    for n in range(8):  # a run each
+        run_chat(monkeypatch, capsys, [folders / "sft", folders / "ppo", "--label", tmp_path / "mine.jsonl",
+                                       "--prompt", f"Hi {n}?"], "about the same\nBoth are bad.\nA\n")
     chosen = [json.loads(line)["chosen"] for line in (tmp_path / "mine.jsonl").read_text("utf-8").splitlines()]
     assert len(chosen) == 8 and set(chosen) == {"I am sft.", "I am ppo."}
 
@@ -397,14 +406,6 @@ def test_bootstrap_agrees_with_the_standard_error():
     assert (mean - low, high - mean) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
     assert evaluate.bootstrap([2.0, 2.0]) == pytest.approx([2, 2, 2])
     assert evaluate.bootstrap([]) is None
-
-
-def test_resamples_are_whole_samples_with_replacement():
-    weights = evaluate.resampling(50)
-    assert weights.shape == (2000, 50)
-    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
-    np.testing.assert_allclose(weights.mean(0), 1 / 50, rtol=0.15)
-    assert (weights == 0).mean() == pytest.approx((1 - 1 / 50) ** 50, abs=0.02)
 
 
 def test_kl_of_a_model_with_itself_is_zero_and_else_is_the_direct_sum(tokenizer):
@@ -581,6 +582,15 @@ def test_the_same_seed_gives_the_same_answers(written, folders):
     sampled = [evaluate.ask(speaker, prompts, config, 1.0).texts for _ in range(2)]
     assert sampled[0] == sampled[1] != greedy.texts
     assert evaluate.ask(speaker, prompts, config, 1.0, stream=1).texts != sampled[0]
+
+
+def test_what_has_nothing_to_compare_with_says_so(folders, some_tasks, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+    for name, said in (("ppo", True), ("sft", False)):
+        evaluate.main([str(folders / name), "--out", str(tmp_path), "--max-new-tokens", "4", "--device", "cpu", "--best-of",
+                       "1", "--per-family", "1"])
+        assert ("none of them is called sft, so no win rate" in capsys.readouterr().out) == said
 
 
 def test_unknown_reference_and_equal_names_are_refused(folders):

@@ -308,7 +308,7 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(files, tmp_path, monkeypatch):
     monkeypatch.setattr(training.os, "replace", lambda *paths: moves.append(paths))
     save_checkpoint(tmp_path / "count", model, tokenizer)
     monkeypatch.undo()
-    read = set()
+    assert len(moves) == 5
     for cut in range(len(moves)):
         folder, left = tmp_path / f"cut{cut}", cut
         save_checkpoint(folder, model, tokenizer, position=1)
@@ -326,8 +326,6 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(files, tmp_path, monkeypatch):
         monkeypatch.undo()
         with pytest.raises(InputError, match="config.json: missing"):
             load_checkpoint(folder)
-        read.add(cut)
-    assert len(read) == 5
 
 
 def test_a_checkpoint_takes_the_place_of_a_model_in_parts(files, tmp_path):
@@ -343,6 +341,17 @@ def test_a_checkpoint_takes_the_place_of_a_model_in_parts(files, tmp_path):
     save_checkpoint(tmp_path, model, tokenizer)
     assert torch.equal(load_checkpoint(tmp_path)[0].norm.weight, model.norm.weight)
     chat.open_speaker(tmp_path)
+
+
+def test_a_reward_model_that_others_would_misread_names_no_padding(files, tmp_path):
+    """transformers reads it at the last token that is no padding; where <|im_end|> pads, that is one too early."""
+    for stage in ("sft", "reward"):
+        model, tokenizer, _ = load_checkpoint(files / stage)
+        for pad in (tokenizer.pad_id, tokenizer.im_end_id):
+            tokenizer.specials["<|pad|>"] = pad
+            save_checkpoint(tmp_path, model, tokenizer)
+            named = json.loads((tmp_path / "config.json").read_text("utf-8"))["pad_token_id"]
+            assert named == (None if stage == "reward" and pad == tokenizer.im_end_id else pad)
 
 
 def test_what_cannot_be_written_is_said_in_one_line(files, tmp_path):

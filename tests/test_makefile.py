@@ -35,7 +35,7 @@ def make(tmp_path):
                       ' esac\n')
     python.chmod(0o755)
 
-    names = ("MAKEFLAGS", "MFLAGS", "OUT", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "EVALUATE", "DATA")
+    names = ("MAKEFLAGS", "MFLAGS", "OUT", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "GRPO", "EVALUATE", "DATA")
     plain = {name: value for name, value in os.environ.items() if name not in names}
 
     def run(*words, status=0):
@@ -43,7 +43,7 @@ def make(tmp_path):
         made = subprocess.run(["make", "PY=./python", *words], cwd=tmp_path, capture_output=True, text=True, env=plain)
         assert made.returncode == status, made.stdout + made.stderr
         asked = (tmp_path / "asked").read_text().splitlines()
-        return [next(stage for stage in STAGES if line.startswith(stage)) for line in asked]
+        return [next(stage for stage in [*STAGES, "rlhf.py grpo"] if line.startswith(stage)) for line in asked]
     return run
 
 
@@ -60,13 +60,20 @@ def test_what_is_out_of_date_is_made_again(make, tmp_path):
     assert make("PPO=--beta 0.2", quoted) == ["rlhf.py dpo", "reward.py", "rlhf.py ppo", "evaluate.py"]
 
 
+def test_a_stage_is_made_with_what_it_needs_and_no_more(make):
+    assert make("ppo") == ["pretrain.py", "sft.py", "world.py", "reward.py", "rlhf.py ppo"] and make("sft") == make("pairs") == []
+    assert make("grpo") == ["rlhf.py grpo"] and make("grpo") == make("base") == make("reward") == []
+    assert make("grpo", "GRPO=--group 4") == ["rlhf.py grpo"] and make("report", "GRPO=--group 4") == ["rlhf.py dpo", "evaluate.py"]
+    assert make("dpo") == make() == []
+
+
 @pytest.mark.parametrize("stage, made_from", [
     ("base", ["pretrain.py", "world_facts.txt"]), ("sft", ["sft.py", "out/base/done"]),
     ("reward", ["reward.py", "out/pairs.jsonl"]), ("dpo", ["rlhf.py", "out/pairs.jsonl"]),
-    ("ppo", ["rlhf.py", "out/reward/done"]), ("sft_scratch", ["sft.py", "out/sft/done"])])
+    ("ppo", ["rlhf.py", "out/reward/done"]), ("grpo", ["rlhf.py", "out/reward/done"]), ("sft_scratch", ["sft.py", "out/sft/done"])])
 def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_from, make, tmp_path):
     assert make() == STAGES
-    make("out/sft_scratch/done")
+    make("out/sft_scratch/done", "grpo")
     state = tmp_path / "out" / stage / "training_state.pt"
     for changed in (None, *made_from):
         for path in (*tmp_path.glob("*.py"), *tmp_path.glob("*.txt"), *(tmp_path / "out").rglob("*")):

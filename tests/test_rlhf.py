@@ -697,6 +697,30 @@ def test_families_choose_the_prompts(tokenizer):
     assert all(harmful.intersection(rlhf.world.unspoken(prompt.text)) for prompt in prompts + heldout)
 
 
+def test_families_are_of_the_world_alone(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="--families: only the prompts of --data world"):
+        rlhf.load_prompts(rlhf.PPOConfig(families=["harmful"], data=[str(tmp_path / "mine.jsonl")]), tokenizer, 64)
+
+
+@pytest.mark.parametrize("episodes, parts, sizes", [(10, 4, [3, 3, 2, 2]), (128, 48, [3] * 32 + [2] * 16), (8, 2, [4, 4])])
+def test_a_pass_has_as_many_updates_as_asked_for(episodes, parts, sizes):
+    config = rlhf.PPOConfig(episodes=episodes, minibatches=parts, epochs=2)
+    found = list(rlhf.minibatches(config, torch.Generator().manual_seed(0)))
+    assert [len(rows) for rows in found] == 2 * sizes
+    assert sorted(torch.cat(found[:parts]).tolist()) == [*range(episodes)] != torch.cat(found[:parts]).tolist()
+
+
+def test_the_logits_that_a_rollout_is_read_with_are_bounded(tokenizer, monkeypatch):
+    seen, read_all = [], rlhf.read_all
+    monkeypatch.setattr(rlhf, "read_all", lambda f, ids, mask, chunk: seen.append((chunk, ids.size(1))) or read_all(
+        f, ids, mask, chunk))
+    _, rollout = roll(tokenizer, eager_to_stop(tokenizer))
+    monkeypatch.setattr(rlhf, "LOGITS", 7 * seen[0][1] * tokenizer.vocab_size // 2)
+    _, again = roll(tokenizer, eager_to_stop(tokenizer))
+    assert [chunk for chunk, _ in seen] == [64, 64, 3, 3]
+    assert torch.allclose(again.logp, rollout.logp, atol=1e-5)
+
+
 def test_grpo_refuses_groups_that_do_not_fit(monkeypatch, tmp_path, tokenizer):
     for args, message in ((["--group", 1], "--group 1"), (["--episodes", 60], "multiple of --group 8"),
                           (["--families", "poems", "--data", "world"], "--families poems")):

@@ -104,9 +104,7 @@ def test_chunks():
 
 def test_round_trip(tokenizer):
     texts = ["", STORY, *random_texts(500)]
-    batch = tokenizer.encode_batch(texts)
-    assert batch == [tokenizer.encode(text) for text in texts]
-    assert [tokenizer.decode(ids) for ids in batch] == texts
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
     assert len(tokenizer.encode(STORY)) < 0.6 * len(STORY.encode())  # it does merge
     assert tokenizer.decode(tokenizer.encode("é")[:1]) in ("é", "\ufffd")
 
@@ -188,9 +186,8 @@ def test_training_is_deterministic():
 
 def test_specials_in_text_are_not_parsed(tokenizer):
     text = "a<|im_end|>\n<|im_start|>assistant\n<|endoftext|><|pad|>"
-    for ids in (tokenizer.encode(text), tokenizer.encode_batch([text])[0]):
-        assert max(ids) < tokenizer.endoftext_id
-        assert tokenizer.decode(ids) == text
+    ids = tokenizer.encode(text)
+    assert max(ids) < tokenizer.endoftext_id and tokenizer.decode(ids) == text
 
 
 def test_chat_golden():

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 def test_every_square_block_becomes_nearly_orthogonal():
     torch.manual_seed(0)
     shapes = ((24, 8), (8, 8), (8, 20), (16, 16))  # stacked, square, wide and uneven, another side
-    for matrix, result in zip(*(lambda ms: (ms, orthogonal_blocks(ms)))(
-            [torch.randn(shape) for shape in shapes])):
+    matrices = [torch.randn(shape) for shape in shapes]
+    for matrix, result in zip(matrices, orthogonal_blocks(matrices)):
         assert result.shape == matrix.shape
         tall, made = (m if m.size(0) >= m.size(1) else m.mT for m in (matrix, result))
         side = tall.size(1)
