@@ -317,6 +317,8 @@ def test_label_shows_answers_in_either_order(folders, monkeypatch, capsys, tmp_p
     for n in range(8):  # a run each
         run_chat(monkeypatch, capsys, [folders / "sft", folders / "ppo", "--label", tmp_path / "mine.jsonl",
                                        "--prompt", f"Hi {n}?"], "about the same\nBoth are bad.\nA\n")
+        run_chat(monkeypatch, capsys, [folders / "sft", folders / "ppo", "--label", tmp_path / "mine.jsonl",
+                                       "--prompt", f"Hi {n}?"], "about the same\nBoth are bad.\nS\n")  # no row
     chosen = [json.loads(line)["chosen"] for line in (tmp_path / "mine.jsonl").read_text("utf-8").splitlines()]
     assert len(chosen) == 8 and set(chosen) == {"I am sft.", "I am ppo."}
 
