@@ -63,7 +63,7 @@ class Config:
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (`make`'s base says so of itself)")
     best_of: int = flag(1, "answers to draw, of which one is chosen by the reward model")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
-    reward: str | None = flag(None, "folder of the reward model (with --best-of)")
+    reward: str | None = flag(None, "folder of the reward model, for --best-of and /best")
     label: str | None = flag(None, "show an answer of the first and of the last model, in an order of chance, ask "
                               "which is better, append it to this file")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")

@@ -9,6 +9,7 @@ import ntpath
 import os
 import re
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -648,6 +649,12 @@ def test_pages_hold_every_row_and_stand_alone(written):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert not [p for p in written.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_many_curves_leave_their_picture_room():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.draw("many", [("gold", "KL", [(f"PPO without number {n}", [0, 1], [0, n], {}) for n in range(24)])] * 2)
 
 
 def test_pages_can_be_rebuilt_from_the_json(written, monkeypatch, capsys):

@@ -24,7 +24,6 @@ import torch
 
 import chat
 import data
-import evaluate
 import model as model_module
 import pretrain
 import reward

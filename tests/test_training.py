@@ -1,5 +1,6 @@
 """The optimiser, its schedule, and what a process does once."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -96,6 +97,22 @@ def test_a_rare_word_at_its_right_frequency_stays_where_it_is():
 @pytest.mark.parametrize("step, share", [(0, 0.1), (9, 1.0), (49, 1.0), (60, 0.8), (99, 0.02)])
 def test_schedule_rises_stays_and_falls(step, share):
     assert learning_rate(step, 100, 1.0, warmup=10, decay=50) == pytest.approx(share)
+
+
+def test_help_names_every_default_once(capsys):
+    @dataclasses.dataclass
+    class Config:
+        on: bool = training.flag(True, "a switch")
+        off: bool = training.flag(False, "another")
+        rank: int | None = training.flag(None, "of a matrix")
+        few: int | None = training.flag(None, "of many (default: all)")
+        names: list[str] = training.flag(["a", "b"], "two")
+    with pytest.raises(SystemExit):
+        training.parse_args(Config, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("a switch (default: on)", "another --", "of a matrix (default: none)", "of many (default: all) --",
+                  "two (default: a b)"):
+        assert words in said + " --", words
 
 
 def test_a_run_shorter_than_its_warm_up_learns():
