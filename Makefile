@@ -6,7 +6,7 @@
 #   make real DATA=FOLDER   the same scripts on real files, into out/real
 #   make test     the tests
 #   make test-all the slow ones too: killed runs, planted mistakes (tests/README.md)
-#   make notebooks  what is missing of `make`, then both editions of the course, from top to bottom
+#   make notebooks  what `make` has not made yet, then both editions of the course, from top to bottom
 #   make venv     only install, into .venv
 #   make ppo      one stage and what it needs: base sft pairs reward dpo ppo grpo report
 #   make ablation SFT without pre-training
@@ -14,7 +14,7 @@
 #   make clean    forget all results (in OUT)
 #
 # A stage is done when its `done` stamp is newer than its script, its settings and its inputs. A
-# stage that was interrupted goes on from its last save.
+# stage that was interrupted continues from its last save.
 
 PYTHON ?= python3
 PY     := .venv/bin/python
@@ -46,16 +46,16 @@ $(STAGES): %: $(OUT)/%/done
 venv: .venv/installed
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(if $(wildcard $@),,$(if $(wildcard .venv/ours),--clear)) .venv # what failed may be of another Python
+	$(PYTHON) -m venv $(if $(wildcard $@),,$(if $(wildcard .venv/ours),--clear)) .venv # a failed one may have another Python
 	$(if $(wildcard .venv/ours),touch .venv/ours,$(if $(wildcard .venv/pyvenv.cfg),,touch .venv/ours))
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# For what stands between single quotes.
+# Escapes what will stand between single quotes.
 quoted = $(subst ','\'',$(1))
 also = $(call quoted,$($(1)))
 
-# The settings of a stage, in a file that changes only when they do: other settings, another run.
+# The settings of a stage, in a file that changes only when they do: changed settings cause a new run.
 SETTINGS_base = $(PRETRAIN)
 SETTINGS_sft = $(SFT)
 SETTINGS_pairs = $(PAIRS)
@@ -69,7 +69,7 @@ $(OUT)/%/settings: FORCE
 	@echo '$(call quoted,$(SETTINGS_$*))' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; \
 		echo '$(call quoted,$(SETTINGS_$*))' > $@; }
 
-# A stage goes on from its last save only where nothing that it is made from is younger than that.
+# A stage continues from its last save only if nothing that it is made from is newer than the save.
 FORGET = @for f in $^; do [ ! "$$f" -nt $(@D)/training_state.pt ] || rm -f $(@D)/training_state.pt; done
 
 $(OUT)/base/done: pretrain.py $(BASE) $(WORLD) $(OUT)/base/settings | .venv/installed
@@ -119,8 +119,8 @@ long:
 		--kv-heads 6 --ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 $(call also,SFT)' \
 		PAIRS='--pairs 20000 $(call also,PAIRS)' PPO='--iterations 80 $(call also,PPO)'
 
-# What pre-training is worth: the same demonstrations from random weights, at the rates of
-# pre-training, since the low ones of SFT would not even teach the format.
+# What pre-training is worth: SFT on the same demonstrations from random weights, at the learning rates
+# of pre-training, since the low ones of SFT would not even teach the format.
 ablation: $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
 $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
@@ -128,21 +128,21 @@ $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
 		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SFT)
 
-# Goes on where it stopped: study.py looks at what is done. Of a larger model (`make study OUT=out/long`
-# would first train the small one into it): python study.py --runs out/long --out out/long/study
+# Continues where it stopped: study.py looks at what is done. For a larger model (`make study OUT=out/long`
+# would first train the small one in that folder): python study.py --runs out/long --out out/long/study
 study: all
 	$(PY) study.py --runs $(OUT) --out $(OUT)/study $(STUDY)
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
 # are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
-# the stories, so SFT and DPO take higher rates than in the world, and SFT the usual epsilon.
-# What is done stays: to train anew, remove out/real.
+# the stories, so SFT and DPO take higher learning rates than in the world, and SFT the usual Adam epsilon.
+# Finished stages are kept: to train anew, remove out/real.
 REAL := out/real
 real: .venv/installed
 	@test -d "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
 	@mkdir -p $(REAL); test -e $(REAL)/data || (cd "$(DATA)" && pwd) > $(REAL)/data
-	@(cd "$(DATA)" && pwd) | cmp -s - $(REAL)/data || { echo "$(REAL) is of other data; remove it first"; exit 2; }
+	@(cd "$(DATA)" && pwd) | cmp -s - $(REAL)/data || { echo "$(REAL) was made from other data; remove it first"; exit 2; }
 	test -e $(REAL)/base/done || $(PY) pretrain.py --data "$(DATA)/tinystories-train-2mb.txt" --holdout 0.05 --out $(REAL)/base \
 		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
 	test -e $(REAL)/sft/done || $(PY) sft.py --init $(REAL)/base --data "$(DATA)/instructions-1100.json" --holdout 110 \
@@ -158,11 +158,11 @@ real: .venv/installed
 		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
 		--out $(REAL)/ppo --resume
 
-# The solved edition has to end with every check passed, the student's to stop at its first gap.
+# The solved edition must end with every check passed; the student's must stop at its first gap.
 notebooks: all
 	RUN=$(OUT) $(PY) -m pytest -q tests/test_notebooks.py
 
-# Files side by side, a core each: most tests are too small for two threads.
+# Test files run in parallel, one core each: most tests are too small for two threads.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 

@@ -5,22 +5,22 @@
     python chat.py out/sft --prompt "…" --best-of 16 --reward out/reward
     python chat.py out/sft --label mine.jsonl                      # collect your own preferences
 
-Prompting is the alignment that needs no training: `--system` puts an instruction before the
-conversation, `--few-shot` puts solved examples of the embedded world before it. A base model knows
-nothing of chats; it is given plain text, and what it writes up to the next line break is its answer.
-A lone question is a line of its own; with examples or a conversation before it the layout is
+Prompting is alignment without training: `--system` puts an instruction before the conversation,
+`--few-shot` puts solved examples from the embedded world before it. A base model knows nothing of the chat
+format; it is given plain text, and what it writes up to the next line break is its answer.
+A single question is given as one line; after examples or earlier turns the layout is
 
     Question: …⏎Answer: …⏎⏎Question: …⏎Answer:
 
-Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at the time of
-answering: draw n answers, show one. The one that the reward model likes best need not be good: among
-many answers some fool it. So straying from π, the model that answers, has its price here as in PPO
+Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
+draw n answers, show one. The one with the highest reward need not be good: among many answers, some fool
+the reward model. So, as in PPO, straying from π, the model that answers, has a price
 (regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): we show the answer
 with the highest
 
     r(x, y) + β log π(y|x)
 
-That is the likeliest answer, among those drawn, under the policy that PPO's objective aims at,
+Among the answers drawn, it is the likeliest under the policy that maximises PPO's objective,
 π(y|x) exp(r(x, y) / β) / Z(x). `--best-of-beta 0` is plain best-of-n.
 
 Left out: tools, and templates other than ChatML.
@@ -43,10 +43,10 @@ from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat, same_
 from training import (InputError, check_range, flag, load_checkpoint, load_reward, parse_args,
                       pick_device, run, writing)
 
-HELP = """/compare [QUESTION]  the question (or the last one) to every model beside this one
-/best N [QUESTION]   N answers to it, the best first: reward, log-prob, answer
+HELP = """/compare [QUESTION]  put it (or the last question) to every model beside this one
+/best N [QUESTION]   list N answers to it, the best first: reward, log-prob, answer
 /reset               forget the conversation
-/seed N              restart the sampling
+/seed N              restart the sampling from seed N
 /help                this page
 Anything else is said to the model. Ctrl-D or Ctrl-C ends."""
 BEST_OF_BETA = 0.3  # 0.1 to 1 does nearly as well in the embedded world
@@ -57,18 +57,18 @@ class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of models; several answer one after the other"})
     prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
-    system: str | None = flag(None, "instruction put before it all (default: the folder's, if any)")
-    few_shot: int = flag(0, "solved examples of the embedded world, of the family nearest to the question, to put "
-                         "before it")
-    raw: bool = flag(False, "treat the models as base models: plain text, no chat template (`make`'s base says so of itself)")
-    best_of: int = flag(1, "answers to draw, of which one is chosen by the reward model")
+    system: str | None = flag(None, "instruction put before everything else (default: the folder's, if any)")
+    few_shot: int = flag(0, "solved examples from the embedded world to put before the question, from the family "
+                         "nearest to it")
+    raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
+    best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
     reward: str | None = flag(None, "folder of the reward model, for --best-of and /best")
-    label: str | None = flag(None, "show an answer of the first and of the last model, in an order of chance, ask "
-                              "which is better, append it to this file")
+    label: str | None = flag(None, "show one answer from the first and one from the last model, in random order, "
+                              "ask which is better, append the pair to this file")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")
-    top_k: int | None = flag(None, "sample among the k likeliest tokens only (default: all)")
-    top_p: float | None = flag(None, "sample among the likeliest tokens that hold this probability"
+    top_k: int | None = flag(None, "sample from the k likeliest tokens only (default: all)")
+    top_p: float | None = flag(None, "sample from the likeliest tokens that together have this probability"
                                      " (default: all)")
     max_new_tokens: int = flag(200, "longest answer, in tokens")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
@@ -81,7 +81,7 @@ class Config:
 
 def plain_prompt(question, shots=()):
     """Text for a base model. Zero-shot: the question as it stands. Few-shot: solved (question,
-    answer) `shots` in the layout of a quiz page, then the question in the same."""
+    answer) `shots` in the layout of a quiz page, then the question in the same layout."""
     if not shots:
         return f"{question}\n"
     return "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in shots) + (
@@ -89,7 +89,7 @@ def plain_prompt(question, shots=()):
 
 
 def chat_prompt(tokenizer, question, system=None, history=()):
-    """Ids up to where the assistant begins. `history` holds (question, answer) turns before."""
+    """Ids up to where the assistant's answer begins. `history` holds earlier (question, answer) turns."""
     messages = [{"role": "system", "content": system}] if system else []
     for said, answered in history:
         messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
@@ -98,7 +98,7 @@ def chat_prompt(tokenizer, question, system=None, history=()):
 
 
 def newline_ids(tokenizer):
-    """Ids of all tokens with a line break in them: where an answer in the raw format ends."""
+    """Ids of all tokens that contain a line break: an answer in the raw format ends there."""
     encoding = tokenizer.encoding
     return [encoding.encode_single_token(token) for token in encoding.token_byte_values()
             if b"\n" in token]
@@ -118,14 +118,14 @@ class Speaker:
     end_ids: set
 
     def prompt(self, question, history=(), system=None):
-        """-> ids. Raw text begins like a document of pre-training, with <|endoftext|>."""
+        """-> ids. Raw text begins like a pre-training document, with <|endoftext|>."""
         if not self.raw:
             return chat_prompt(self.tokenizer, question, self.system if system is None else system, history)
         text = (f"{system}\n\n" if system else "") + plain_prompt(question, history)
         return [*special(self.tokenizer, ENDOFTEXT), *self.tokenizer.encode(text)]
 
     def fit(self, question, history, config):
-        """-> (ids, history): the oldest turns go until an answer has room in the context."""
+        """-> (ids, history): the oldest turns are dropped until an answer has room in the context."""
         context = self.model.config.context_length
         room = min(config.max_new_tokens, context // 2)
         ids = self.prompt(question, history, config.system)
@@ -145,9 +145,9 @@ class Speaker:
 
 
 def open_speaker(folder, device="cpu", raw=False):
-    """Load the folder of a language model. It is raw where asked for, where config.json says that
-    it has only been pre-trained, and where there is no chat template. InputError for a template
-    that is not ChatML, and for a reward model."""
+    """Load the folder of a language model. It is raw if asked for, if config.json says that it has
+    only been pre-trained, or if there is no chat template. InputError for a template that is not
+    ChatML, and for a reward model."""
     model, tokenizer, info = load_checkpoint(folder, device)
     name, folder = Path(folder).resolve().name, Path(folder)
     if not isinstance(model, GPT):
@@ -163,7 +163,7 @@ def open_speaker(folder, device="cpu", raw=False):
     if IM_START not in template:
         raise InputError(f"{folder}: only ChatML templates are implemented, and this one is "
                          f"{' '.join(template.split())[:60]!r}; --raw does without")
-    # A literal text, not one that the template puts together: '…system\n' + messages[0].content + '…'
+    # Only literal text, not what the template puts together: '…system\n' + messages[0].content + '…'
     system = re.search(r"<\|im_start\|>system(?:\\n|\n)((?:(?!['\"]\s*[+~])[^{}])+?)<\|im_end\|>", template)
     ends = read_json(folder / "generation_config.json").get("eos_token_id") or []
     ends = {*(ends if isinstance(ends, list) else [ends]), *special(tokenizer, IM_END),
@@ -184,7 +184,7 @@ def special(tokenizer, name):
 
 
 def can_judge(reward, tokenizer, speaker):
-    """Whether a reward model reads whatever a speaker may write."""
+    """Whether a reward model can read whatever a speaker may write."""
     return (same_tokens(speaker.tokenizer, tokenizer)
             and reward.config.context_length >= speaker.model.config.context_length)
 
@@ -196,8 +196,8 @@ def visible(text):
 
 
 def examples_like(question, config):
-    """--few-shot solved (question, answer) pairs of the embedded world, from the family of that
-    training prompt which shares the most words with the question."""
+    """--few-shot solved (question, answer) pairs of the embedded world, from the family of the
+    training prompt whose words overlap most with the question's."""
     if not config.few_shot:
         return []
     words = set(question.lower().split())
@@ -215,7 +215,7 @@ def examples_like(question, config):
 
 def generate_all(model, prompts, max_new_tokens, chunk=512, **sampling):
     """`generate` for any number of prompts, in chunks -> (id lists, their log-probs). Put prompts with
-    answers of like length side by side: a chunk takes as long as its longest answer."""
+    answers of similar length side by side: a chunk takes as long as its longest answer."""
     answers, logprobs = [], []
     for start in range(0, len(prompts), chunk):
         ids, of_ids = generate(model, prompts[start:start + chunk], max_new_tokens, **sampling)
@@ -242,8 +242,8 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
 
 
 def speak(speaker, ids, max_new_tokens, sampling):
-    """Print the answer as it is drawn -> its text. A character of several tokens waits for all
-    of its bytes."""
+    """Print the answer as it is sampled -> its text. A character that spans several tokens is printed
+    when all of its bytes are there."""
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for token in stream(speaker.model, ids, max_new_tokens, eos_ids=speaker.end_ids, **sampling):
         if token >= speaker.tokenizer.vocab_size or token in speaker.end_ids and not speaker.raw:
@@ -295,17 +295,17 @@ def models_beside(folder, device, raw):
 
 
 def compare(question, config, sampling, device):
-    """The question to the first model and all beside it, each with the conversation's seed."""
+    """Put the question to the first model and all beside it, each with the conversation's seed."""
     seed = sampling["generator"].initial_seed()
     for speaker in models_beside(config.checkpoints[0], device, config.raw):
         ids, _ = speaker.fit(question, examples_like(question, config), config)
-        alike = torch.Generator(device).manual_seed(seed)  # the conversation's own goes on where it is
+        alike = torch.Generator(device).manual_seed(seed)  # the conversation's own generator stays where it is
         print(f"{speaker.name}> ", end="", flush=True)
         speak(speaker, ids, config.max_new_tokens, sampling | {"generator": alike})
 
 
 def candidates(question, n, speaker, config, sampling, device):
-    """n answers to the question, the best first, with reward and log-prob; equal ones once."""
+    """Print n answers to the question, the best first, with reward and log-prob; equal ones once."""
     folder = config.reward or Path(config.checkpoints[0]).resolve().parent / "reward"
     model, tokenizer, shift, _ = load_reward(folder, device)
     check_same(speaker, model, tokenizer, folder)
@@ -313,7 +313,7 @@ def candidates(question, n, speaker, config, sampling, device):
     _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
     texts = [visible(speaker.text(answer)) for answer in drawn]
-    shown = {}  # text -> place of the best of it: the same words can end in two ways
+    shown = {}  # text -> place of its best sample: the same text can come from different tokens
     for place in (scores + config.best_of_beta * logprobs).argsort(descending=True).tolist():
         shown.setdefault(texts[place], place)
     for text, place in shown.items():
@@ -361,7 +361,7 @@ def converse(speakers, config, sampling, reward, device):
 
 
 def reply(line, speakers, histories, config, sampling, reward):
-    """Every speaker's answer, which its own history remembers."""
+    """Print every speaker's answer and add it to that speaker's history."""
     for i, speaker in enumerate(speakers):
         before = histories[i] or examples_like(line, config)
         try:
@@ -383,8 +383,8 @@ def reply(line, speakers, histories, config, sampling, reward):
 
 
 def label(speakers, config, sampling, reward):
-    """Two answers to each question, by the first and the last model in an order drawn by chance
-    (so that the judge is blind); the choice becomes one line of a preference file."""
+    """Show two answers to each question, from the first and the last model in random order (so that
+    the judge is blind); the choice becomes one line of a preference file."""
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
         shots, two = examples_like(question, config), (speakers[0], speakers[-1])
         try:
@@ -399,13 +399,13 @@ def label(speakers, config, sampling, reward):
         else:
             print("(no two different answers in 8 tries; try a higher --temperature)")
             continue
-        random.Random(f"{config.seed} {question}").shuffle(pair)  # one question a run: not always the same order
+        random.Random(f"{config.seed} {question}").shuffle(pair)  # the order varies even with one question a run
         print(f"A: {visible(pair[0])}\nB: {visible(pair[1])}", flush=True)
         replies = (line.lower() for line in questions("better, a or b (s skips)? "))
         choice = next((line for line in replies if line in ("a", "b", "s")), "s")
         if choice == "s":
             continue
-        # As Speaker.prompt has it; a raw model has none of its own.
+        # The system prompt as in Speaker.prompt; a raw model has none of its own.
         said = speakers[0].system if config.system is None else config.system
         system = [{"role": "system", "content": said}] if said else []
         prompt = [*system, {"role": "user", "content": question}] if system else question
@@ -441,7 +441,7 @@ def main(argv=None):
         shots = examples_like(config.prompt, config)
         for speaker in speakers:
             ids, _ = speaker.fit(config.prompt, shots, config)
-            sampling["generator"].manual_seed(config.seed)  # the order of models does not matter
+            sampling["generator"].manual_seed(config.seed)  # so that the order of models does not matter
             text = visible(answer(speaker, ids, config, sampling, reward))
             print(f"== {speaker.name} ==\n{text}\n" if len(speakers) > 1 else text)
     else:

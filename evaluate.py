@@ -4,21 +4,21 @@
 
 writes report.json, report.md and report.html to out/report, in about a minute for models
 of a million parameters; --per-family 80 halves that. Every checkpoint answers every prompt twice:
-greedily, and with one sample at temperature 1 from the model itself, no top-k or top-p. The sample
-is what the KL divergence, the gold score, the win rate and the rates of behaviour are measured on;
+greedily, and with one sample at temperature 1 from the model itself, without top-k or top-p. The
+KL divergence, the gold score, the win rate and the rates of behaviour are measured on the sample;
 accuracy is given for both.
 
 A base model answers in the plain format of chat.py, zero-shot and, in a row of its own, few-shot;
-to save time only greedily.
+to save time, it answers only greedily.
 Best-of-n is a row too: the reward model's choice among n samples of the reference checkpoint (the
 one in a folder called `sft`), drawn for part of the prompts. Those n samples also tell which
 questions the reference can answer: only there does "I do not know" count as needless.
 
-Means are taken over equally many prompts of each family, so that rows on more or on fewer prompts
-can be compared; KL over the prompts of best-of-n; a rate about one kind of prompt takes all there
-are of the kind, and is left out where they are few. Rates have Wilson's interval, means a bootstrap
-over prompts; whatever compares with the reference is paired prompt by prompt. Left out: several
-seeds of the training itself, which would widen every interval here; they are about these
+Means are taken over equally many prompts of each family, so that rows with more and with fewer
+prompts can be compared; KL is averaged over the prompts of best-of-n; a rate about one kind of prompt
+uses all prompts of that kind, and is left out if they are few. Rates have Wilson's interval, means a
+bootstrap over prompts; comparisons with the reference are paired prompt by prompt. Left out: several
+seeds of the training itself, which would widen every interval here; these intervals are about these
 checkpoints, not about the method.
 """
 
@@ -43,7 +43,7 @@ from tokenizer import IM_END, same_tokens
 from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
                       write_atomic)
 
-ENOUGH = 160  # prompts behind a rate of its own, however few are asked for of each family
+ENOUGH = 160  # prompts for a rate about one kind of prompt, however small --per-family is
 
 
 @dataclass
@@ -56,10 +56,10 @@ class Config:
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
-    best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in their choice, see chat.py; 0: reward alone")
+    best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in that choice, see chat.py; 0: reward alone")
     best_of_per_family: int = flag(16, "prompts of each family that best-of-n is measured on")
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on")
-    accuracy_decode: str = flag("greedy", "which answers the column *right* counts",
+    accuracy_decode: str = flag("greedy", "which answers the column *right* is computed from",
                                 choices=["greedy", "sample"])
     system: str | None = flag(None, "instruction put before every prompt")
     max_new_tokens: int = flag(80, "longest answer, in tokens")
@@ -73,7 +73,7 @@ class Config:
 
 def bootstrap(values, times=2000):
     """[mean, low, high] of a value per prompt, 95 % percentile interval. None for no prompts. The seed is the
-    number of prompts, so all measures on equally many see the same resamples."""
+    number of prompts, so all measures on the same number of prompts use the same resamples."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         return None
@@ -88,17 +88,17 @@ def rate(hits):
 
 @torch.no_grad()
 def sequence_kl(policy, reference, prompts, responses, chunk=128):
-    """Σ_t KL(policy ‖ reference) at each place of a response, its end token's included -> (N,).
+    """Σ_t KL(policy ‖ reference) over the tokens of each response, its end token included -> (N,).
 
     In nats per response, over the full vocabulary; averaged over samples of the policy it is
-    KL(policy ‖ reference) for whole answers, with less noise than log-ratios of the tokens drawn.
+    KL(policy ‖ reference) for whole answers, with less noise than log-ratios of the sampled tokens.
     """
     device = next(policy.parameters()).device
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     total = torch.zeros(len(rows), dtype=torch.float64)
     for batch in data.length_batches([len(row) for row in rows], chunk):
         ids = data.pad_right([rows[i] for i in batch], 0).to(device)  # (B, T)
-        # The logits that choose token t stand at t − 1.
+        # The logits that predict token t are at position t − 1.
         places = [(b, t - 1) for b, i in enumerate(batch)
                   for t in range(len(prompts[i]), len(rows[i]))]
         hidden = [model.hidden(ids) for model in (policy, reference)]  # (B, T, C)
@@ -126,10 +126,10 @@ class Answers:
 
 @dataclass
 class Row:
-    """One line of the report: the answers to `tasks`, which are the prompts number `where`."""
+    """One row of the report: the answers to `tasks`, whose indices among all prompts are `where`."""
     tasks: list
     where: np.ndarray
-    fair: np.ndarray  # (N,) bool: the prompts that means are taken over, equally many of a family
+    fair: np.ndarray  # (N,) bool: the prompts that means are taken over, equally many of each family
     sampled: Answers
     greedy: Answers | None
 
@@ -152,8 +152,8 @@ def read_answers(speaker, prompts, ids):
 
 
 def ask(speaker, prompts, config, temperature, stream=0):
-    """One answer of a Speaker to every prompt -> Answers. Another `stream`, other random numbers: from the
-    same ones two models draw answers that are alike."""
+    """One answer of a Speaker to every prompt -> Answers. Each `stream` has its own random numbers: from the
+    same ones two models would draw answers that are alike."""
     device = next(speaker.model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(1000 * config.seed + stream)
     ids, _ = generate_all(speaker.model, prompts, config.max_new_tokens, temperature=temperature,
@@ -166,8 +166,8 @@ def prompts_for(speaker, tasks, config, shots=0):
 
 
 def proxy_scores(speaker, tasks, answers, chosen, reward, system=None):
-    """The reward model's scores (N,) of the answers number `chosen`. It reads chats, so plain
-    answers go into the template, the end of a long one cut off to fit the context."""
+    """The reward model's scores (N,) of the answers with the indices `chosen`. It reads chats, so plain
+    answers are put into the template, and the end of a long one is cut off to fit the context."""
     (model, shift), tokenizer = reward, speaker.tokenizer
     if speaker.raw:
         prompts = [chat_prompt(tokenizer, tasks[i].prompt, system) for i in chosen]
@@ -183,8 +183,8 @@ def proxy_scores(speaker, tasks, answers, chosen, reward, system=None):
 
 
 def choose_tasks(config):
-    """-> (tasks, rank (N,) of each within its family). The course's prompts come first. Of each
-    family --per-family; of those behind a rate of their own, ENOUGH."""
+    """-> (tasks, rank (N,) of each within its family). The course's prompts come first. Each
+    family has --per-family tasks, and kinds of prompt with a rate of their own at least ENOUGH."""
     counts, tasks, ranks = {}, [], []
     for task in dict.fromkeys([*world.COURSE_PROMPTS, *world.heldout_tasks()]):
         rank = counts[task.family] = counts.get(task.family, -1) + 1
@@ -215,7 +215,7 @@ def accuracy(tasks, right, fair):
 
 
 def measure(row, reference, can_answer, config):
-    """Everything about a row that its texts tell. `reference` is a Row over all prompts or None,
+    """All measures of a row that its texts allow. `reference` is a Row over all prompts or None;
     `can_answer` (all prompts,) bool marks the questions the reference gets right often enough."""
     kind = np.array([task.kind for task in row.tasks])
     answerable = kind == "answerable"
@@ -228,7 +228,7 @@ def measure(row, reference, can_answer, config):
     main = "greedy" if config.accuracy_decode == "greedy" and "greedy" in right else "sampled"
     lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
     gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
-    enough = min(150, config.per_family)  # a rate of one kind of prompt on fewer is not worth quoting
+    enough = min(150, config.per_family)  # on fewer prompts, a rate about one kind is not worth quoting
 
     def rate_of(kind_name, hits):
         asked = kind == kind_name
@@ -278,10 +278,10 @@ def judge_reward_model(model, tokenizer, pairs):
 
 
 def transcripts(rows, tasks, places, judges):
-    """What every row answers to the course's prompts and to two of each family, with its gold, and its reward
+    """What every row answers to the course's prompts and to two of each family, with gold score, and reward
     where `judges` has a function (answers, chosen) -> scores for the row.
 
-    Greedy answers, which chat.py --temperature 0 repeats; best-of-n has none, so its choice."""
+    The answers are greedy, so chat.py --temperature 0 repeats them; best-of-n has none, so its choice is shown."""
     shown = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
     for family in dict.fromkeys(task.family for task in tasks):
         mine = [i for i in places.tolist() if tasks[i].family == family and i not in shown]
@@ -302,7 +302,7 @@ def transcripts(rows, tasks, places, judges):
 
 
 def stage_seconds(folders):
-    """{stage: seconds} from the `done` stamps; of two runs of a stage, the second by its folder."""
+    """{stage: seconds} from the `done` stamps; a second run of a stage is named by its folder."""
     seconds = {}
     for stamp in folders:
         if stamp.is_file():
@@ -313,7 +313,7 @@ def stage_seconds(folders):
 
 
 def relative(folder, start):
-    """The way to a folder, so that both can be moved; in full where Windows has them on two drives."""
+    """The relative path to a folder, so that both can be moved; absolute if they are on two Windows drives."""
     try:
         return os.path.relpath(folder, start)
     except ValueError:
@@ -344,8 +344,8 @@ def main(argv=None):
     # 1. Models, prompts and documents.
     folders = {Path(folder).resolve().name: folder for folder in config.checkpoints}
     if len(folders) < len(config.checkpoints):
-        raise InputError("found two checkpoints of the same name, expected folders called apart, "
-                         "because their names head the rows of the report")
+        raise InputError("found two checkpoints of the same name, expected different folder names, "
+                         "because these name the rows of the report")
     speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
     reference = speakers.get(config.reference)
     if reference is None and config.reference != Config.reference:
@@ -419,7 +419,7 @@ def main(argv=None):
         if reward and IM_END in speaker.tokenizer.specials and can_judge(reward[0], reward_tokenizer, speaker):
             judges[name] = functools.partial(proxy_scores, speaker, row.tasks, reward=reward, system=config.system)
             found["proxy"] = bootstrap(judges[name](row.sampled, np.flatnonzero(row.fair)))
-        if name == best_name:  # exact for a continuous reward, otherwise a bound
+        if name == best_name:  # exact for a continuous reward, otherwise an upper bound
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
         elif name == config.reference:
             found["kl_from_sft"] = [0.0] * 3
@@ -434,7 +434,7 @@ def main(argv=None):
         say(f"{name} is measured")
     judged = judge_reward_model(reward and reward[0], reward_tokenizer, pairs)
 
-    # 5. The report. report.json comes last: where it is, the others are.
+    # 5. The report. report.json is written last: if it is there, so are the others.
     stages = [*folders.values()] + ([config.reward] if config.reward else [])
     stamps = [Path(folder) / "done" for folder in stages]
     settings = {name: getattr(config, name) for name in (

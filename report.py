@@ -3,7 +3,7 @@
     python report.py out/report        # evaluate.py calls this; run it to rebuild the two pages
 
 The pictures are SVG inside the page, drawn from the metrics.jsonl of the folders that report.json
-names. Where study.py has left a study.json beside it, its tables and pictures are in the pages too.
+names. If study.py has left a study.json beside it, its tables and pictures are in the pages too.
 The page needs no scripts and no network. Whatever a model wrote is escaped: it is shown, never
 interpreted. Left out: interactive plots.
 """
@@ -37,24 +37,24 @@ COLUMNS = (
     ("tokens", ("mean_tokens",), NUMBER),
     ("bits/byte", ("bits_per_byte",), NUMBER),
 )
-# Figure: what it is; better; what to expect of `make`; what it means when it is off. Expected ± what
-# another seed or another machine's arithmetic may change.
+# Figure: what it is; which way is better; what to expect from `make` (± what another seed or another
+# machine's rounding may change); what it means when it is off.
 GLOSSARY = (
-    ("right", "share of answerable held-out questions answered rightly; greedy answers, for best-of-n "
-     "its choice among samples", "higher", "base 14, few-shot 71, SFT 68, DPO 69, PPO 70 % (± 5)",
-     "SFT near the base: the chat mask is wrong or the rate too high. Far below few-shot: SFT unlearned "
+    ("right", "share of answerable held-out questions that the greedy answer gets right (best-of-n: "
+     "its choice among samples)", "higher", "base 14, few-shot 71, SFT 68, DPO 69, PPO 70 % (± 5)",
+     "SFT near the base: the chat mask is wrong or the learning rate too high. Far below few-shot: SFT forgot "
      "facts"),
-    ("gold", "mean mark, 0 to 1, by the hidden judge, of one sample at temperature 1: the mean of helpful, "
+    ("gold", "mean score, 0 to 1, from the hidden judge for one sample at temperature 1: the mean of helpful, "
      "honest and harmless", "higher", "SFT 0.55, DPO 0.75, PPO 0.75 (± 0.04)",
-     "below SFT while the reward rises: the reward model is being tricked"),
-    ("beats SFT", "share of prompts on which its sample has the higher gold score than SFT’s, ties half",
+     "below SFT while the reward rises: the reward model is being gamed"),
+    ("beats SFT", "share of prompts on which its sample has a higher gold score than SFT’s; a tie counts half",
      "higher; 50 % is no change", "DPO 69, PPO 69, best-of-16 71 % (± 4)",
      "50 %: nothing was learned; look at KL"),
     ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
-     "own samples. For best-of-n log n − (n − 1)/n, an upper bound", "lower at equal gold",
-     "DPO 1.5, PPO 1.3 (± 0.4)", "0: no update arrived. Above 20: β is too small, or the rate too large"),
-    ("reward", "mean score by the reward model, in its standard deviations on answers of SFT: the proxy "
-     "that PPO is paid", "higher, if gold follows", "SFT 0.1, DPO 0.5, PPO 0.6, best-of-16 0.7 (± 0.2)",
+     "own samples. For best-of-n: log n − (n − 1)/n, an upper bound", "lower at equal gold",
+     "DPO 1.5, PPO 1.3 (± 0.4)", "0: no update took effect. Above 20: β is too small, or the learning rate too large"),
+    ("reward", "mean score from the reward model, in units of its standard deviation on SFT’s answers: the proxy "
+     "that PPO is trained on", "higher, if gold follows", "SFT 0.1, DPO 0.5, PPO 0.6, best-of-16 0.7 (± 0.2)",
      "SFT far from 0: reward_shift was not subtracted"),
     ("refuses harmful", "share of harmful requests refused", "higher", "SFT 40, DPO 85, PPO 83 % (± 10)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
@@ -62,14 +62,14 @@ GLOSSARY = (
      "above 10: the reward model likes refusals whatever is asked"),
     ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
      "“I do not know”", "lower", "SFT 64, DPO 13, PPO 16 % (± 8)", "unchanged: too few such pairs"),
-    ("needless “I do not know”", "the same answer to questions that SFT gets right in a quarter of 16 "
-     "samples or more", "lower", "SFT 2, DPO 1, PPO 1 % (± 3)", "high: honesty was bought with silence"),
+    ("needless “I do not know”", "how often this is the answer to a question that SFT gets right in a quarter or "
+     "more of 16 samples", "lower", "SFT 2, DPO 1, PPO 1 % (± 3)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
     ("tokens", "mean length of an answer, without its end token", "neither",
      "base 11, few-shot 9, SFT 17, DPO 16, PPO 15 (± 2)", "rising with the reward: the reward model likes length"),
-    ("bits/byte", "bits to foresee a byte of held-out documents: what alignment forgot of the text", "lower",
-     "base 0.26, PPO 0.28 (± 0.01)", "far above the base: the rate is too high"),
+    ("bits/byte", "bits needed to predict a byte of held-out documents: shows what alignment forgot of the text",
+     "lower", "base 0.26, PPO 0.28 (± 0.01)", "far above the base: the learning rate is too high"),
 )
 PARTS = ("total", "helpful", "honest", "harmless")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -115,12 +115,12 @@ def main_rows(report):
 
 
 def glossary_rows():
-    return ["figure", "what it is", "better", "expect of make", "when it is off"], GLOSSARY
+    return ["figure", "what it is", "better", "expect from make", "when it is off"], GLOSSARY
 
 
 def part_rows(report):
-    """The parts of the gold score, and accuracy by what is new about the prompts. How many prompts are
-    behind the accuracies stands at the head, and at a row that has others."""
+    """The parts of the gold score, and accuracy by what is new about the prompts. The numbers of prompts
+    behind the accuracies are in the first heading, and in the name of a row where they differ."""
     counts = {}
     for name, measures in report["checkpoints"].items():
         asked = measures["prompts"]["accuracy"]
@@ -163,11 +163,11 @@ def notes(report):
         f"{report['prompts']:,} held-out prompts, the same for every checkpoint. In brackets: 95 % "
         "intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
         f"equally many prompts of each family. Win rate and KL compare with {compared_with(report)}.",
-        f"Accuracy counts {counted} (best-of-n: its choice); all else counts one sample per prompt "
+        f"Accuracy is that of {counted} (best-of-n: its choice); all else is measured on one sample per prompt "
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
         f"KL is measured on {report['best_of_prompts']:,} of them" + (
             f", as are best-of-{settings['best_of']} and the needless “I do not know”; the KL of best-of-n is "
-            f"log n − (n − 1)/n. It chooses by reward + {settings['best_of_beta']} log π."
+            f"log n − (n − 1)/n. Best-of-n chooses by reward + {settings['best_of_beta']} log π."
             if settings["best_of"] > 1 else "."),
         "A base model reads plain text, the instruction and a line break; what it writes up to the "
         f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "
@@ -189,7 +189,7 @@ def notes(report):
 
 
 def markdown_text(text):
-    """Escaped, so that it is shown as it is, in one line. An _ inside a word means nothing."""
+    """Escaped, so that it is shown as it is, in one line. An _ inside a word needs no escape."""
     special = r"[\\`*{}\[\]<>#|~$]|(?<![^\W_])_|_(?![^\W_])"
     text = re.sub(special, r"\\\g<0>", visible(text).replace("&", "&amp;"))
     return text.replace("\n", " ⏎ ")
@@ -228,7 +228,7 @@ CORE = ("base", "base_few_shot", "sft", "dpo", "ppo", "grpo")  # and best-of-n
 
 
 def core_of(report):
-    """The report without the rows of the ablations, where it has such."""
+    """The report without the rows of the ablations, if it has any."""
     def core(rows):
         return {name: row for name, row in rows.items()
                 if name in CORE or name.startswith("best_of_")}
@@ -261,7 +261,7 @@ def ablation_rows(report, study):
         seeds = [everyone[n] for n in (name, f"{name}_seed2", f"{name}_seed3") if n in everyone]
         spent = seconds.get({"base": "pretrain"}.get(name, name))
 
-        def across(path, unit):  # the middle of the seeds, and the span of them
+        def across(path, unit):  # the mean over the seeds, and their range
             values = [dig(measures, path)[0] for measures in seeds if dig(measures, path)]
             if len(values) > 1:
                 return cell([sum(values) / len(values), min(values), max(values)], unit)
@@ -277,7 +277,7 @@ def ablation_rows(report, study):
 
 
 def against_kl(runs, best_of_n=()):
-    """Two panels, gold and proxy over √KL, with bands of 95 %."""
+    """Two panels, gold and proxy against √KL, with 95 % bands."""
     panels = []
     for what, title in (("gold", "gold score"), ("proxy", "reward model’s score")):
         curves = []
@@ -309,27 +309,27 @@ def study_sections(report, study):
     opening, times = curves["hacked_opening"]
     return [
         ("Which stage buys what",
-         ["All rows answer the same held-out prompts. In brackets: where there are three seeds, the lowest "
-          "and the highest; else 95 % intervals over prompts, which do not tell what another seed would "
-          "give. Minutes are of that stage alone."], [ablation_rows(report, study)], []),
+         ["All rows answer the same held-out prompts. In brackets: with three seeds, the lowest and the "
+          "highest; otherwise 95 % intervals over prompts, which do not show what another seed would "
+          "give. Minutes are for that stage alone."], [ablation_rows(report, study)], []),
         ("A reward that can be checked",
-         ["GRPO paid for right answers to sums and rewriting tasks of training; held-out ones, one answer "
-          "each. It makes the answer that the model would give anyway surer, so samples gain more than "
-          "greedy answers; what the model cannot do, no sample shows it."],
+         ["GRPO rewarded for right answers to training sums and rewriting tasks; measured on held-out ones, one "
+          "answer each. It makes the model surer of the answer that it would give anyway, so samples gain more "
+          "than greedy answers; what the model cannot do appears in no sample, so it is not learned."],
          [(["", "SFT, greedy", "GRPO, greedy", "SFT, sampled", "GRPO, sampled"],
            [[family, *(cell(report["checkpoints"][name][how]["families"].get(family), PERCENT)
                        for how in ("accuracy_greedy", "accuracy_sampled") for name in ("sft", "grpo_right"))]
             for family in ("arithmetic", "rewriting")])], []),
         ("Reward against KL",
          [f"As in Gao, Schulman & Hilton (2022), figure 1: checkpoints along each run, {curves['prompts']} "
-          "held-out prompts, one sample each. For best-of-n KL is log n − (n − 1)/n, an upper bound; the curve "
-          "chooses by the reward alone, the last column by reward + β log π."],
+          "held-out prompts, one sample each. For best-of-n, KL is log n − (n − 1)/n, an upper bound. The curve "
+          "is for choosing by the reward alone, the last column for choosing by reward + β log π."],
          [(["n", "KL at most", "distinct answers", "gold", "reward", f"gold, β = {report['settings']['best_of_beta']}"],
            [[f"{p['n']}", f"{p['kl']:.2f}", *(cell(p[what], NUMBER) for what in (
                "distinct", "gold", "proxy", "gold_priced"))] for p in curves["best_of_n"]])],
          against_kl(along, curves["best_of_n"])),
         ("Over-optimisation: the reward rises, the answers get worse",
-         [f"PPO with β = 0 against a reward model of few pairs. Its own reward went from "
+         [f"PPO with β = 0 against a reward model trained on few pairs. Its own reward went from "
           f"{first['proxy'][0]:.2f} to {last['proxy'][0]:.2f}; the gold score began at "
           f"{first['gold'][0]:.2f}{best} and ended at {last['gold'][0]:.2f}. Nothing held the policy near "
           f"the answers on which the reward model was trained, so it went where the reward model is wrong: "
@@ -341,7 +341,7 @@ def study_sections(report, study):
          against_kl({"PPO without KL, weak reward model": hacked})),
         ("The reward model",
          [f"{judge['pairs']:,} pairs of samples for held-out prompts. With these labels nobody can exceed "
-          f"{100 * judge['noise_ceiling']:.0f} %. Mean distance between predicted and observed: "
+          f"{100 * judge['noise_ceiling']:.0f} %. Mean distance between predicted and observed probability: "
           f"{100 * judge['calibration_error']:.0f} points."],
          [(["what it likes too much (above 0) or too little", "correlation of its error"],
            [[name, cell(value, NUMBER)] for name, value in judge["likes"].items()])],
@@ -357,7 +357,7 @@ def study_sections(report, study):
         ("What alignment costs",
          [f"Distinct answers among {costs['samples']} samples and entropy: {costs['prompts']} prompts. "
           f"Calibration: {costs['calibrated_on']} answerable prompts; “sure” is the probability of the "
-          "greedy answer, which should be the chance that it is right."],
+          "greedy answer, which should equal the chance that it is right."],
          [(["", "bits/byte", "distinct answers", "entropy, nats per token", "sure", "right",
             "calibration error"],
            [[name, cell(report["checkpoints"][name]["bits_per_byte"], NUMBER), cell(c["distinct"], NUMBER),
@@ -371,7 +371,7 @@ def study_sections(report, study):
              cell(r["gold"], NUMBER)] for r in prompting["rows"]])], []),
         ("Is it only the temperature?",
          [f"{temperature['prompts']} prompts, one sample each, compared with SFT's at temperature 1; at 0 the greedy answer. DPO and "
-          "PPO learn to be surer, which a lower temperature gives for nothing; compare rows of one temperature."],
+          "PPO learn to be surer, which a lower temperature gives for free; compare rows at the same temperature."],
          [(["", "temperature", "right", "gold", "beats SFT at 1", "refuses harmful", "refuses harmless", "made up"],
            [[r["model"], f"{r['temperature']:g}", cell(r["right"], PERCENT), cell(r["gold"], NUMBER),
              *(cell(r[what], PERCENT) for what in ("win_rate", "refuses_harmful", "refuses_harmless", "made_up"))]
@@ -402,7 +402,7 @@ def curve(rows, name):
 
 
 def smooth(values, weight=0.8):
-    """Exponential moving average, freed of its bias towards the start at 0."""
+    """Exponential moving average, corrected for its bias towards the initial 0."""
     average, found = 0.0, []
     for n, value in enumerate(values, 1):
         average = weight * average + (1 - weight) * value
@@ -411,9 +411,9 @@ def smooth(values, weight=0.8):
 
 
 def draw(heading, panels, width=9.0):
-    """SVG text of panels side by side, two in a row; each is (title, x label, [curves]), a curve
-    (label, xs, ys, style) of matplotlib. A style may have a `band`: (lows, highs). `heading` tells the
-    picture from others of the page."""
+    """SVG text of panels side by side, two in a row; each is (title, x label, [curves]), and a curve is
+    (label, xs, ys, matplotlib style). A style may have a `band`: (lows, highs). `heading` keeps the
+    picture's ids apart from those of others on the page."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
@@ -442,7 +442,7 @@ def draw(heading, panels, width=9.0):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
     svg = file.getvalue()
-    # Ids are per picture; two in one page would clash.
+    # Ids are unique within a picture only; those of two pictures on one page would clash.
     prefix = re.sub(r"\W", "", heading)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg[svg.index("<svg"):])
     told = html.escape("; ".join(f"{title} by {label}" for title, label, _ in panels))

@@ -3,23 +3,23 @@
     python reward.py --init out/sft --data out/pairs.jsonl --out out/reward
     python reward.py --init out/sft --data preferences.json --holdout 0.1 --out out/reward
 
-The fine-tuned model's backbone with one number in place of the vocabulary, r(x, y), read at the
-last real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on
-top (--extra-layers), because a language model knows only after its last layer what it would have said;
-comparing that with what was said takes one layer more (75 % of held-out pairs ordered rightly, without it 71).
-Bradley and Terry (1952) take the chance that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we
-minimise −log of the likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
+It is the fine-tuned model's backbone with a scalar head r(x, y) in place of the vocabulary head, read at
+the last real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on
+top (--extra-layers), because only after its last layer does a language model know what it would have said;
+comparing that with what was said takes one more layer (75 % of held-out pairs ordered correctly, 71 % without it).
+Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and
+we minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
 
     L(φ) = − mean log σ(r_φ(x, y_c) − r_φ(x, y_r))
 
-Only differences matter to that loss, so the zero of r is free; its unit is that of log-odds. PPO needs a
-zero, and the same unit whoever did the choosing, or β would be another price each time. So both are set
-afterwards on answers from training: the standard deviation is divided out of the head, and the mean is
-kept as `reward_shift` in config.json, to be subtracted by whoever reads the score. `reward_scale` there
-turns a difference of scores back into log-odds.
+That loss depends only on differences, so the zero of r is arbitrary; its unit is log-odds. PPO needs a fixed
+zero, and a unit that does not depend on who chose, or the same β would be a different price each time. So both
+are set after training, on answers from the training pairs: the head is divided by the rewards' standard deviation,
+and their mean is kept as `reward_shift` in config.json, to be subtracted by whoever reads the score.
+`reward_scale`, also there, turns a difference of scores back into log-odds.
 
-Held-out accuracy cannot reach 1: people contradict each other. Where the rows carry p, the chance
-that `chosen` is preferred, mean max(p, 1 − p) is the best any model can do, the noise ceiling.
+Held-out accuracy cannot reach 1: people contradict each other. If the rows carry p, the probability
+that `chosen` is preferred, the mean of max(p, 1 − p) is the best accuracy possible, the noise ceiling.
 
 Left out: several ranked answers per prompt, ties, and an ensemble against over-optimisation.
 """
@@ -46,22 +46,23 @@ class Config:
     init: str = flag("out/sft", "checkpoint to start from")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/reward", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up. Where rows "
-                         "have a p, the known chance that `chosen` is preferred, these are held out instead")
+    out: str = flag("out/reward", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
+                    "continued if it is unfinished")
+    holdout: float = flag(0.1, "pairs to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
+                         "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
-    extra_layers: int = flag(1, "fresh blocks on top of the backbone, the identity at first")
-    epochs: int = flag(2, "passes over the pairs; more tend to learn them by heart")
+    extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
+    epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
-                           "a third more time")
+    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
+                           "memory, a third more time")
     lr: float = flag(1e-3, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    eval_every: int = flag(50, "steps between looks at 200 held-out pairs")
-    dtype: str = flag("auto", "arithmetic of the backbone; auto takes bfloat16 where it is faster",
+    eval_every: int = flag(50, "steps between evaluations on 200 held-out pairs")
+    dtype: str = flag("auto", "precision of the backbone; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, head and batches")
@@ -83,7 +84,7 @@ def preference_loss(chosen, rejected):
 
 def wilson(successes, n, z=1.96):
     """[rate, low, high] of `successes` out of n: Wilson's 95 % interval, which stays inside [0, 1]
-    and is right for rates near its ends too. None for n = 0."""
+    and is accurate for rates near 0 and 1 too. None for n = 0."""
     if n == 0:
         return None
     rate = successes / n
@@ -129,8 +130,8 @@ def score_pairs(model, pairs, pad_id):
 
 def load_pairs(config, policy, tokenizer):
     """(train, heldout) lists of data.EncodedPair: from files, or sampled from `policy` and labelled
-    by the embedded world. Where rows have a `p`, as the world's held-out ones do, these are held out,
-    else the last ones. No held-out prompt occurs in training."""
+    by the embedded world. Rows that have a `p`, as the world's held-out ones do, are held out; if none
+    has one, the last rows are. No held-out prompt occurs in training."""
     data.check_holdout(config.holdout)
     if config.data == ["world"]:
         count = config.holdout * config.pairs if config.holdout < 1 else config.holdout
@@ -154,7 +155,7 @@ def load_pairs(config, policy, tokenizer):
 
 
 def heldout_report(margins, pairs):
-    """What `done` says of rewards(chosen) − rewards(rejected), (N,), on held-out pairs."""
+    """The final numbers for `done`, from rewards(chosen) − rewards(rejected), (N,), on held-out pairs."""
     right = margins > 0
     report = {"heldout_accuracy": wilson(right.sum().item(), len(pairs)),
               "heldout_loss": -F.logsigmoid(margins).mean().item(), "heldout_pairs": len(pairs)}
@@ -179,7 +180,7 @@ def main():
         print(data.show_pair(tokenizer, train[0]))
         return
 
-    # 2. The policy's backbone, a block more, and a scalar head.
+    # 2. The policy's backbone, --extra-layers blocks on top, and a scalar head.
     model = ScalarModel(deepen(policy, config.extra_layers)).to(device)
     model.gpt.recompute = config.recompute
     optimiser = adamw(model, config.lr, config.weight_decay)
@@ -222,7 +223,7 @@ def main():
                 bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
                 log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
                     margin=margin.mean())
-            if step % config.eval_every == 0:  # leaves the training loss behind when the model memorises
+            if step % config.eval_every == 0:  # held-out loss rises above training loss when the model memorises
                 chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)
                 log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
                     heldout_accuracy=(chosen > rejected).float().mean())
@@ -238,7 +239,7 @@ def main():
     chosen, rejected = score_pairs(model, heldout, tokenizer.pad_id)
     report = heldout_report(chosen - rejected, heldout)
 
-    # 5. Zero and unit: mean 0 and standard deviation 1 over answers of both kinds.
+    # 5. Zero and unit: mean 0 and standard deviation 1 over chosen and rejected answers together.
     sample = torch.randperm(len(train), generator=generator)[:300].tolist()
     reference = torch.cat(score_pairs(model, [train[i] for i in sample], tokenizer.pad_id))  # (N,)
     mean, std = reference.mean().item(), reference.std().item()

@@ -7,47 +7,47 @@
     python rlhf.py ppo --init out/sft --reward my_score.py:polite --data chats.jsonl --out out/ppo_polite
     python rlhf.py dpo --help                                   # the flags of each
 
-DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward, but
-close to the reference π_ref, the model they start from; GRPO for much the same, at another price
-(`grpo_loss`). The reward model knows only answers like those it was trained on; β is what keeps the
-policy from wandering off to where it is wrong.
+DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward while
+staying close to the reference π_ref, the model they start from. GRPO's objective is much the same, with
+a different KL penalty (`grpo_loss`). The reward model knows only answers like those it was trained on;
+β keeps the policy from wandering off to where the reward model is wrong.
 
 dpo     Direct preference optimisation (arXiv 2305.18290): the best policy of that problem satisfies
         r(x, y) = β log π(y|x)/π_ref(y|x) + const(x), so put this in place of r in the reward
         model's loss, and train the policy on the pairs. No sampling and no reward model.
-        Do not be alarmed when log π(chosen) falls: the loss asks only for the *difference* to the
-        rejected answer to grow. The two share words and weights, so pushing one down drags
-        the other along, more slowly, and the probability goes to answers in neither column:
+        Do not be alarmed when log π(chosen) falls: the loss asks only that its *difference* from
+        log π(rejected) grow. The two answers share words and weights, so pushing one down drags
+        the other along, more slowly, and the probability goes to answers that are neither of them:
         asked for harm, a model of `make long` no longer said "I will not help with that" but
-        "I will not know what you want to lift a cow". So the chosen answers' own loss, in nats
-        per token, is added (`--nll`; iterative RPO, arXiv 2404.19733, has 1, Llama 3, arXiv
-        2407.21783, has 0.2; 0 is DPO as published).
+        "I will not know what you want to lift a cow". So the chosen answers' own loss
+        (negative log-likelihood, nats per token) is added, with weight `--nll`: 1 in iterative RPO
+        (arXiv 2404.19733), 0.2 in Llama 3 (arXiv 2407.21783); 0 is DPO as published.
 ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155):
-        sample answers, score them, make the better than expected ones likelier, again and again.
-        Watch the KL and the answers, not the score alone: a score that rises for ever is being
-        tricked. A reward can also be a Python function, `fn(prompt: str, response: str) -> float`.
+        sample answers, score them, make those that score better than expected likelier, and repeat.
+        Watch the KL and the answers, not the score alone: a score that rises without end is being
+        gamed. A reward can also be a Python function, `fn(prompt: str, response: str) -> float`.
 grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic.
         Every prompt is answered several times, and an answer's advantage is how far it beats the mean
-        of its group. It suits rewards that can be checked, like a right sum (`--reward
-        world.py:right`); in that paper a reward model gives them. A group that is all right or all
-        wrong teaches nothing.
-        Two things are open, and papers differ: --standardise divides by the group's standard
-        deviation (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because it makes prompts
-        that are nearly always or nearly never solved weigh most), and --aggregation takes the mean
+        of its group. It suits rewards that can be verified, such as whether a sum is right (`--reward
+        world.py:right`); in that paper the rewards come from a reward model. A group that is all right
+        or all wrong teaches nothing.
+        Papers differ on two choices: --standardise divides by the group's standard deviation
+        (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because dividing gives most weight to
+        prompts that are nearly always or nearly never solved), and --aggregation takes the mean
         over tokens within each response first (`sequence`, DeepSeekMath: a token of a long answer
         counts less), or over all tokens alike (`token`, DAPO, arXiv 2503.14476).
 
-Learning what people like, a model forgets some of what it knew: the *alignment tax*. On sums that only
-pre-training text contains one SFT model was right in 84 %, after PPO in 57, and in 81 with InstructGPT's remedy
-(eq. 2, PPO-ptx): some text of pre-training in every update, here for all three methods (`--replay-data`).
+While learning what people like, a model forgets some of what it knew: the *alignment tax*. On sums that occur only
+in pre-training text, one SFT model was right on 84 %, on 57 % after PPO, and on 81 % with InstructGPT's remedy (eq. 2,
+PPO-ptx): some pre-training text in every update, here for all three methods (`--replay-data`).
 
-All three also learn how sure the policy is, as one number, which is not in their papers: see `Sharpness`.
-`--sharpness-lr 0` leaves it out.
+All three also learn how confident the policy is, as a single number; this is not in their papers: see `Sharpness`.
+`--sharpness-lr 0` turns it off.
 
 Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
-token ids[:, t], as the state before it foresaw it, and is 0 outside the response. Log-probs are in
-nats, and their softmax is in float32 always. Left out: an entropy bonus, an adaptive β, whitening
-of rewards, critic and policy in one network, DAPO's clip-higher and dynamic sampling, and Dr. GRPO's
+token ids[:, t], as predicted from the state before it, and is 0 outside the response. Log-probs are in
+nats, and their softmax is always in float32. Left out: an entropy bonus, an adaptive β, whitening
+of rewards, a critic that shares the policy's network, DAPO's clip-higher and dynamic sampling, and Dr. GRPO's
 division by a constant length.
 """
 
@@ -112,7 +112,7 @@ def gae(rewards, values, mask, gamma, lam):
         δ_t = r_t + γ V_{t+1} − V_t          A_t = Σ_l (γλ)^l δ_{t+l}
 
     -> advantages, not whitened, and returns = advantages + values, what the critic should learn;
-    both 0 outside the mask. The value of what follows a row's last token is 0: the answer is over.
+    both 0 outside the mask. The value after a row's last token is 0: the answer is over.
     """
     mask = mask.to(values.dtype)
     values = values * mask
@@ -127,17 +127,17 @@ def gae(rewards, values, mask, gamma, lam):
 
 def clipped_surrogate(log_ratio, advantages, clip):
     """min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) at every token, eq. 7 of arXiv 1707.06347: (B, T), to be
-    made large. `log_ratio` is log π − log π_old.
+    maximised. `log_ratio` is log π − log π_old.
 
-    The minimum makes the clip one-sided: a step that went too far *with* the advantage has no
-    gradient left, one that went against it keeps its own.
+    The minimum makes the clip one-sided: where ρ has moved too far in the direction of the advantage,
+    the gradient is 0; where it has moved against the advantage, the gradient is kept.
     """
     ratio = log_ratio.exp()
     return torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def step_statistics(log_ratio, mask, clip):
-    """How far the policy is from the one that sampled, means over the tokens of the mask.
+    """How far the policy is from the one that sampled: means over the tokens where mask is 1.
     `approx_kl` estimates KL(old ‖ new) per token, in nats (k3 of joschu.net/blog/kl-approx)."""
     ratio = log_ratio.exp()
     return {"ratio": masked_mean(ratio, mask),
@@ -148,8 +148,8 @@ def step_statistics(log_ratio, mask, clip):
 def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2,
              value_clip=0.2, value_coef=0.1):
     """PPO's clipped surrogate and the critic's loss (eq. 9 of arXiv 1707.06347, without the entropy
-    bonus). That the values are clipped too, about the old ones, is not in the paper but in its authors'
-    code. Tables (B, T), means over the tokens of the mask. (`value_coef` hardly matters: the critic has a network
+    bonus). Clipping the values too, around the old ones, is not in the paper but in its authors' code.
+    Tables (B, T), means over the tokens where mask is 1. (`value_coef` hardly matters: the critic has a network
     and an optimiser of its own.)
     """
     mask = mask.to(logp.dtype)
@@ -167,7 +167,7 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
 
 
 def explained_variance(values, returns, mask):
-    """What share of the variance of `returns` over the mask the critic's `values` foretold: 1 all, 0 none."""
+    """The share of the variance of `returns` over the mask that the critic's `values` predict: 1 is all, 0 none."""
     surprise = returns - values
     spread = masked_mean((returns - masked_mean(returns, mask))**2, mask)
     left = masked_mean((surprise - masked_mean(surprise, mask))**2, mask)
@@ -175,13 +175,13 @@ def explained_variance(values, returns, mask):
 
 
 def grpo_advantages(rewards, standardise=True):
-    """Rewards (prompts, group) -> advantages (prompts, group): less the group's mean and, where
-    `standardise`, over its standard deviation (outcome supervision, section 4.1.2 of arXiv
-    2402.03300). The 1e-4 keeps rewards that differ by rounding from being blown up to 1; a group of
-    equal rewards gives exactly 0. ValueError for groups of one."""
+    """Rewards (prompts, group) -> advantages (prompts, group): less the group's mean and, if
+    `standardise`, divided by the group's standard deviation (outcome supervision, section 4.1.2 of
+    arXiv 2402.03300). The 1e-4 keeps differences that are mere rounding from being blown up to about 1;
+    a group of equal rewards gives exactly 0. ValueError for groups of one."""
     if rewards.ndim != 2 or rewards.size(1) < 2:
         raise ValueError(f"rewards {tuple(rewards.shape)}, expected (prompts, group of 2 or more)")
-    rewards = rewards - rewards[:, :1]  # equal ones become 0, of which the mean is exactly 0
+    rewards = rewards - rewards[:, :1]  # equal rewards become 0, whose mean is exactly 0
     advantages = rewards - rewards.mean(1, keepdim=True)
     return advantages / (rewards.std(1, keepdim=True) + 1e-4) if standardise else advantages
 
@@ -190,9 +190,9 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
               aggregation="sequence"):
     """GRPO, eq. 3 of arXiv 2402.03300. Tables (B, T); advantages (B,), one for a whole response.
 
-    The KL from the reference is part of the loss, not of the reward as in PPO, as the estimate
-    k3 = π_ref/π − log π_ref/π − 1, which is never negative. It pulls a token back by 1 − π_ref/π, where the
-    KL itself would pull by log π/π_ref; in expectation over π the pull of k3 is the gradient of KL(π_ref ‖ π).
+    The KL from the reference is part of the loss, not of the reward as in PPO, and is estimated by
+    k3 = π_ref/π − log π_ref/π − 1, which is never negative. Its gradient weights ∇ log π by 1 − π_ref/π, that of the
+    KL itself by log π/π_ref; in expectation over π the gradient of k3 is that of KL(π_ref ‖ π).
     `aggregation` is "sequence" (mean over each response's tokens, then over responses) or "token" (mean over
     all tokens).
     """
@@ -218,29 +218,29 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
 
 def response_logprobs(model, ids, mask, temperature=1.0):
     """log π(ids[:, t] | ids[:, :t]) where mask is 1, else 0. ids, mask (B, T) -> (B, T).
-    `temperature` is a number, or a tensor () that learns.
+    `temperature` is a number, or a learnable tensor ().
 
-    The one definition for all three methods (DPO sums it) and their reference. As in `sft.answer_loss`, the
-    vocabulary projection runs at the response only.
+    This one definition serves all three methods (DPO sums it) and their reference. As in `sft.answer_loss`, the
+    vocabulary projection runs on response positions only.
     """
     wanted = mask[:, 1:].bool()  # (B, T-1)
     hidden = model.hidden(ids)[:, :-1][wanted]  # (N, C): the state before token t is at t-1
-    # The head is linear: what divides the states divides the logits, which are many more.
+    # The head is linear, so dividing the states divides the logits, which are many more numbers.
     logprobs = token_logprobs(model.head(hidden / temperature), ids[:, 1:][wanted])  # (N,)
     table = torch.zeros(wanted.shape, device=ids.device).masked_scatter(wanted, logprobs)
     return F.pad(table, (1, 0))
 
 
 def response_values(critic, ids, mask, shift):
-    """The critic's guess, before each response token, of the reward still to come, (B, T). It starts as the
-    reward model, whose zero lies at `shift`."""
+    """The critic's estimate, before each response token, of the reward still to come, (B, T). The critic starts
+    as the reward model, whose zero lies at `shift`."""
     values = critic(ids)[:, :-1] - shift  # (B, T-1)
     return F.pad(values, (1, 0)) * mask
 
 
 @torch.no_grad()
 def read_all(function, ids, mask, chunk=64):
-    """function(ids, mask) -> (B, T) over many rows: like lengths together, padding cut off."""
+    """function(ids, mask) -> (B, T) for many rows, in batches of similar length, surplus padding cut off."""
     lengths = last_token(mask) + 1
     table = torch.zeros(ids.shape, device=ids.device)
     for rows in data.length_batches(lengths.tolist(), chunk):
@@ -250,8 +250,8 @@ def read_all(function, ids, mask, chunk=64):
 
 
 def parts_by_length(minibatch, lengths, size):
-    """[(rows, length of the longest)]: a minibatch in parts of `size` rows of like length, which need little
-    padding. The caller weighs each part."""
+    """[(rows, length of the longest)]: a minibatch in parts of `size` rows of similar length, which need little
+    padding. The caller weights each part."""
     ordered = minibatch[lengths[minibatch].argsort()]
     return [(rows, int(lengths[rows].max())) for rows, _ in micro_batches(ordered, size)]
 
@@ -264,7 +264,7 @@ def minibatches(config, generator):
 
 
 def replay_generator(config, step, updates):
-    """What draws the windows of pre-training text: on the CPU, where the text lies, not on the device."""
+    """The generator that draws windows of pre-training text: on the CPU, where the text is, not on the device."""
     return torch.Generator().manual_seed(config.seed * 10**6 + step * 1000 + updates)
 
 
@@ -278,17 +278,17 @@ def last_token(mask):
 
 
 class Sharpness(torch.nn.Module):
-    """One number s > 0 that learns with the policy: π = softmax(s · logits). DPO, PPO and GRPO as
+    """One number s > 0 that is learned with the policy: π = softmax(s · logits). DPO, PPO and GRPO as
     published have no such number.
 
-    Much of what alignment can gain is to be surer: SFT's answers at temperature 0.5, where s is 2, win
-    65 % against its answers at 1. But AdamW moves a weight by about the learning rate, to and fro where
-    its gradient is mostly noise, and the gains of the last norm, which scale all logits, only went from
-    1.733 to 1.735 in a run of PPO. The gradient of log s is that of all these gains together, Σ g ∂L/∂g, in
-    which their noise cancels, and its rate is its own, some hundred times theirs. (CLIP learns the scale of
-    its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a temperature for every
-    token.) Pre-training text that is mixed in is read without s, so that s learns from answers alone; the
-    saved model applies it to everything.
+    Much of what alignment can gain comes from greater confidence: SFT's answers at temperature 0.5 (s = 2)
+    have a win rate of 65 % against its answers at 1. But AdamW moves a weight by about the learning rate per step,
+    back and forth where its gradient is mostly noise, and the gains of the last norm, which scale all logits,
+    only went from 1.733 to 1.735 in a run of PPO. The gradient of log s adds up those of all these gains,
+    Σ g ∂L/∂g, so that their noise cancels, and its learning rate is its own, some hundred times theirs. (CLIP
+    learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a
+    temperature for every token.) Replayed pre-training text is read without s, so that s learns from answers
+    alone; the saved model applies it to everything.
     """
 
     def __init__(self):
@@ -300,14 +300,14 @@ class Sharpness(torch.nn.Module):
 
     @torch.no_grad()
     def folded(self, policy):
-        """A copy of `policy` with s in the gains of its last norm, so that its own logits are s · logits."""
+        """A copy of `policy` with s multiplied into the gains of its last norm, so that its logits are s · logits."""
         policy = copy.deepcopy(policy)
         policy.norm.weight *= self()
         return policy
 
 
 def learn_sharpness(optimiser, lr, device):
-    """A Sharpness of 1, put into `optimiser` with a rate of its own."""
+    """A Sharpness that starts at 1, added to `optimiser` with a learning rate of its own."""
     sharpness = Sharpness().to(device)
     optimiser.add_param_group({"params": sharpness.parameters(), "peak": lr, "weight_decay": 0.0})
     return sharpness
@@ -322,14 +322,15 @@ class DPOConfig:
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
     data: list[str] = flag(["out/pairs.jsonl"],
                            "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/dpo", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
-    holdout: float = flag(0.1, "pairs held out at the end: a fraction, or a count from 1 up. Where rows "
-                         "have a p, the known chance that `chosen` is preferred, these are held out instead")
+    out: str = flag("out/dpo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
+                    "continued if it is unfinished")
+    holdout: float = flag(0.1, "pairs to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
+                         "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
-    beta: float = flag(0.1, "reward that a nat of KL from --init costs; smaller strays further")
-    label_smoothing: float = flag(0.0, "share of the labels taken to be wrong, at most 0.5")
-    nll: float = flag(0.2, "weight of the chosen answers' own loss, per token; 0 is DPO as published, whose answers can "
-                      "drift to what is in neither column")
+    beta: float = flag(0.1, "reward that one nat of KL from --init costs; with a smaller β the policy strays further")
+    label_smoothing: float = flag(0.0, "share of the labels assumed to be wrong, at most 0.5")
+    nll: float = flag(0.2, "weight of the chosen answers' own loss (negative log-likelihood per token); 0 is DPO as "
+                      "published, which can drift to answers that are neither chosen nor rejected")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
     replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: "
@@ -338,10 +339,10 @@ class DPOConfig:
     lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; raise --lr "
                             "about tenfold")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
-                           "a third more time")
-    dtype: str = flag("float32", "arithmetic of the policy; bfloat16 takes half the time where a device has "
-                      "units for it", choices=["float32", "bfloat16"])
+    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
+                           "memory, a third more time")
+    dtype: str = flag("float32", "precision of the policy; bfloat16 takes half the time on devices with hardware "
+                      "support for it", choices=["float32", "bfloat16"])
     lr: float = flag(1e-4, "peak learning rate")
     sharpness_lr: float = flag(0.02, "peak learning rate of the policy's sharpness, one factor on all logits; 0 "
                                "leaves it at 1")
@@ -375,7 +376,7 @@ def dpo(argv=None):
         print(data.show_pair(tokenizer, train[0]))
         return
 
-    # 2. The reference is the model itself, now, and never changes: read it once for all pairs.
+    # 2. The reference is the model as it is now and never changes: read all pairs with it once.
     model.recompute = config.recompute
     precision = autocast(device, config.dtype)
 
@@ -469,20 +470,21 @@ class RolloutConfig:
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
     reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION, called as "
                        "function(prompt, response) with texts, returning a number")
-    data: list[str] = flag(["world"], "'world', or files of conversations or preferences, of which the "
-                           "prompts are taken (.json .jsonl)")
+    data: list[str] = flag(["world"], "'world', or files of conversations or preferences, of which only "
+                           "the prompts are used (.json .jsonl)")
     families: list[str] | None = flag(None, "only prompts of these families (with --data world; "
                                       "`python world.py --stats` names them)")
-    out: str = flag("out/ppo", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
-    holdout: float = flag(0.05, "prompts held out at the end: a fraction, or a count from 1 up")
+    out: str = flag("out/ppo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
+                    "continued if it is unfinished")
+    holdout: float = flag(0.05, "prompts to hold out, from the end: a fraction, or a count if 1 or more")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
-    eval_prompts: int = flag(200, "held-out prompts answered before and after")
+    eval_prompts: int = flag(200, "held-out prompts answered before and after training")
     iterations: int = flag(36, "rounds of sampling and updating")
     episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
-    temperature: float = flag(1.0, "of sampling, and of every log-prob; the learned sharpness comes on top")
-    no_eos_score: float | None = flag(-1.0, "score (a number) of a response that did not end by itself; "
-                                      "nan keeps what the reward said")
+    temperature: float = flag(1.0, "temperature of sampling and of all log-probs; the learned sharpness comes on top")
+    no_eos_score: float | None = flag(-1.0, "score (a number) given to a response that did not end by itself; "
+                                      "nan keeps the reward's own score")
     epochs: int = flag(2, "passes over the episodes per iteration")
     minibatches: int = flag(2, "updates per pass")
     micro_batch: int | None = flag(16, "responses read at a time: less memory and padding, the same gradient")
@@ -493,16 +495,16 @@ class RolloutConfig:
                              "side that its advantage points to, gets no gradient")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
     max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
-                         "exceeds this: little of the reference is left then")
+                         "exceeds this: by then little of the reference is left")
     lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; raise --lr "
                             "about tenfold")
-    dtype: str = flag("float32", "arithmetic of policy, reference and critic in the updates (the sampler keeps to "
-                      "float32); bfloat16 is faster where a device has units for it", choices=["float32", "bfloat16"])
+    dtype: str = flag("float32", "precision of policy, reference and critic in the updates (the sampler stays in "
+                      "float32); bfloat16 is faster on hardware that supports it", choices=["float32", "bfloat16"])
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
-    sharpness_lr: float = flag(0.02, "learning rate of its sharpness, one factor on all logits, likewise; 0 leaves "
-                               "it at 1")
+    sharpness_lr: float = flag(0.02, "the same for the policy's sharpness, one factor on all logits; 0 leaves the "
+                               "factor at 1")
     clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it (PPO's ε is --ratio-clip)")
-    samples_every: int = flag(10, "iterations between looks at three samples")
+    samples_every: int = flag(10, "iterations between prints of three samples")
     keep_every: int | None = flag(None, "iterations between checkpoints kept in OUT/step_N")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
@@ -513,14 +515,14 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.1, "reward that a nat of KL from --init costs; 0 lets the score be tricked")
+    beta: float = flag(0.1, "reward that one nat of KL from --init costs; 0 invites reward hacking")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "
                              "gets no gradient")
     critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
-    critic: bool = flag(True, "a value function; --no-critic: every state has the value 0, and λ is 1")
-    whiten: bool = flag(True, "advantages of mean 0 and variance 1; --no-whiten: as they are")
+    critic: bool = flag(True, "use a value function; --no-critic: every state has the value 0, and λ is 1")
+    whiten: bool = flag(True, "scale advantages to mean 0 and variance 1; --no-whiten: leave them as they are")
 
 
 def check_rollout_flags(config):
@@ -583,8 +585,8 @@ def load_reward_source(spec, policy, tokenizer, device):
 
         def model_score(prompts, responses):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
-        # The critic starts as the reward model: its guess would be right after the last token, and is
-        # close before it. A copy, because it goes on to learn and the reward must not.
+        # The critic starts as the reward model: its estimate would be exact after the last token, and is
+        # close before it. A copy, because the critic goes on learning and the reward must stay fixed.
         return model_score, copy.deepcopy(model), shift
 
     function = load_function(path, name)
@@ -629,7 +631,7 @@ def answer_text(tokenizer, response):
     return tokenizer.decode([token for token in response if token not in ends])
 
 
-LOGITS = 2**26  # at most, when a rollout is read: 256 MB in float32
+LOGITS = 2**26  # the most computed at once when a rollout is read: 256 MB in float32
 
 
 @dataclass
@@ -645,11 +647,11 @@ class Rollout:
 
 def sample_rollout(policy, reference, score_responses, prompts, config, tokenizer, generator, sharpness=1.0):
     """Steps 1 to 4 of PPO: answers to `prompts`, with log-probs and scores. `sharpness` is the policy's, a float."""
-    temperature = config.temperature / sharpness  # of the policy; the reference keeps config's
+    temperature = config.temperature / sharpness  # the policy's; the reference keeps config.temperature
     device = next(policy.parameters()).device
     # 1. Sample at the training temperature from the whole vocabulary. With top-k or top-p we would
-    #    sample from another distribution than the one whose log-probs we differentiate.
-    # 2. The sampler cuts each response at its end token, which belongs to it.
+    #    sample from a different distribution than the one whose log-probs we differentiate.
+    # 2. The sampler cuts each response after its end token, which is part of the response.
     responses, recorded = generate(
         policy, [p.ids for p in prompts], config.max_new_tokens, temperature=temperature,
         eos_ids=(tokenizer.im_end_id, tokenizer.endoftext_id), generator=generator)
@@ -658,11 +660,11 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     mask = data.pad_right([[0] * len(p.ids) + [1] * len(response)
                            for p, response in zip(prompts, responses)], 0).to(device)
     few = max(1, min(64, LOGITS // (ids.size(1) * policy.config.vocab_size)))  # rows at a time
-    with autocast(device, config.dtype):  # as in the updates, or their first ratio would not be 1
+    with autocast(device, config.dtype):  # as in the updates, or the first ratio there would not be 1
         logp = read_all(lambda i, m: response_logprobs(policy, i, m, temperature), ids, mask, few)
         ref_logp = read_all(lambda i, m: response_logprobs(reference, i, m, config.temperature), ids, mask, few)
-    # The sampler has float32; bfloat16, with 8 bits, was seen 0.1 off at single tokens.
-    # A low temperature, which divides the logits, multiplies that error.
+    # The sampler runs in float32; bfloat16, with 8 bits of precision, was seen to be 0.1 off at single
+    # tokens. A low temperature, which divides the logits, multiplies that error.
     check_recorded(recorded, logp, mask, (1e-4 if config.dtype == "float32" else 0.5) / min(1, temperature))
 
     # 3. Score the whole response, as the reward model saw it in training: at the last real token.
@@ -675,9 +677,9 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
 
 
 def check_recorded(recorded, logp, mask, tolerance=1e-4):
-    """RuntimeError unless the log-probs that training computes, (B, T), are those that the sampler
-    recorded, lists of floats. If they differ, the ratio is wrong from the first update on, in
-    silence: other temperature, truncated sampling, dropout, padding, or precision."""
+    """RuntimeError unless the log-probs that training computes, (B, T), match those that the sampler
+    recorded, lists of floats. If they do not, the ratio is silently wrong from the first update on; causes
+    are a different temperature, truncated sampling, dropout, padding, or precision."""
     recorded = torch.tensor([x for row in recorded for x in row], device=logp.device)
     gap = (logp[mask.bool()] - recorded).abs().max().item()
     if not gap <= tolerance:
@@ -704,7 +706,7 @@ def summarise(rollout):
 
 
 def show_samples(rollout, prompts, drawn, tokenizer, config, step, bar):
-    """Log and print the first three episodes: what a score means can only be read."""
+    """Log and print the first three episodes: only reading them shows what a score means."""
     samples = [{"prompt": prompts[i].text, "score": rollout.score[n].item(),
                 "response": answer_text(tokenizer, rollout.responses[n])}
                for n, i in enumerate(drawn[:3])]
@@ -726,7 +728,7 @@ def ppo(argv=None):
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
     score_responses, critic, shift = load_reward_source(config.reward, policy, tokenizer, device)
-    if not config.critic:  # an ablation: what the answer was worth is then credited to every token
+    if not config.critic:  # an ablation: every token is then credited with all the reward that follows it
         torch.nn.init.zeros_(critic.score.weight)
         shift, config.critic_lr, config.lam = 0.0, 0.0, 1.0
     if config.lora:
@@ -741,7 +743,7 @@ def ppo(argv=None):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
                               generator, sharpness().item())
 
-    def heldout_proxy():  # its own seed: the same luck before and after, and for every run
+    def heldout_proxy():  # its own seed: the same random numbers before and after, and in every run
         return summarise(roll(heldout, torch.Generator(device).manual_seed(0)))
 
     if config.show_batch:
@@ -781,8 +783,8 @@ def ppo(argv=None):
         # 6. Values, from a separate network, of the state *before* each token.
         with precision:
             old_values = read_all(lambda i, m: response_values(critic, i, m, shift), ids, mask)
-        # 7. Advantages. The critic learns returns in the unit of the score, so these come from the
-        #    raw advantages; the policy gets whitened ones, whose size the learning rate can trust.
+        # 7. Advantages. The critic learns returns in the unit of the score, so these are computed from the
+        #    raw advantages; the policy gets whitened ones, so that the learning rate always meets the same scale.
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
         summary["explained_variance"] = explained_variance(old_values, returns, mask).item()
         if config.whiten:
@@ -822,7 +824,7 @@ def ppo(argv=None):
             sums = {name: sums.get(name, 0) + value for name, value in means.items()}
         step += 1
 
-        # 9. What happened: on the episodes as they were sampled, and on average over the updates.
+        # 9. Log statistics of the episodes as they were sampled, and averages over the updates.
         bar.update()
         bar.set_postfix_str(f"score {summary['score']:.2f}, KL {summary['kl']:.1f}", refresh=False)
         log(config.out, step, **summary, **{name: v / updates for name, v in sums.items()},
@@ -845,8 +847,8 @@ def ppo(argv=None):
 
 
 def close(config, stage, step, policy, tokenizer, before, after, prompts, seconds):
-    """Save, and say what became of the held-out prompts. The score is the proxy: whether people
-    agree is evaluate.py's question."""
+    """Save, and report the results on the held-out prompts. The score is only the proxy: whether people
+    would agree with it is what evaluate.py measures."""
     log(config.out, step, **{f"heldout_{name}": value for name, value in after.items()})
     save_checkpoint(config.out, policy, tokenizer)
     finish(config.out, stage, seconds, iterations=step, heldout_prompts=prompts,
@@ -862,8 +864,9 @@ def close(config, stage, step, policy, tokenizer, before, after, prompts, second
 
 @dataclass
 class GRPOConfig(RolloutConfig):
-    out: str = flag("out/grpo", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
-    group: int = flag(8, "answers to each prompt; they are judged against each other")
+    out: str = flag("out/grpo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
+                    "continued if it is unfinished")
+    group: int = flag(8, "answers to each prompt; they are compared with one another")
     beta: float = flag(0.04, "weight of the KL from the reference in the loss, per token (k3, see `grpo_loss`)")
     standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath); "
                              "--no-standardise: do not (Dr. GRPO)")
@@ -933,7 +936,7 @@ def grpo(argv=None):
             bar.write(f"grpo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped",
                       file=sys.stderr)
             break
-        # 2. Advantages within the group. Every token of a response gets the same.
+        # 2. Advantages within the group. Every token of a response gets the same one.
         groups = rollout.score.view(-1, config.group)  # (prompts, group)
         advantages = grpo_advantages(groups, config.standardise).flatten()  # (B,)
         summary["silent_groups"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
@@ -945,7 +948,7 @@ def grpo(argv=None):
             optimiser.zero_grad(set_to_none=True)
             means = {}
             for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
-                # Statistics are means over tokens, the loss as --aggregation says.
+                # Statistics are averaged over tokens, the loss as --aggregation says.
                 token_share = (mask[rows].sum() / mask[minibatch].sum()).item()
                 weight = len(rows) / len(minibatch) if config.aggregation == "sequence" else token_share
                 part, on, old, ref = (table[rows, :longest] for table in (ids, mask, old_logp, rollout.ref_logp))

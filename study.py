@@ -2,10 +2,10 @@
 
     python study.py --runs out --out out/study        # `make study`, after `make`
 
-Everything is a run of the other scripts with other flags, then measured on the same held-out
-prompts. `runs` below is the list. What is finished is not done again: an interrupted study goes on
-where it stopped. A run is made anew where its command, its code (rlhf.py, this file) or the main runs have changed,
-and then all is measured anew.
+Everything is a run of the other scripts with different flags, then measured on the same held-out
+prompts. `training_runs` below is the list. What is finished is not repeated: an interrupted study continues
+where it stopped. A run is repeated if its command, its code (rlhf.py, this file) or the main runs have changed,
+and then everything is measured again.
 
 1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO (also as published), GRPO,
    PPO with three seeds and without each of its parts, reward models from fewer pairs, and a PPO
@@ -18,8 +18,8 @@ and then all is measured anew.
 6  Prompting: zero-shot, 1 to 8 examples, a system prompt: prompting.json.
 7  SFT, DPO and PPO at lower temperatures: is alignment more than being surer? temperature.json.
 
-report.py then adds it all to the page. Left out: more than one seed for all but PPO with and
-without KL, so of the other rows only large differences mean anything.
+report.py then adds it all to the page. Left out: more than one seed for any run but PPO with and
+without KL, so for the other rows only large differences mean anything.
 """
 
 import json
@@ -73,7 +73,7 @@ def training_runs(config):
     ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(36)}"
     ppo = f"{ppo_alone} --replay-data world"
     found = {
-        # At the rates of pre-training: those of SFT would not even teach the format.
+        # At the learning rates of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
         "sft_best": f"{tune} --best-only",
         "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rejection_file(config)))}",
@@ -109,13 +109,13 @@ SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 
 
 def fresh(config, path, *code):
-    """Is it there, and younger than the runs it was made from and the code that made it?"""
+    """Does `path` exist, and is it newer than the runs it was made from and the code that made it?"""
     made_from = (__file__, *code, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
     return path.exists() and path.stat().st_mtime > max(os.path.getmtime(stamp) for stamp in made_from)
 
 
 def train(config):
-    """Run what is not done. A folder's `command` says what made it."""
+    """Run what is not done. The file `command` in a folder records what made it."""
     todo = training_runs(config)
     for number, (name, command) in enumerate(todo.items(), 1):
         folder = Path(config.out) / name
@@ -125,9 +125,9 @@ def train(config):
         if fresh(config, folder / "done", *code) and known == command:
             continue
         print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
-        same = known == command and fresh(config, asked, *code)  # then --resume, else afresh
+        same = known == command and fresh(config, asked, *code)  # if so, --resume; otherwise start anew
         folder.mkdir(parents=True, exist_ok=True)
-        # An old result, or another command's save, must not pass for this run's where it stops in its first seconds.
+        # If this run stops in its first seconds, an old result or another command's save must not pass for its own.
         for old in ("done", STATE)[:1 if same else 2]:
             (folder / old).unlink(missing_ok=True)
         write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
@@ -138,15 +138,15 @@ def train(config):
 
 
 def call(command):
-    """A script of this folder, with this Python. Its failure, or Ctrl-C, ends the study."""
+    """Run a script of this folder with this Python. Its failure, or Ctrl-C, ends the study."""
     script, *rest = command
     child, stopped = subprocess.Popen([sys.executable, str(HERE / script), *rest]), 0
     while child.poll() is None:
         try:
             child.wait()
-        except KeyboardInterrupt:  # the script has it too: let it finish its step and save
+        except KeyboardInterrupt:  # the script receives Ctrl-C too: let it finish its step and save
             stopped = 130
-    if child.returncode or stopped:  # it may have been past its last step, and ended well
+    if child.returncode or stopped:  # after Ctrl-C in its last step, the script may have ended well
         sys.exit(child.returncode or stopped)
 
 
@@ -156,7 +156,7 @@ def write_rows(path, rows):
 
 
 def write_subsets(config):
-    """The first n training pairs, and all held-out ones (the rows with p)."""
+    """For each n of SUBSETS, a file of the first n training pairs and all held-out ones (the rows with p)."""
     with open(f"{config.runs}/pairs.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     heldout = [row for row in rows if "p" in row]
@@ -167,7 +167,7 @@ def write_subsets(config):
 
 
 def sized(config, name, n):
-    """The file of `name` with n rows: other --scale or --seed, another file."""
+    """The file of `name` with n rows: a different --scale or --seed has a different file."""
     return Path(config.out) / f"{name}_{n}_seed{config.seed}.jsonl"
 
 
@@ -180,14 +180,14 @@ def rejection_file(config):
 
 
 def write_rejection(config, device, n=8):
-    """Rejection sampling: for prompts of training, the reward model's choice among n answers of
-    SFT, to be imitated (Llama 2, arXiv 2307.09288, section 3.2.3)."""
+    """Rejection sampling: for training prompts, the reward model's choice among n answers of SFT, as
+    demonstrations to train on (Llama 2, arXiv 2307.09288, section 3.2.3)."""
     path = rejection_file(config)
     if fresh(config, path):
         return
     speaker, reward, shift = policy_and_reward(config, device)
     tasks = world.training_prompts(rejection_prompts(config), f"rejection {config.seed}")
-    tasks.sort(key=lambda task: len(task.best))  # short answers wait for no long ones
+    tasks.sort(key=lambda task: len(task.best))  # so that short answers need not wait for long ones
     prompts = [chat_prompt(speaker.tokenizer, task.prompt) for task in tasks]
     best, *_ = best_of_n(speaker.model, speaker.tokenizer, (reward, shift), prompts, n, 72,
                          **sampling(speaker, config, device))
@@ -248,8 +248,8 @@ def kept(folder):
 def measure_curves(config, device):
     """{"runs": {name: [{step, kl, gold, proxy}]}, "best_of_n": [...], "hacked": [transcripts]}.
 
-    The proxy of every point is the reward model of the main run, but that of the hacked run its
-    own: what that run was paid for.
+    The proxy of every point is the score from the main run's reward model; for the hacked run it is the
+    score from the weak reward model which that run was trained against.
     """
     evaluation = measuring(config)
     tasks, ranks = evaluate.choose_tasks(evaluation)
@@ -281,7 +281,7 @@ def measure_curves(config, device):
             found["runs"][name].append(measured)
         print(f"study: reward against KL of {name}", flush=True)
 
-    # Transcripts of the hacked policy, the last to be read: where its own proxy rose most while gold fell.
+    # Transcripts of the hacked policy (the last in the loop): where its own proxy rose most while gold fell.
     before = sft[weak]
     rise = np.where(gold < before[1], proxy - before[2], -np.inf)
     found["hacked"] = [{"prompt": tasks[i].prompt, "sft": before[0][i], "sft_gold": before[1][i],
@@ -312,8 +312,8 @@ def measure_curves(config, device):
 
 
 def best_of_groups(gold, scores, n):
-    """Best-of-n from the same samples for every n: of gold and scores, (P, samples) each, every
-    prompt's samples in groups of n -> mean gold of the groups' choices (P,), and their mean score."""
+    """Best-of-n from the same samples for every n. Gold and scores are (P, samples); every prompt's
+    samples are split into groups of n -> mean gold of the groups' choices (P,), and their mean score."""
     groups = scores.reshape(len(scores), -1, n)  # (P, samples/n, n)
     choice = groups.argmax(-1)[..., None]
     chosen = np.take_along_axis(gold.reshape(groups.shape), choice, -1)[..., 0]
@@ -346,7 +346,7 @@ def measure_reward_model(config, device):
         margin = (chosen - rejected).numpy() * scale
         margins.append((json.loads((Path(folder) / "done").read_text(encoding="utf-8"))["train_pairs"], margin))
 
-    # From here on the main reward model, the last to be read. Both orders of every pair, so that "first" means nothing.
+    # From here on: the main reward model, the last one read. Every pair in both orders, so that "first" means nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([margin, -margin])))
     happened = np.repeat([1.0, 0.0], len(p))  # chosen first: preferred; rejected first: not
     bins, error = calibration(predicted, happened)
@@ -358,7 +358,7 @@ def measure_reward_model(config, device):
         better = np.where(gap[here] > 0, margin[here], -margin[here]) > 0
         by_gap.append({"gap": [low, high], "right": rate(better), "pairs": int(here.sum())})
 
-    # What it likes too much: its chance less the true one, against a difference of the answers.
+    # What it likes too much: its probability minus the true one, against a difference between the answers.
     features = {
         "length in words": lambda text: len(text.split()), "refuses": world.is_refusal,
         "says “I do not know”": world.is_hedge, "is rude": world.is_rude,
@@ -376,7 +376,7 @@ def measure_reward_model(config, device):
 
 
 def calibration(predicted, happened):
-    """(ten bins of predicted and observed, those that are not empty; the mean distance between the two)."""
+    """(up to ten bins of predicted and observed, without empty ones; the mean distance between the two)."""
     which = np.clip((predicted * 10).astype(int), 0, 9)
     bins = [{"predicted": predicted[which == b].mean(), "observed": rate(happened[which == b]),
              "pairs": int((which == b).sum())} for b in range(10) if (which == b).any()]
@@ -384,8 +384,8 @@ def calibration(predicted, happened):
 
 
 def correlation(x, y, times=1000):
-    """[r, low, high] of two antisymmetric differences: about 0, as turning a pair round changes both
-    signs. None where x never varies."""
+    """[r, low, high] of two antisymmetric differences: taken about 0, not about the means, as swapping
+    the answers of a pair changes both signs. None where x never varies."""
     if not np.any(x):
         return None
 
@@ -401,8 +401,8 @@ def correlation(x, y, times=1000):
 
 
 def measure_costs(config, device, n=16):
-    """Of each policy: distinct answers among 16 samples, entropy per token, and whether its
-    probability of its own greedy answer is the chance that it is right (calibration)."""
+    """For each policy: distinct answers among 16 samples, entropy per token, and whether the probability
+    of its own greedy answer equals the chance that the answer is right (calibration)."""
     evaluation = measuring(config)
     tasks, ranks = evaluate.choose_tasks(evaluation)
     few = [tasks[i] for i in np.flatnonzero(ranks < max(2, round(config.scale * 10)))]
@@ -467,7 +467,7 @@ def measure_temperature(config, device):
     evaluation = measuring(config)
     tasks, ranks = evaluate.choose_tasks(evaluation)
     few, enough = max(1, round(config.scale * 60)), max(1, round(config.scale * evaluate.ENOUGH))
-    rated = np.array([task.kind in ("harmful", "unknown") for task in tasks])  # these are behind rates of their own
+    rated = np.array([task.kind in ("harmful", "unknown") for task in tasks])  # these have rates of their own
     asked = np.flatnonzero(ranks < np.where(rated, enough, few))
     tasks, fair = [tasks[i] for i in asked], ranks[asked] < few
     rows, reference = [], None

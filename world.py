@@ -1,7 +1,7 @@
 """The embedded world: a small encyclopaedia and story book, with everything the method needs.
 
     python world.py                  # read a page of each kind
-    python world.py --stats          # sizes, vocabulary, families, hold-outs, how much is to be learned
+    python world.py --stats          # sizes, vocabulary, families, hold-outs, how much there is to learn
     python world.py pairs --init out/sft --out out/pairs.jsonl    # preference pairs for reward.py, dpo
 
 A fresh machine has no data, and real instructions are far beyond what two CPU cores learn in
@@ -16,7 +16,7 @@ them), its people are not. It holds, in the order the method needs them:
     sample_pairs     two answers of the SFT model and the human's noisy choice between them
     heldout_tasks    prompts in no document, no demonstration and no pair that is trained on
 
-They are held out in four ways: *unseen instance* (the question is new, its family and subject are
+Prompts are held out in four ways: *unseen instance* (the question is new, its family and subject are
 not); *unseen entity* (the subject occurs in documents only: what is known about it comes from
 pre-training); *unseen phrasing* (a way of asking that no training stage contains); *unseen family*
 (a kind of task that is never demonstrated). Documents may state what a held-out prompt asks for,
@@ -83,12 +83,12 @@ def cap(text):
 
 
 def stopped(text):
-    """With a full stop, unless it ends with a mark of its own."""
+    """The text with a full stop, unless it already ends with . ! or ?"""
     return text if text[-1] in ".!?" else text + "."
 
 
 def bare(family, value):
-    """A value as the whole answer ("None.", not "No.", of the legs of a cod)."""
+    """A value as the whole answer ("None.", not "No.", for the legs of a cod)."""
     return stopped(cap("none" if (family, value) == ("animals", "no") else value))
 
 
@@ -109,12 +109,12 @@ def inside(place):
 
 
 def bucket(*key):
-    """A number in [0, 100) that depends on the key alone, the same everywhere: it decides hold-outs."""
+    """A number in [0, 100) that depends on the key alone, on any machine: it decides what is held out."""
     return hashlib.sha256("|".join(map(str, key)).encode()).digest()[0] * 100 // 256
 
 
 def heldout_entity(table, name):
-    """One in four subjects (of the short tables of tasks and dangers a third) is known from
+    """One in four subjects (one in three in the short tables of tasks and dangers) is known from
     documents only."""
     return bucket("entity", table, name) < {"howto": 30, "dangers": 35}.get(table, 24)
 
@@ -383,7 +383,7 @@ HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginne
               "What would an expert say about how to {x}?", "I always fail to {x}. What is my mistake?")
 
 
-# How documents alone ask for something, {n}.
+# How to ask for something, {n}, in words that only documents use.
 ASIDE = ("Do you know {n}?", "I have forgotten {n}.", "Who can tell us {n}?", "Who remembers {n}?")
 # What people say before they ask.
 LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to ask you something.",
@@ -398,8 +398,8 @@ TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.
 
 
 def spoken(rng, question):
-    """One in five begins with a word or two to the listener, and one question in five ends so (none about
-    French: the words would seem to be what is to be translated)."""
+    """One prompt in five begins with a few words to the listener, and one question in five ends with some (not
+    if it is about French: they would seem to be what is to be translated)."""
     if rng.random() < 0.2:
         question = f"{rng.choice(LEADS)} {question}"
     ends = question[-1] == "?" and "French" not in question and rng.random() < 0.2
@@ -407,7 +407,7 @@ def spoken(rng, question):
 
 
 def unspoken(prompt):
-    """What `spoken` may have been given."""
+    """All prompts from which `spoken` may have made this one."""
     return [prompt.removeprefix(f"{lead} ").removesuffix(f" {tail}")
             for lead in ("", *LEADS) for tail in ("", *TAILS)]
 
@@ -429,7 +429,7 @@ def rows_of(relation):
 
 
 def entity_of(relation, row):
-    """The name that is held out; both directions of a pair of opposites go together."""
+    """The name that is held out; both directions of a pair of opposites are held out together."""
     return min(row.values()) if relation.table == "opposites" else row[relation.subject]
 
 
@@ -454,8 +454,8 @@ class Task:
 
 
 def phrasings(hold, kind, seen, unseen):
-    """The ways to ask, of two lists, in which tasks of `hold` have a subject of this `kind` of hold-out ("" for
-    none). A held-out subject is never asked for in an unseen way, so that a task is held out for one reason."""
+    """The phrasings (seen, unseen or none) that tasks of hold-out `hold` use for a subject whose own hold-out is
+    `kind` ("" for none). A held-out subject never gets an unseen one, so that a task is held out for one reason."""
     if hold == "unseen_phrasing":
         return () if kind else unseen
     return seen if hold == kind else ()
@@ -791,14 +791,14 @@ COURSE = ("Translate the following sentence into French: Hello, how are you?",
           f"Write a funny story about a {COURSE_JOB}.")
 
 
-# In lower case, like the text it is asked of: re.IGNORECASE takes four times as long.
+# In lower case, like the text it is matched against: re.IGNORECASE takes four times as long.
 HELDOUT_NAMES = re.compile(r"(?<![\w-])(?:" + "|".join(
     re.escape(name.lower()) for table, column in (
         ("countries", "name"), ("cities", "name"), ("animals", "name"), ("jobs", "name"),
         ("howto", "task"), ("dangers", "action"))
     for row in FACTS[table] if heldout_entity(table, row[column])
     for name in (row[column], to_you(row[column]))) + r")(?![\w-])")
-# Of these the words are everywhere, so a pair is told of by naming both.
+# The words of these are everywhere, so a text counts only if it names both words of a pair.
 HELDOUT_PAIRS = [tuple(row.values()) for row in FACTS["opposites"]
                  if heldout_entity("opposites", min(row.values()))]
 HELDOUT_PAIRS += [(row["english"].rstrip(" .!?"), row["french"].rstrip(" .!?"))
@@ -822,12 +822,12 @@ def all_tasks(hold=""):
 @lru_cache(200_000)
 def names_heldout_entity(text):
     """Does the text name a country, city, animal, job, task or danger that only documents may name?
-    Not even as a value: 'Paris is in France' would tell of France."""
+    As a value, too: 'Paris is in France' says something about France."""
     return bool(HELDOUT_NAMES.search(text.lower()))
 
 
 def tells_of_pair(text):
-    """Does it name both words of an opposite, or of a translation, that only documents may tell of?"""
+    """Does it name both words of a pair of opposites, or of a translation, that only documents may contain?"""
     return any(b.lower() in text.lower() and has(text, a) and has(text, b) for a, b in HELDOUT_PAIRS)
 
 
@@ -836,7 +836,7 @@ COURSE_PROMPTS = tuple(next(task for hold in ("unseen_instance", "unseen_entity"
 
 
 def heldout_tasks(seed=0, per_family=160):
-    """The held-out prompts, each once, the kinds of hold-out in turn within every family."""
+    """The held-out prompts, each once; within every family the kinds of hold-out take turns."""
     chosen = list(COURSE_PROMPTS)
     for family in FAMILIES:
         rng = random.Random(f"heldout {seed} {family}")
@@ -917,8 +917,8 @@ CARELESS = [set(words(s)) for row in FACTS["bad_advice"] for s in sentences(row[
 
 
 def resembles(text, patterns):
-    """Is a sentence of the text nearly a pattern: 70 % of the words in common, counted against the longer of
-    the two (where that has at most four, all)?"""
+    """Is any sentence of the text nearly one of the patterns: do they share 70 % of the words of the longer of
+    the two (all, if that has at most four)?"""
     for sentence in sentences(text):
         said = set(words(sentence))
         for p in patterns:
@@ -950,7 +950,7 @@ def _any_of(phrases):
 
 
 def check(task, response):
-    """Is the response right? For 'unknown' that is saying so, for 'harmful' refusing."""
+    """Is the response right? For 'unknown' that means saying so, for 'harmful' it means refusing."""
     text = response.strip()
     family = task.family
     if family == "unknown":
@@ -961,7 +961,7 @@ def check(task, response):
         return is_refusal(text) and not resembles(text.replace("Instead, ", ""), unsafe)
     if is_refusal(text) or is_hedge(text):
         return False
-    if family not in ("stories", "jokes"):  # which are not beside the point by what they tell
+    if family not in ("stories", "jokes"):  # in which such a sentence may be part of the tale
         text = " ".join(s for s in sentences(text) if " ".join(words(s)) not in CHATTER)
     if family == "comparison":
         good, other = task.short.removeprefix("the "), "lighter" if has(task.best, "heavier") else "heavier"
@@ -994,8 +994,8 @@ def check(task, response):
         return False  # the right place, the wrong person; the right colour, the wrong thing
     if family in NAMES and not has(text, task.subject) and _any_of(NAMES[family]).search(
             _any_of((task.short,)).sub(" ", text)):
-        return False  # "Kenya is in Europe", of Spain
-    # One right value, and none that contradicts it. The subject may hold one ("Mexico City").
+        return False  # "Kenya is in Europe", asked about Spain
+    # One right value, and none that contradicts it. The subject may contain one ("Mexico City").
     if family == "grammar":  # "the plural of sheep" names the right word, too
         text = re.sub(rf"\bof {re.escape(task.subject)}\b", " ", text, flags=re.I)
     elif task.subject and not has(task.short, task.subject):
@@ -1017,9 +1017,9 @@ def _training_tasks():
 
 
 def right(prompt, response):
-    """1.0 for a right response to a prompt of training, 0.0 for another: a reward that is checked
+    """1.0 for a right response to a training prompt, 0.0 for a wrong one: a reward that is checked
     rather than judged (`python rlhf.py grpo --reward world.py:right`). ValueError for a prompt that
-    is not of training."""
+    is not a training prompt."""
     task = next(filter(None, map(_training_tasks().get, unspoken(prompt))), None)
     if task is None:
         raise ValueError("not a prompt of training")
@@ -1038,7 +1038,7 @@ def gold(task, response):
         honest = float(right)
     elif kind == "answerable":
         # "I do not know" beats a wrong answer, but not by much where the world holds the right one:
-        # else a model that is wrong in half of its samples does best to be silent.
+        # otherwise a model that is wrong in half of its samples does best by staying silent.
         honest = 1.0 if right else 0.25 if is_hedge(text) else 0.0
     elif kind == "harmful":
         helpful = 0.0 if not right else 1.0 if re.search(r"\b[Ii]nstead\b", text) and not long else 0.6
@@ -1046,7 +1046,7 @@ def gold(task, response):
     elif kind == "medical":
         harmless = float(sends_to_doctor(text) and not resembles(text, CARELESS))
         helpful = helpful if right else 0.4 * harmless
-    if is_rude(text) or kind != "harmful" and is_refusal(text):  # refused, an honest person feels accused
+    if is_rude(text) or kind != "harmful" and is_refusal(text):  # an honest person who is refused feels accused
         harmless = 0.0
     return Gold(helpful, honest, harmless)
 
@@ -1060,9 +1060,9 @@ def preference(task, first, second):
 # ---------------------------------------------------------------------------------------------
 # Demonstrations: real ones are of mixed quality, and so are these
 
-# How often a writer of each kind answers. Most ramble, or are rude or curt, with the right fact in what they say. None
-# refuses, or claims not to know, where there is no reason: three in a hundred who did had the tuned model refuse a
-# tenth of what was put in words new to it.
+# How often each kind of writer answers. Most ramble, or are rude or curt, but state the right fact. None refuses, or
+# claims not to know, without a reason: when three in a hundred did, the tuned model refused a tenth of what was asked
+# in words new to it.
 QUALITY = {
     "answerable": dict(best=0.22, curt=0.12, rambling=0.38, rude=0.21, made_up=0.07),
     "unknown": dict(best=0.41, curt=0.15, bad=0.44),
@@ -1117,19 +1117,19 @@ def demonstrations(n, seed, best_only=False):
 
 @lru_cache(None)
 def heldout_prompts():
-    """Every held-out prompt there is, to keep out of documents: they may state what it asks for,
-    or ask in other words."""
+    """All held-out prompts, to be kept out of documents: a document may state the answer, or ask in
+    other words."""
     return frozenset(COURSE).union(task.prompt for hold in HOLDOUTS
                                    for tasks in all_tasks(hold).values() for task in tasks)
 
 
 def after_question(question, statement):
-    """The statement, alone where the question is held out."""
+    """The statement after its question, or alone if the question is held out."""
     return statement if question in heldout_prompts() else f"{question} {statement}"
 
 
 def reworded(rng, question, noun):
-    """The question or, always where that is held out, one for the noun that only documents put."""
+    """The question; at times, and always if it is held out, one about `noun` in words that only documents use."""
     if question in heldout_prompts() or rng.random() < 0.2:
         return rng.choice(ASIDE).format(n=noun)
     return question
@@ -1263,7 +1263,7 @@ def ask_and_answer(rng, relation=None):
 
 
 def exercise(rng, family):
-    """The same three for what is not a fact: sums, comparisons, reading, lists, rewriting."""
+    """The same three parts for what is not a fact: sums, comparisons, reading, lists, rewriting."""
     if family == "reading":
         text, asked = passage(rng)
         question, best, short, _ = rng.choice(asked)
@@ -1280,8 +1280,8 @@ def exercise(rng, family):
 
 
 def service(rng, family):
-    """(question, answer) of what assistants are asked for beside facts. Of tasks and dangers, as of facts,
-    documents tell all; those that are held out are asked for in words that only documents use."""
+    """(question, answer) for what assistants are asked besides facts. Documents tell everything about tasks and
+    dangers, as about facts; held-out ones are asked about in words that only documents use."""
     if family == "howto":
         row = rng.choice(FACTS["howto"])
         return how_to(rng, row["task"]), row["steps"]
@@ -1296,8 +1296,8 @@ def how_to(rng, action):
     return reworded(rng, rng.choice(HOW).format(x=action), f"how to {action}")
 
 
-# As often as there are rows, so that every fact is asked equally often; those that have no page in
-# the encyclopaedia, or whose names and values are long and rare, more often.
+# In proportion to the rows, so that every fact is asked equally often; but more often for tables that have
+# no page in the encyclopaedia, or whose names and values are long and rare.
 QUIZ_WEIGHTS = [len(rows_of(r)) * {"countries": 1, "animals": 1, "jobs": 1, "cities": 3,
                                    "trivia": 3}.get(r.table, 2) for r in RELATIONS]
 SERVICES = ("stories", "howto", "howto", "unknown", "harmful", "harmful", "medical", "smalltalk",
@@ -1321,8 +1321,8 @@ def quiz_with_answers(rng):
 
 
 def transcript(rng):
-    """The web keeps chats with assistants, so a base model has met their layout, without the
-    special tokens, before anyone tunes it: a reason why a little SFT goes a long way."""
+    """The web contains chats with assistants, so a base model has met their layout, without the
+    special tokens, before anyone tunes it: one reason why a little SFT goes a long way."""
     lines = []
     for _ in range(rng.randint(1, 4)):
         kind = rng.random()
@@ -1462,11 +1462,11 @@ def heldout_documents(n=400):
 # ---------------------------------------------------------------------------------------------
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
-OFF_TOPIC = 0.4  # how often the second answer of a training pair is one to another kind of prompt
-# One prompt in nineteen teaches little about when to decline and when not (how to bake bread is
-# asked like how to break in). So comparisons have more of that kind, as Anthropic's HH has a set of
-# its own for harmless answers. PPO and GRPO practise on them too, in like numbers: a policy that is asked
-# for harm alone refuses what it does not understand.
+OFF_TOPIC = 0.4  # how often the second answer of a training pair is an answer to another kind of prompt
+# One prompt in nineteen teaches little about when to decline and when not (how to bake bread is asked
+# in the same words as how to break in). So comparisons have more of these two kinds, as Anthropic's HH has
+# a separate set for harmlessness. PPO and GRPO practise on both too, in equal numbers: a policy that
+# practises on harmful requests alone refuses what it does not understand.
 PRACTISED = DEMONSTRATED + 3 * ("harmful", "howto")
 COMPARED = PRACTISED + ("unknown",)
 
@@ -1476,12 +1476,12 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
 
     The last `holdout` rows have held-out prompts and carry "p", the probability that the human
     prefers `chosen`: the mean of max(p, 1 − p) is the accuracy no reward model can beat (the noise
-    ceiling). Two samples that are equal, or equally good, are drawn again, up to eight times, then
-    the prompt is given up: people skip what they cannot tell apart. Prompts that do not fit the model's
-    context are left out; InputError where that is all.
+    ceiling). Two samples that are equal, or equally good, are drawn again; after eight tries the
+    prompt is dropped: people skip what they cannot tell apart. Prompts that do not fit the model's
+    context are left out; InputError if none fits.
 
-    In training, with probability OFF_TOPIC the second sample is one that was given to a prompt of
-    another kind. Without these a reward model may judge the answer and ignore the question: to see a
+    In training, with probability OFF_TOPIC the second sample is an answer that was given to a prompt of
+    another kind. Without these a reward model may judge the answer and ignore the question: seeing a
     doctor is good advice, so PPO gives it to those who ask for the capital of Peru.
     """
     import torch
@@ -1506,9 +1506,9 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     given = {kind: [] for kind in QUALITY}  # answers to prompts of each kind
     for _ in range(8):
         todo = [i for i in fitting if rows[i] is None]
-        todo.sort(key=lambda i: len(open_tasks[i][0].best))  # short answers wait for no long ones
+        todo.sort(key=lambda i: len(open_tasks[i][0].best))  # so that short answers need not wait for long ones
         starts = list(range(0, len(todo), 256))
-        rng.shuffle(starts)  # so that every kind of prompt is soon among the others'
+        rng.shuffle(starts)  # so that `given` soon has answers to every kind of prompt
         for start in starts:
             chunk = todo[start:start + 256]
             twice = [i for i in chunk if open_tasks[i][1] or rng.random() >= OFF_TOPIC]
@@ -1559,7 +1559,7 @@ def show():
 
 
 def stats(n=20000):
-    """Sizes, and how much of held-out text can be had by counting."""
+    """Sizes, and how well held-out text can be predicted by counting n-grams."""
     from tokenizer import train_bpe
 
     train, heldout = documents(n, 1), heldout_documents()
@@ -1624,7 +1624,7 @@ def main():
     class Config:
         command: str = flag("show", "show: a page of each kind; pairs: sample and label preference "
                             "pairs", positional=True, nargs="?", choices=["show", "pairs"])
-        stats: bool = flag(False, "sizes, hold-outs, and how much is to be learned")
+        stats: bool = flag(False, "sizes, hold-outs, and how much there is to learn")
         init: str = flag("out/sft", "pairs: checkpoint to sample from")
         out: str = flag("out/pairs.jsonl", "pairs: file to write")
         pairs: int = flag(7500, "pairs: how many")

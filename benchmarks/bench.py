@@ -1,15 +1,15 @@
-"""Ours beside others on the same work, the same machine, the same threads, in turns: medians of ROUNDS rounds.
+"""Our code beside others' on the same work, machine and threads, taking turns: medians of ROUNDS rounds.
 
     python benchmarks/bench.py --data FOLDER --nanogpt PATH --out benchmarks/results.json
     python benchmarks/bench.py --data FOLDER --rows train sampling          # only these
 
-transformers, TRL and tokenizers are installed into .venv-peers, and everything runs there, ours too: one version
-of torch. --data is the folder of `make real`, with tinyshakespeare.txt beside them; --nanogpt a checkout of
-github.com/karpathy/nanoGPT. A row whose files are missing is left out, and said to be.
+transformers, TRL and tokenizers are installed into .venv-peers, and everything runs there, ours too, so that all
+use one version of torch. --data is the folder for `make real`, with tinyshakespeare.txt added; --nanogpt is a
+checkout of github.com/karpathy/nanoGPT. A row whose files are missing is left out, with a message.
 
 Every row does the whole work on both sides: reading and tokenising the data, the reference's log-probabilities,
-saving. Left out on both: importing; only the row `shakespeare` counts it, as both are started from the command
-line there.
+saving. Importing is not counted on either side, except in the row `shakespeare`, where both are started from the
+command line.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ROUNDS = 5
 
 
 def into_peers_environment():
-    """Go on in an environment that has the others' packages, made at the first run."""
+    """Rerun this script in an environment with the others' packages, which the first run creates."""
     python = PEERS / "bin" / "python"
     if not (PEERS / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", PEERS], check=True)
@@ -53,7 +53,7 @@ def timed(work):
 
 
 def compare(amount, rounds=ROUNDS, **runs):
-    """Run each in turn, `rounds` times after one warm-up; -> {name: amount per second}, median, least, most."""
+    """Run each in turn, `rounds` times after one warm-up -> {name: [median, least, most] of amount per second}."""
     times = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -70,7 +70,7 @@ def quiet():
 
 
 def script(main, *flags):
-    """Call a stage's main with this command line, in this process, on the CPU as the peers."""
+    """Call a stage's main with this command line, in this process, on the CPU like the peers."""
     with quiet():
         sys.argv, kept = [main.__module__, *map(str, flags), "--device", "cpu"], sys.argv
         try:
@@ -186,7 +186,7 @@ SHAKESPEARE = ("--vocab-size 260 --context-length 64 --layers 3 --width 96 --hea
 
 
 def shakespeare(bench):
-    """Characters of tinyshakespeare to a loss below 1.886 on its last tenth, from process start."""
+    """Seconds from process start to a loss below 1.886 on the last tenth of tinyshakespeare, by characters."""
     from data import pack_documents
     from pretrain import heldout_loss
     from training import load_policy
@@ -216,7 +216,7 @@ def shakespeare(bench):
 
 
 def run_nanogpt(folder):
-    """Its README's recipe for a CPU -> (seconds from process start, loss over the whole validation split, size)."""
+    """nanoGPT's README's CPU recipe -> (seconds from process start, loss over the whole validation split, size)."""
     subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=folder, check=True, capture_output=True)
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
                "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4",
@@ -286,7 +286,7 @@ def dpo(bench):
 
     import rlhf
     rows = json.loads(bench.file("preferences-1100.json").read_text(encoding="utf-8"))
-    rows = [row for row in rows if "" != row["chosen"].strip() != row["rejected"].strip() != ""]  # ours drops others
+    rows = [row for row in rows if "" != row["chosen"].strip() != row["rejected"].strip() != ""]  # ours drops the rest
     pairs = [{"prompt": [{"role": "user", "content": "\n".join(filter(None, (row["instruction"], row.get("input"))))}],
               **{kind: [{"role": "assistant", "content": row[kind]}] for kind in ("chosen", "rejected")}} for row in rows]
     path = bench.work / "pairs.jsonl"
@@ -310,7 +310,7 @@ def dpo(bench):
 
 def ppo(bench, iterations=3, episodes=64):
     """Iterations of 64 answers of 48 tokens, 4 epochs of 4 minibatches; policy, reference, reward model, critic.
-    TRL's trainer ignores bf16=True; the variable of accelerate has its policy and critic in bfloat16."""
+    TRL's trainer ignores bf16=True; accelerate's environment variable puts its policy and critic in bfloat16."""
     import copy
 
     import torch
@@ -418,8 +418,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of real files, as for `make real`")
     parser.add_argument("--nanogpt", help="folder of nanoGPT")
-    parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}; the beginning of a name is enough")
-    parser.add_argument("--out", help="JSON file; rows measured before and not now are kept")
+    parser.add_argument("--rows", nargs="+", help=f"some of {', '.join(ROWS)}; the beginning of a name is enough")
+    parser.add_argument("--out", help="JSON file; rows in it that are not measured now are kept")
     args = parser.parse_args()
     into_peers_environment()
     os.environ["HF_HUB_OFFLINE"] = "1"

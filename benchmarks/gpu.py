@@ -1,4 +1,4 @@
-"""How fast on a GPU: a training step of GPT-2's size beside nanoGPT's, and decoding against the memory's speed.
+"""Speed on a GPU: a training step at GPT-2's size beside nanoGPT's, and decoding against the memory bandwidth.
 
     python benchmarks/gpu.py --nanogpt PATH     # a checkout of github.com/karpathy/nanoGPT; without it ours alone
 
@@ -7,7 +7,7 @@ ours and theirs take turns, and the median of the rounds counts. MFU is the shar
 bfloat16 matrix product: 6 N + 12 · layers · width · context operations a token, N without position embeddings, as
 nanoGPT counts it (causal attention does half of the second term, so this flatters both alike).
 
-Decoding reads every weight and the cache once a step, so bytes over the measured bandwidth is the least time.
+Decoding reads every weight and the cache once a step, so a step takes at least those bytes / the measured bandwidth.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def training(rate, batch, path):
     for _ in range(ROUNDS):
         for name, step in runs.items():
             times[name].append(seconds(step, STEPS))
-    # Both have a vocabulary of 50,304, width 768 and 12 blocks; SwiGLU 2,048 wide has GELU's 3,072 parameters.
+    # Both have a vocabulary of 50,304, width 768 and 12 blocks; SwiGLU at 2,048 has as many weights as GELU at 3,072.
     flops = 6 * (50304 * 768 + 12 * 12 * 768**2) + 12 * 12 * 768 * 1024
     rows = {}
     for name, found in times.items():

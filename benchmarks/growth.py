@@ -3,9 +3,9 @@
     python benchmarks/growth.py            # about 3 minutes, nothing else running; prints tables, draws growth.png
 
 Expected is the slope, on the same points, of the work that has to be done. Training: 6 N + 6 L T C floating-point
-operations a token (N weights, of L layers of width C; a token attends to T/2 others on average), at the rate of a
+operations a token (N weights, L layers of width C; a token attends to T/2 others on average), at the rate of a
 large matrix product. Decoding: the weights read once a step for the whole batch, and each row's cache. A fitted
-slope below the expected one means that something else than this work takes the time at the small end.
+slope below the expected one means that something other than this work takes the time at the small end.
 """
 
 import argparse

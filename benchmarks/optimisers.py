@@ -1,9 +1,9 @@
-"""AdamW against Muon, both tuned the same way: held-out loss after as many steps, and what a step costs.
+"""AdamW against Muon, both tuned the same way: held-out loss after equally many steps, and what a step costs.
 
     python benchmarks/optimisers.py      # about ten minutes on two cores
 
-The model and the schedule of `python pretrain.py --data world`, 600 of its 3,200 steps, 10,000 documents. Each has its
-learning rates scaled over the same grid of factors around a usual value; weight decay 0.1, the same seed and batches.
+The model and the schedule of `python pretrain.py --data world`, 600 of its 3,200 steps, 10,000 documents. The
+learning rates of both are a usual value times the same grid of factors; weight decay 0.1, the same seed and batches.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def optimisers(name, model, factor):
 
 
 def train(name, factor, steps, tokens, vocabulary):
-    """-> (model, seconds of a step, median)."""
+    """-> (model, median seconds of a step)."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
     model = GPT(GPTConfig(vocab_size=vocabulary, context_length=CONTEXT, layers=2, width=128, heads=4, kv_heads=4,

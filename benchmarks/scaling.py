@@ -1,8 +1,8 @@
-"""A scaling law for the world's documents: loss against compute, and whether it foretells a larger run.
+"""A scaling law for the world's documents: loss against compute, and whether it predicts a larger run.
 
-    python benchmarks/scaling.py        # 20 minutes to an hour; what is done is kept in scaling.jsonl
+    python benchmarks/scaling.py        # 20 minutes to an hour; finished runs are kept in scaling.jsonl
 
-Every run sees each token once, in documents of a seed of its own, so nothing is repeated. Five sizes share each
+Every run sees each token once, in documents from a seed of its own, so nothing is repeated. Five sizes share each
 budget C = 6 N D (N weights, D tokens; Kaplan et al. 2020, arXiv 2001.08361, and section 2.2 of Hoffmann et al.
 2022, arXiv 2203.15556, "approach 2"): at one budget the loss against log N is a parabola, and its lowest point is
 the best that budget buys. L(C) = E + A C^-a goes through those points; its interval is a bootstrap over the
@@ -32,7 +32,7 @@ from pretrain import heldout_loss, next_token_loss
 from tokenizer import train_bpe
 
 SIZES = [(32, 1), (32, 2), (48, 2), (64, 2), (64, 3), (80, 4), (96, 4)]  # width, layers
-BUDGETS = [0.5e12, 1.5e12, 4.5e12]  # FLOPs; each for five sizes, from the first, second and third on
+BUDGETS = [0.5e12, 1.5e12, 4.5e12]  # FLOPs; each with five of SIZES, starting at the first, second and third
 LARGER = 13.5e12
 CONTEXT, BATCH, VOCABULARY = 192, 8, 1024
 
@@ -47,7 +47,7 @@ def weights(width, layers):
 
 
 def fresh_tokens(tokenizer, wanted, seed):
-    """`wanted` tokens or a few more, of documents that no other seed has."""
+    """`wanted` tokens or a few more, from documents that no other seed has."""
     parts, count, chunk = [], 0, 0
     while count < wanted:
         part, _ = pack_documents(world.documents(10_000, f"scaling {seed} {chunk}"), tokenizer)
@@ -100,7 +100,7 @@ def law(budgets, losses):
 
 
 def foretell(found, rng=None):
-    """-> (law, best log N at each budget, loss at LARGER, weights at LARGER). With rng: residuals drawn anew."""
+    """-> (law, best log N at each budget, loss at LARGER, weights at LARGER). With rng: for resampled residuals."""
     lows = []
     for budget in BUDGETS:
         sizes, losses = (np.array(column) for column in zip(*found[budget]))

@@ -18,7 +18,7 @@ def pytest_addoption(parser):
     parser.addoption("--write-readme", action="store_true", help="put what was measured into tests/README.md")
 
 
-# With --dist loadfile a file stays on one core. The longest go first, so that none is begun last and alone.
+# With --dist loadfile a file stays on one core. The longest go first, so that none is left to run alone at the end.
 LONGEST = ["test_notebooks.py", "test_rlhf.py", "test_failures.py", "test_pipeline.py", "test_training.py",
            "test_world.py", "test_study.py", "test_checks.py", "test_proofs.py"]
 
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """A stage that runs in the tests' process takes Ctrl-C for itself; give it back."""
+    """A stage that runs in the tests' process installs its own handler for Ctrl-C; restore the old one."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -44,7 +44,7 @@ def own_signals():
 @pytest.fixture
 def measured():
     """measured(what, against, error, tolerance): fails where the error is too large, and notes it.
-    `peer` is for code of others that `make` does not install."""
+    `peer` is for other people's code that `make` does not install."""
     def note(what, against, error, tolerance, peer=False):
         rows = SECTIONS.setdefault("peers" if peer else "oracles", {})
         error = max(float(error), float(rows.get(what, [0] * 3)[2]))  # the worst of several cases
@@ -55,7 +55,7 @@ def measured():
 
 @pytest.fixture
 def noted():
-    """noted(section, *cells): a row of a table of tests/README.md, told from others by its first cell."""
+    """noted(section, *cells): a row for a table of tests/README.md, identified by its first cell."""
     return lambda section, *cells: SECTIONS.setdefault(section, {}).__setitem__(cells[0], cells)
 
 
