@@ -19,6 +19,10 @@
 PYTHON ?= python3
 PY     := .venv/bin/python
 OUT    ?= out
+ifneq ($(words $(OUT)),1)
+$(error OUT='$(OUT)': expected one folder without spaces)
+endif
+own    = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
 
 # Settings of each stage; override on the command line: make PRETRAIN='--steps 2000'
 PRETRAIN ?=
@@ -106,7 +110,7 @@ $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py 
 		--data $(OUT)/pairs.jsonl --out $(@D) $(EVALUATE)
 
 quick:
-	$(MAKE) OUT=out/quick \
+	$(MAKE) OUT=$(call own,out/quick) \
 		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192 $(call also,PRETRAIN)' \
 		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 $(call also,SFT)' \
 		PAIRS='--pairs 300 --holdout 100 $(call also,PAIRS)' REWARD='--warmup 2 $(call also,REWARD)' \
@@ -115,7 +119,7 @@ quick:
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3 $(call also,EVALUATE)'
 
 long:
-	$(MAKE) OUT=out/long PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
+	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--kv-heads 6 --ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 $(call also,SFT)' \
 		PAIRS='--pairs 20000 $(call also,PAIRS)' PPO='--iterations 80 $(call also,PPO)'
 

@@ -27,7 +27,9 @@ Left out: tools, and templates other than ChatML.
 """
 
 import codecs
+import contextlib
 import json
+import os
 import random
 import re
 import sys
@@ -139,9 +141,12 @@ class Speaker:
 
     def text(self, ids):
         """The answer in `ids`, without its end token."""
-        if self.raw:  # the last token may hold both the full stop and the line break
-            return self.tokenizer.decode(ids).split("\n")[0].replace(ENDOFTEXT, "").strip()
-        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.end_ids else ids)
+        text = self.tokenizer.decode(ids[:-1] if ids and self.is_end(ids[-1]) else ids)
+        return text.split("\n")[0].strip() if self.raw else text
+
+    def is_end(self, token):
+        """An end token, not text; a raw model's last token may hold both the full stop and the line break."""
+        return token in self.end_ids and (not self.raw or token in self.tokenizer.specials.values())
 
 
 def open_speaker(folder, device="cpu", raw=False):
@@ -149,7 +154,7 @@ def open_speaker(folder, device="cpu", raw=False):
     only been pre-trained, or if there is no chat template. InputError for a template that is not
     ChatML, and for a reward model."""
     model, tokenizer, info = load_checkpoint(folder, device)
-    name, folder = Path(folder).resolve().name, Path(folder)
+    name, folder = Path(os.path.abspath(folder)).name, Path(folder)
     if not isinstance(model, GPT):
         raise InputError(f"{folder}: a reward model does not talk; give it with --reward")
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
@@ -157,18 +162,21 @@ def open_speaker(folder, device="cpu", raw=False):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    ends = read_json(folder / "generation_config.json").get("eos_token_id") or []
+    ends = {*(ends if isinstance(ends, list) else [ends]), *special(tokenizer, ENDOFTEXT)}
     if raw or info.get("stage") == "pretrain" or not template:
-        return Speaker(name, model, tokenizer, True, None,
-                       {*newline_ids(tokenizer), *special(tokenizer, ENDOFTEXT)})
+        return Speaker(name, model, tokenizer, True, None, {*newline_ids(tokenizer), *ends})
+    missing = [token for token in (IM_START, IM_END) if token not in tokenizer.specials]
+    if IM_START in template and missing:
+        raise InputError(f"{folder}: its template is ChatML, but its tokenizer has no {', '.join(missing)}; --raw does "
+                         "without")
     if IM_START not in template:
         raise InputError(f"{folder}: only ChatML templates are implemented, and this one is "
                          f"{' '.join(template.split())[:60]!r}; --raw does without")
     # Only literal text, not what the template puts together: '…system\n' + messages[0].content + '…'
     system = re.search(r"<\|im_start\|>system(?:\\n|\n)((?:(?!['\"]\s*[+~])[^{}])+?)<\|im_end\|>", template)
-    ends = read_json(folder / "generation_config.json").get("eos_token_id") or []
-    ends = {*(ends if isinstance(ends, list) else [ends]), *special(tokenizer, IM_END),
-            *special(tokenizer, ENDOFTEXT)}
-    return Speaker(name, model, tokenizer, False, system and system[1].replace("\\n", "\n"), ends)
+    return Speaker(name, model, tokenizer, False, system and system[1].replace("\\n", "\n"),
+                   ends | {*special(tokenizer, IM_END)})
 
 
 def read_json(path):
@@ -191,7 +199,7 @@ def can_judge(reward, tokenizer, speaker):
 
 def visible(text):
     """Control codes spelled out: a model's output must not steer the terminal. \\n stays."""
-    codes = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    codes = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
     return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)
 
 
@@ -246,10 +254,9 @@ def speak(speaker, ids, max_new_tokens, sampling):
     when all of its bytes are there."""
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for token in stream(speaker.model, ids, max_new_tokens, eos_ids=speaker.end_ids, **sampling):
-        if token >= speaker.tokenizer.vocab_size or token in speaker.end_ids and not speaker.raw:
+        if token >= speaker.tokenizer.vocab_size or speaker.is_end(token):
             continue
-        piece = speaker.tokenizer.encoding.decode_single_token_bytes(token)
-        piece = decoder.decode(b"" if piece == ENDOFTEXT.encode() else piece)
+        piece = decoder.decode(speaker.tokenizer.encoding.decode_single_token_bytes(token))
         if speaker.raw:
             piece = piece.split("\n")[0]
         print(visible(piece), end="", flush=True)
@@ -272,6 +279,8 @@ def answer(speaker, ids, config, sampling, reward):
 
 def questions(prompt):
     """Lines from the keyboard or a pipe, until its end or Ctrl-C."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  input() can then edit a line and call back earlier ones
     while True:
         try:
             line = input(prompt if sys.stdin.isatty() else "").strip()
@@ -298,7 +307,11 @@ def compare(question, config, sampling, device):
     """Put the question to the first model and all beside it, each with the conversation's seed."""
     seed = sampling["generator"].initial_seed()
     for speaker in models_beside(config.checkpoints[0], device, config.raw):
-        ids, _ = speaker.fit(question, examples_like(question, config), config)
+        try:
+            ids, _ = speaker.fit(question, examples_like(question, config), config)
+        except InputError as error:
+            print(f"({error})")
+            continue
         alike = torch.Generator(device).manual_seed(seed)  # the conversation's own generator stays where it is
         print(f"{speaker.name}> ", end="", flush=True)
         speak(speaker, ids, config.max_new_tokens, sampling | {"generator": alike})
@@ -340,7 +353,7 @@ def converse(speakers, config, sampling, reward, device):
             elif command == "/compare" and (value.strip() or asked):
                 asked = value.strip() or asked
                 compare(asked, config, sampling, device)
-            elif command == "/best" and number.isdecimal() and 0 < int(number) <= 4096 and (question or asked):
+            elif command == "/best" and re.fullmatch("[1-9][0-9]{0,3}", number) and (question or asked):
                 asked = question.strip() or asked
                 candidates(asked, int(number), speakers[0], config, sampling, device)
             elif command in ("/compare", "/best"):
@@ -348,8 +361,8 @@ def converse(speakers, config, sampling, reward, device):
             elif command == "/reset":
                 histories = [[] for _ in speakers]
                 print("(forgotten)")
-            elif command == "/seed" and value.strip().isdecimal():
-                sampling["generator"].manual_seed(int(value) % 2**63)
+            elif command == "/seed" and re.fullmatch("[0-9]{1,18}", value.strip()):
+                sampling["generator"].manual_seed(int(value))
                 print(f"(seed {value.strip()})")
             elif command.startswith("/"):
                 print("(no such command; /help shows them, and /seed needs a number)")
@@ -411,8 +424,10 @@ def label(speakers, config, sampling, reward):
         prompt = [*system, {"role": "user", "content": question}] if system else question
         chosen, rejected = pair if choice == "a" else pair[::-1]
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        with writing(config.label), open(config.label, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with writing(config.label), open(config.label, "ab+") as file:
+            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # an editor may have left none
+                file.write(b"\n")
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def main(argv=None):

@@ -80,9 +80,14 @@ def load_preferences(paths):
 
 
 def load_prompts(paths):
-    """What comes before the last answer, from files of conversations or of preferences."""
-    return _load(paths, lambda row, where: _pair(row, where).prompt if _is_preference(row)
-                 else _conversation(row, where)[:-1])
+    """[(what comes before the last answer, whether the row has a p, which marks it as held out)], from files of
+    conversations or of preferences."""
+    def parse(row, where):
+        if not _is_preference(row):
+            return _conversation(row, where)[:-1], False
+        pair = _pair(row, where)
+        return pair.prompt, pair.p is not None
+    return _load(paths, parse)
 
 
 def _load(paths, parse):
@@ -406,6 +411,9 @@ def read_pieces(paths, start=0, stop=None, size=2**22):
                 except UnicodeDecodeError as error:
                     raise InputError(f"{path}: found byte 0x{piece[error.start]:02x} at byte offset "
                                      f"{position + error.start:,}, expected UTF-8 text")
+                text = text if position else text.removeprefix("\ufeff")
+                if "\0" in text:
+                    raise InputError(f"{path}: found a zero byte at byte offset {position + piece.index(0):,}, expected text")
                 position += len(piece)
                 yield before + position, text, begun, position < length and not text.endswith(SEPARATOR)
         before += length

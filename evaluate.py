@@ -39,7 +39,7 @@ import world
 from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker
 from pretrain import heldout_loss
 from reward import heldout_report, score, score_pairs, wilson
-from tokenizer import IM_END, same_tokens
+from tokenizer import ENDOFTEXT, IM_END, same_tokens
 from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
                       write_atomic)
 
@@ -342,10 +342,14 @@ def main(argv=None):
     device = pick_device(config.device)
 
     # 1. Models, prompts and documents.
-    folders = {Path(folder).resolve().name: folder for folder in config.checkpoints}
+    folders = {Path(os.path.abspath(folder)).name: folder for folder in config.checkpoints}
     if len(folders) < len(config.checkpoints):
         raise InputError("found two checkpoints of the same name, expected different folder names, "
                          "because these name the rows of the report")
+    taken = {f"best_of_{config.best_of}", *(f"{name}_few_shot" for name in folders)} & set(folders)
+    if taken:
+        raise InputError(f"found a checkpoint called {', '.join(sorted(taken))}, the name of another row of the "
+                         "report; expected a different one")
     speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
     reference = speakers.get(config.reference)
     if reference is None and config.reference != Config.reference:
@@ -413,7 +417,7 @@ def main(argv=None):
     for name, row in rows.items():
         speaker = voices[name]
         found = measure(row, rows.get(config.reference), can_answer, config)
-        if name in speakers:
+        if name in speakers and ENDOFTEXT in speaker.tokenizer.specials:  # which begins every document
             tokens, size = data.pack_documents(documents, speaker.tokenizer)
             found["bits_per_byte"] = heldout_loss(speaker.model, tokens, size)[1]
         if reward and IM_END in speaker.tokenizer.specials and can_judge(reward[0], reward_tokenizer, speaker):
@@ -443,7 +447,7 @@ def main(argv=None):
         "prompts": len(tasks), "checkpoints": checkpoints, "reward_model": judged,
         "seconds": stage_seconds(stamps) | {"evaluate": time.perf_counter() - started},
         "best_of_prompts": len(places), "settings": settings,
-        "runs": {Path(folder).resolve().name: relative(folder, config.out) for folder in stages},
+        "runs": {Path(os.path.abspath(folder)).name: relative(folder, config.out) for folder in stages},
         "transcripts": transcripts(rows, tasks, places, judges)})
     pictures.write(config.out, result)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

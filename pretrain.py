@@ -34,7 +34,7 @@ import data
 import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
-from training import (InputError, StopRequest, agree, autocast, check_finite, check_range, compiled,
+from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_range, compiled,
                       finish, first_alone, flag, join_processes, learning_rate, leave, log, micro_batches,
                       muon_and_adam, parse_args, pick_device, progress, restore, run, save_checkpoint,
                       save_state, seed_everything, set_share, start_run)
@@ -115,7 +115,8 @@ def heldout_loss(model, tokens, text_bytes, batch_size=None):
     the sum, its (zero) bytes are not.
     """
     length = model.config.context_length
-    batch_size = batch_size or max(1, min(32, 2**26 // (length * model.config.vocab_size)))  # bounds the logits
+    most = max(1, LOGITS // model.config.vocab_size)  # positions whose logits are held at a time
+    batch_size = batch_size or max(1, min(32, most // length))
     device = next(model.parameters()).device
     nats = 0.0
     starts = range(0, len(tokens) - 1, length)
@@ -123,8 +124,9 @@ def heldout_loss(model, tokens, text_bytes, batch_size=None):
         windows = [tokens[s:s + length + 1] for s in starts[first:first + batch_size]]
         for size in {len(w) for w in windows}:  # the last window may be shorter
             batch = torch.stack([w for w in windows if len(w) == size]).to(device).long()  # (B, T+1)
-            logits = model(batch[:, :-1])  # (B, T, V)
-            nats += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+            hidden = model.hidden(batch[:, :-1]).flatten(0, 1)  # (B * T, C)
+            for h, targets in zip(hidden.split(most), batch[:, 1:].flatten().split(most)):
+                nats += F.cross_entropy(model.head(h).float(), targets, reduction="sum").item()
     return nats / max(1, len(tokens) - 1), nats / (math.log(2) * text_bytes)
 
 

@@ -69,7 +69,7 @@ from model import ScalarModel, generate, token_logprobs
 from reward import load_pairs, score, wilson
 from sft import load_replay, replay_loss
 from tokenizer import render_chat, same_tokens
-from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
+from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, load_reward, log, micro_batches,
                       parse_args, pick_device, progress, restore, run, save_checkpoint, save_state,
                       seed_everything, set_share, start_run)
@@ -476,7 +476,8 @@ class RolloutConfig:
                                       "`python world.py --stats` names them)")
     out: str = flag("out/ppo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
                     "continued if it is unfinished")
-    holdout: float = flag(0.05, "prompts to hold out, from the end: a fraction, or a count if 1 or more")
+    holdout: float = flag(0.05, "prompts to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
+                          "a p, as held-out preferences do, those are held out instead")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
     eval_prompts: int = flag(200, "held-out prompts answered before and after training")
     iterations: int = flag(36, "rounds of sampling and updating")
@@ -553,7 +554,10 @@ def load_prompts(config, tokenizer, context_length):
     else:
         if config.families:
             raise InputError("--families: only the prompts of --data world have families")
-        messages, heldout = data.split_holdout(data.load_prompts(config.data), config.holdout)
+        rows = data.load_prompts(config.data)
+        messages, heldout = ([prompt for prompt, marked in rows if marked == wanted] for wanted in (False, True))
+        if not messages or not heldout:
+            messages, heldout = data.split_holdout([prompt for prompt, _ in rows], config.holdout)
     heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
     room = context_length - config.max_new_tokens
     found = []
@@ -602,8 +606,9 @@ def load_reward_source(spec, policy, tokenizer, device):
 def load_function(path, name):
     """The function `name` of the Python file `path`, which is run: it is the user's own code."""
     try:
-        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(module_spec)
+        module_spec = importlib.util.spec_from_file_location("reward_function", path)
+        module = sys.modules["reward_function"] = importlib.util.module_from_spec(module_spec)
+        sys.path.append(str(Path(path).resolve().parent))  # for what lies beside it
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:  # whatever the file does wrong
@@ -629,9 +634,6 @@ def call(function, spec, prompt, response):
 def answer_text(tokenizer, response):
     ends = tokenizer.im_end_id, tokenizer.endoftext_id
     return tokenizer.decode([token for token in response if token not in ends])
-
-
-LOGITS = 2**26  # the most computed at once when a rollout is read: 256 MB in float32
 
 
 @dataclass

@@ -377,6 +377,9 @@ def learning_rate(step, steps, peak, warmup=0, decay=None):
     return peak * max(0.0, min(1.0, rising, falling))
 
 
+LOGITS = 2**26  # the most computed at once where nothing is trained: 256 MB in float32
+
+
 def micro_batches(batch, size):
     """[(part, its share of the batch)], `size` rows a part (None: all in one). The gradients of
     share × mean loss add up to that of the whole batch (gradient accumulation)."""
@@ -473,7 +476,7 @@ def load_checkpoint(folder, device="cpu"):
         config = config_from_hf(info)
         index = folder / "model.safetensors.index.json"
         shards = (sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-                  if index.exists() else ["model.safetensors"])
+                  if index.exists() and not (folder / "model.safetensors").exists() else ["model.safetensors"])
         tensors = {}
         for shard in shards:
             tensors |= load_file(folder / Path(shard).name)
@@ -549,6 +552,9 @@ def start_run(config, stage, first=True):
 
     Without --resume, or with no state to resume, old results go, so that two runs are not mixed; an
     old checkpoint stays until the new one is whole."""
+    if stage != "pretrain" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"{stage}: found {os.environ['WORLD_SIZE']} processes, expected one; only pretrain.py shares "
+                         "its work under torchrun")
     folder = Path(config.out)
     state = folder / STATE
     if config.resume and state.exists():
@@ -589,7 +595,8 @@ def save_state(config, stage, position, seconds, generator, modules, **extra):
     `modules` maps names to what has a state_dict (models and optimisers)."""
     state = {"stage": stage, "settings": settings_of(config), "position": position,
              "seconds": seconds, "generator": generator.get_state(),
-             "torch_rng": torch.get_rng_state(),
+             "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
+             "numpy_rng": [x.tolist() if hasattr(x, "tolist") else x for x in np.random.get_state()],
              "modules": {name: module.state_dict() for name, module in modules.items()}, **extra}
     write_atomic(Path(config.out) / STATE, lambda path: torch.save(state, path))
 
@@ -604,6 +611,9 @@ def restore(saved, generator, modules):
         raise InputError("--resume: the save is of another kind of --device, whose random numbers are others; give "
                          "that device, or start without --resume") from error
     torch.set_rng_state(saved["torch_rng"])
+    if "python_rng" in saved:  # what a reward function of one's own may draw from
+        random.setstate(saved["python_rng"])
+        np.random.set_state(saved["numpy_rng"])
     return saved["position"], saved["seconds"]
 
 

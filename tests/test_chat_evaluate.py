@@ -24,7 +24,7 @@ import reward
 import world
 from model import GPT, GPTConfig, ScalarModel, token_logprobs
 from pretrain import heldout_loss
-from tokenizer import train_bpe
+from tokenizer import ENDOFTEXT, train_bpe
 from training import InputError, finish, load_checkpoint, load_reward, save_checkpoint
 
 
@@ -81,10 +81,29 @@ def test_raw_format_is_what_the_docstring_says(tokenizer):
     assert tokenizer.decode(ids[1:]) == chat.plain_prompt("Three?", [("One?", "1.")])
 
 
+def test_a_base_model_of_others_ends_where_it_says(tokenizer, some_tasks, monkeypatch, tmp_path):
+    """Its end token has another name, which only generation_config.json tells, and so no document begins."""
+    theirs = dataclasses.replace(tokenizer, specials={("<|the_end|>" if token == ENDOFTEXT else token): number
+                                                      for token, number in tokenizer.specials.items()})
+    save_checkpoint(tmp_path, tiny(tokenizer), tokenizer, stage="pretrain")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": theirs.specials["<|the_end|>"]}))
+    monkeypatch.setattr(chat, "load_checkpoint", lambda *_: (tiny(tokenizer), theirs, {"stage": "pretrain"}))
+    speaker = chat.open_speaker(tmp_path)
+    assert theirs.specials["<|the_end|>"] in speaker.end_ids
+    assert speaker.text([*tokenizer.encode("Paris."), theirs.specials["<|the_end|>"]]) == "Paris."
+    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+    evaluate.main([str(tmp_path), "--out", str(tmp_path / "report"), "--max-new-tokens", "4", "--device", "cpu", "--best-of", "1",
+                   "--per-family", "1"])
+    row, *_ = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["checkpoints"].values()
+    assert row["bits_per_byte"] is None and row["accuracy"]["all"]
+
+
 def test_raw_answer_ends_at_a_line_break(tokenizer):
     assert [tokenizer.decode([i]) for i in chat.newline_ids(tokenizer)] == ["\n"]
     speaker = chat.Speaker("base", tiny(tokenizer), tokenizer, True, None, set())
     assert speaker.text(tokenizer.encode(" Paris.\nWhat")) == "Paris."
+    speaker.end_ids = {tokenizer.endoftext_id}
     assert speaker.text([*tokenizer.encode("Paris."), tokenizer.endoftext_id]) == "Paris."
 
 
@@ -163,7 +182,7 @@ def test_generate_all_keeps_the_order(tokenizer):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
-    assert chat.visible("a\x1b[2Jb\r\x07é\n\u202e") == r"a\x1b[2Jb\r\x07é" + "\n" + r"\u202e"
+    assert chat.visible("a\x1b[2Jb\r\x07é\n\u202e\u061c") == r"a\x1b[2Jb\r\x07é" + "\n" + r"\u202e\u061c"
 
 
 def test_streaming_prints_whole_characters(tokenizer, monkeypatch, capsys):
@@ -251,6 +270,15 @@ def test_compare_asks_every_model_beside_it(folders, monkeypatch, capsys):
     assert refusal.startswith("(ask something first")
     expected = [f"{name}> {greedy_answer(folders / name, 'Hi?')}" for name in ("base", "sft", "ppo")]
     assert "\n".join(lines) == "\n".join(2 * expected) + "\n"
+
+
+def test_compare_goes_on_after_a_model_that_cannot_answer(folders, tokenizer, monkeypatch, capsys, tmp_path):
+    for name, length in (("a", 512), ("b", 100), ("c", 512)):
+        save_checkpoint(tmp_path / name, tiny(tokenizer, 1, length), tokenizer)
+    out = run_chat(monkeypatch, capsys, [tmp_path / "a", "--temperature", 0], f"/compare {'word ' * 50}\n/seed {'9' * 5000}\n"
+                   f"/best {'9' * 5000}\n")
+    assert re.findall(r"^(\w)> ", out, re.M) == ["a", "c"] and "(b: found a prompt of" in out
+    assert "(no such command" in out and "(ask something first" in out
 
 
 def test_compare_draws_alike_and_leaves_the_conversation_where_it_was(folders, monkeypatch, capsys):
@@ -350,6 +378,13 @@ def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsy
     assert speaker.prompt("Hi?", system="") == chat.chat_prompt(speaker.tokenizer, "Hi?") != speaker.prompt("Hi?")
 
 
+def test_label_begins_a_line_of_its_own(folders, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')  # as an editor may leave it
+    run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1], "Hi?\na\nHi?\na\n")
+    assert [pair.prompt[0]["content"] for pair in data.load_preferences([path])] == ["a", "Hi?", "Hi?"]
+
+
 def test_a_question_too_long_does_not_end_labelling(folders, monkeypatch, capsys, tmp_path):
     path = tmp_path / "mine.jsonl"
     out = run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1],
@@ -372,7 +407,7 @@ def test_plain_answers_are_judged_with_what_they_were_given_and_cut_to_the_conte
         evaluate.proxy_scores(speaker, tasks, answers, [0, 1], (model, shift), "Be kind. " * 1000)
 
 
-def test_templates_other_than_chatml_are_refused(folders, tokenizer, tmp_path):
+def test_templates_other_than_chatml_are_refused(folders, tokenizer, monkeypatch, tmp_path):
     save_checkpoint(tmp_path, tiny(tokenizer), tokenizer)
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8"))
@@ -388,6 +423,11 @@ def test_templates_other_than_chatml_are_refused(folders, tokenizer, tmp_path):
     assert chat.open_speaker(tmp_path).system is None
     path.write_text(json.dumps(config | {"chat_template": "[INST] {{ messages }} [/INST]"}))
     with pytest.raises(InputError, match="ChatML.*INST"):
+        chat.open_speaker(tmp_path)
+    path.write_text(json.dumps(config))
+    monkeypatch.delitem(tokenizer.specials, "<|im_start|>")
+    monkeypatch.setattr(chat, "load_checkpoint", lambda *_: (tiny(tokenizer), tokenizer, {}))
+    with pytest.raises(InputError, match="has no <|im_start|>"):
         chat.open_speaker(tmp_path)
 
 
@@ -590,8 +630,9 @@ def test_the_same_seed_gives_the_same_answers(written, folders):
 def test_what_has_nothing_to_compare_with_says_so(folders, some_tasks, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
     monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
-    for name, said in (("ppo", True), ("sft", False)):
-        evaluate.main([str(folders / name), "--out", str(tmp_path), "--max-new-tokens", "4", "--device", "cpu", "--best-of",
+    (tmp_path / "sft").symlink_to(folders / "ppo")  # a row is called as the folder is given
+    for name, said in ((folders / "ppo", True), (folders / "sft", False), (tmp_path / "sft", False)):
+        evaluate.main([str(name), "--out", str(tmp_path), "--max-new-tokens", "4", "--device", "cpu", "--best-of",
                        "1", "--per-family", "1"])
         assert ("none of them is called sft, so no win rate" in capsys.readouterr().out) == said
 
@@ -603,6 +644,9 @@ def test_unknown_reference_and_equal_names_are_refused(folders):
         evaluate.main([str(folders / "sft"), "--data", "pairs.jsonl"])
     with pytest.raises(InputError, match="same name"):
         evaluate.main([str(folders / "sft"), str(folders / "sft")])
+    for name in ("best_of_4", "sft_few_shot"):
+        with pytest.raises(InputError, match=f"checkpoint called {name}"):
+            evaluate.main([str(folders / "sft"), str(folders / name), "--best-of", "4"])
 
 
 def test_a_folder_on_another_drive_is_named_in_full(monkeypatch):

@@ -84,7 +84,7 @@ def test_preferences_in_every_format(write, row):
     path = write("a.jsonl", row, {**row, "p": 0.75})
     pair, known = data.load_preferences([path])
     assert pair == Pair(HI, "Hello", "Go", None) and known == Pair(HI, "Hello", "Go", 0.75)
-    assert data.load_prompts([path]) == [HI, HI]
+    assert data.load_prompts([path]) == [(HI, False), (HI, True)]
 
 
 def test_a_dialogue_of_several_turns_keeps_all_but_the_last_answer_as_prompt(write):
@@ -97,7 +97,7 @@ def test_a_dialogue_of_several_turns_keeps_all_but_the_last_answer_as_prompt(wri
 
 def test_prompts_of_conversations_and_preferences_in_one_file(write):
     path = write("a.jsonl", {"messages": [*HELLO, *HELLO]}, GOOD)
-    assert data.load_prompts([path]) == [[*HELLO, *HI], HI]
+    assert data.load_prompts([path]) == [([*HELLO, *HI], False), (HI, False)]
 
 
 # ---- malformed input -----------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_streamed_tokens_are_the_packed_ones(separator, tokenizer, tmp_path, mon
     paths = []
     for number, part in enumerate(parts):
         paths.append(tmp_path / f"{number}.txt")
-        paths[-1].write_text((separator or "").join(part), encoding="utf-8")
+        paths[-1].write_text((separator or "").join(part), encoding="utf-8-sig" if number else "utf-8")
     stop = sum(path.stat().st_size for path in paths)
     expected = [["".join(part)] for part in parts] if separator is None else parts
     whole, _ = data.pack_documents([d.strip("\n") for part in expected for d in part], tokenizer)
@@ -444,7 +444,7 @@ def test_large_files_are_cut_between_characters(count, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [(b"", "expected a fraction and some text"), (b"a" * 2**23, "no line break"), (b"ab", "nothing to train on"),
-                                              (b"fine\n" * 2**20 + b"\xff\n" * 9, "expected UTF-8 text")])
+                                              (b"fine\n" * 2**20 + b"\xff\n" * 9, "expected UTF-8 text"), (b"fine\n" * 9 + b"\0\n" + b"fine\n" * 2**20, "a zero byte at byte offset 45,")])
 def test_large_files_that_cannot_be_used(content, message, tokenizer, tmp_path):
     (tmp_path / "big.txt").write_bytes(content)
     with pytest.raises(InputError, match=message):

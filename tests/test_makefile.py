@@ -106,6 +106,13 @@ def test_flags_of_the_command_line_follow_those_of_a_target(make, tmp_path):
         assert re.search(r"sft.py .*--conversations \d+ .*--epochs 9\n", asked) and "--system Be brief; be kind.\n" in asked
 
 
+def test_quick_and_long_go_where_they_are_told(make, tmp_path):
+    for target in ("quick", "long"):
+        assert make(target) == make(target, "OUT=mine") == STAGES
+        assert (tmp_path / "out" / target / "base" / "done").exists() and (tmp_path / "mine" / "base" / "done").exists()
+        shutil.rmtree(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("whose", ["yours", "ours"])
 def test_an_environment_of_yours_is_never_cleared(whose, make, tmp_path):
     shutil.rmtree(tmp_path / ".venv")
@@ -143,3 +150,8 @@ def test_clean_forgets_the_folder_it_is_told(make, tmp_path):
     assert (tmp_path / "out" / "report" / "report.json").exists() and not (tmp_path / "mine").exists()
     make("clean")
     assert not (tmp_path / "out").exists()
+    for folder in ("my", "runs", "my runs"):
+        (tmp_path / folder).mkdir()
+    for out in ("my runs", "", " "):
+        assert make("clean", f"OUT={out}", status=2) == make(f"OUT={out}", status=2) == []
+    assert all((tmp_path / folder).exists() for folder in ("my", "runs", "my runs"))

@@ -148,6 +148,9 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert {name: sign for name, sign in found.items() if sign != "–"} == {
         "3.8 training_flops": "✓", "6.4 noise_ceiling": "✗", "0.3 win_rate": "✗", "9.3 best_of_n_kl": "✗"}, ran.stdout
     assert "which logarithm" in ran.stdout and "NameError" in ran.stdout and "its definition fails" in ran.stdout
+    shutil.copy(NOTEBOOKS / "solved" / "00_the_method.ipynb", tmp_path / "00_the_method (1).ipynb")
+    found = grade(tmp_path / "00_the_method (1).ipynb")[1]
+    assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "–"
     file.write_text("def noise_ceiling(:\n")
     assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
     assert "expected one folder of notebooks" in grade(tmp_path / "nothing")[0].stderr

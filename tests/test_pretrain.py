@@ -53,6 +53,17 @@ def test_bits_per_byte_are_nats_over_ln_2_and_bytes(vocab_size):
     assert heldout_loss(model, tokens, size)[1] == pytest.approx(bits, rel=1e-5)
 
 
+def test_the_logits_of_the_held_out_loss_are_bounded(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(300, context_length=20, layers=1, heads=2, kv_heads=1, width=16, ffn_width=8))
+    tokens, rows, head = torch.randint(300, (90,)), [], model.head
+    expected = heldout_loss(model, tokens, 100)
+    monkeypatch.setattr(model, "head", lambda hidden: rows.append(len(hidden)) or head(hidden))
+    monkeypatch.setattr(pretrain, "LOGITS", 7 * 300)
+    assert heldout_loss(model, tokens, 100) == pytest.approx(expected, rel=1e-5)
+    assert max(rows) == 7 and sum(rows) == 89
+
+
 def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
     def broken(function):
         raise RuntimeError("no C++ compiler")

@@ -349,6 +349,11 @@ def test_reward_function_errors_name_the_prompt(tokenizer, tmp_path):
     scores, critic, shift = load("good")
     assert scores(prompts, responses).tolist() == [9.0] and shift == 0
     assert not critic(torch.tensor([[1, 2]])).any()
+    (tmp_path / "data.py").write_text(  # a name of ours; annotations that a dataclass looks up; a file beside it
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom words_beside import WORTH\n\n"
+        "@dataclass\nclass Rule:\n    worth: float\n\ndef rule(p, r): return Rule(WORTH).worth\n")
+    (tmp_path / "words_beside.py").write_text("WORTH = 3.5\n")
+    assert load("rule", "data.py")[0](prompts, responses).tolist() == [3.5] and sys.modules["data"] is data
     for name in ("bad", "nan"):
         with pytest.raises(InputError, match="the cat"):
             load(name)[0](prompts, responses)
@@ -595,6 +600,10 @@ def test_no_heldout_prompt_is_practised(tokenizer, tmp_path):
     config = rlhf.PPOConfig(data=[str(tmp_path / "prompts.jsonl")], holdout=15, max_new_tokens=9)
     prompts, heldout = rlhf.load_prompts(config, tokenizer, 10**6)
     assert len(prompts) == 25 and [p.text for p in heldout] == [f"the cat {n}" for n in range(25, 30)]
+    rows = [{"prompt": f"the cat {n}", "chosen": "x", "rejected": "y"} | ({"p": 0.9} if n < 10 else {}) for n in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts, heldout = rlhf.load_prompts(config, tokenizer, 10**6)  # marked rows, not the last ones
+    assert len(prompts) == 30 and [p.text for p in heldout] == [f"the cat {n}" for n in range(10)]
 
 
 @pytest.mark.parametrize("stage, settings", [("ppo", []), ("grpo", []), ("grpo", ["--aggregation", "token"])])

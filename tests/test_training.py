@@ -4,20 +4,23 @@ import dataclasses
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import pretrain
+import sft
 import training
 from model import GPT, GPTConfig
 from training import (STATE, InputError, autocast, finish, join_processes, learning_rate, micro_batches, muon_and_adam,
-                      orthogonal_blocks, restore, set_share)
+                      orthogonal_blocks, parse_args, restore, save_state, seed_everything, set_share, start_run)
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,6 +243,27 @@ def test_a_save_of_another_device_is_refused_with_one_line():
     with pytest.raises(InputError, match="another kind of --device"):
         restore(saved, generator, {})
     assert restore({**saved, "generator": generator.get_state()}, generator, {}) == (3, 1.0)
+
+
+def test_a_reward_function_that_draws_goes_on_drawing(tmp_path):
+    config = dataclasses.make_dataclass("Config", ["out"])(str(tmp_path))
+    draws = [lambda: random.gauss(0, 1), np.random.standard_normal]
+    generator = seed_everything(5)
+    [draw() for draw in draws]
+    save_state(config, "ppo", 1, 0.0, generator, {})
+    expected = [draw() for draw in draws]
+    seed_everything(5)
+    restore(torch.load(tmp_path / STATE, weights_only=True), generator, {})
+    assert [draw() for draw in draws] == expected
+
+
+def test_only_pretraining_shares_its_work(tmp_path, monkeypatch):
+    config = parse_args(sft.Config, ["--out", str(tmp_path / "sft")])
+    start_run(config, "sft")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="found 2 processes"):
+        start_run(config, "sft")
+    start_run(parse_args(pretrain.Config, ["--out", str(tmp_path / "base")]), "pretrain")
 
 
 def test_a_run_that_dies_at_its_end_is_finished_or_can_go_on(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """A GGUF file of a Llama or Qwen3 model to a folder that every script here opens.
 
-    pip install transformers gguf                  # only for this; nothing else here needs them
+    pip install transformers gguf accelerate       # only for this; nothing else here needs them
     python tools/import_gguf.py model.gguf out/smollm2
     python chat.py out/smollm2
 
@@ -30,11 +30,12 @@ def main():
     if not options.gguf.is_file():
         sys.exit(f"error: {options.gguf}: found no such file, expected a .gguf file")
     try:
+        import accelerate  # noqa: F401  transformers 5 reads no GGUF file without it
         import gguf
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        sys.exit(f"error: {error.name} is missing; pip install transformers gguf")
+        sys.exit(f"error: {error.name} is missing; pip install transformers gguf accelerate")
     source = {"pretrained_model_name_or_path": options.gguf.parent, "gguf_file": options.gguf.name}
     # transformers takes 128 for the size of Qwen3's heads, whatever the file says.
     try:
