@@ -5,15 +5,15 @@
                                                   (needs `pip install nbclient ipykernel`)
     python notebooks/build.py run FILE            run a notebook's code without Jupyter, as the tests do
 
-In a code cell of the solved edition, what stands between the marks is the answer:
+In a code cell of the solved edition, the answer stands between two marks:
 
     ### BEGIN SOLUTION: walk backwards from the last token
     …
     ### STUDENT
-    # what the student finds instead, as comments: the bug of a hunt, or `guess = None`
+    # what the student finds in its place, as comments: the bug of a hunt, or `guess = None`
     ### END SOLUTION
 
-Without the part STUDENT the student finds `todo("7.2", "walk backwards from the last token")`, where 7.2 is the
+Without a STUDENT part the student finds `todo("7.2", "walk backwards from the last token")`, where 7.2 is the
 number in the cell's line `# EXERCISE 7.2 …`. A markdown cell that begins with `<!-- solution -->` becomes
 "Your answer".
 """

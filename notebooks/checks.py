@@ -3,11 +3,11 @@
     from checks import *        # `from start import *` has done it already
 
     check_gae(gae)              # ✓ gae: agrees with rlhf.gae on 8 random tables
-    check_gae(gae, seed=71)     # the same random numbers again, to look for a mistake
+    check_gae(gae, seed=71)     # the same random numbers again, for debugging
 
 A check calls your function on fresh random inputs and compares with the code of this repository, or with
 the formula written out. If they differ it raises `Wrong`, which says what went in, what came out, and what
-was expected. It also tries common mistakes on the same inputs: if one of them gives just what your function
+was expected. It also tries common mistakes on the same inputs: if one of them gives exactly what your function
 gives, it tells you which. Plain numbers, lists, NumPy arrays and tensors are all welcome as results, except
 where a gradient has to flow (a loss) or ids are looked up (whole numbers). An input must not be changed.
 
@@ -108,11 +108,11 @@ def either(functions):
 SLIPS = [
     (lambda y: -torch.as_tensor(y), "a sign: minus this would be right."),
     (lambda y: y[::-1] if isinstance(y, tuple) else None, "the results are right, but exchanged."),
-    (lambda y: torch.as_tensor(y) / math.log(2), "these are bits (log2); asked are nats (natural log)."),
-    (lambda y: torch.as_tensor(y).exp(), "that is exp(…) of what is asked; stay with the logarithm."),
-    (lambda y: torch.as_tensor(y).mean(), "that is the mean of what is asked: no mean here."),
-    (lambda y: torch.as_tensor(y).sum(), "that is the sum of what is asked: no sum here."),
-    (lambda y: tuple(x.sum(1) for x in y), "you sum over dimension 1; asked are the tables themselves."),
+    (lambda y: torch.as_tensor(y) / math.log(2), "these are bits (log2); nats (natural log) are asked for."),
+    (lambda y: torch.as_tensor(y).exp(), "that is exp(…) of what is asked for; stay with the logarithm."),
+    (lambda y: torch.as_tensor(y).mean(), "that is the mean of what is asked for: no mean here."),
+    (lambda y: torch.as_tensor(y).sum(), "that is the sum of what is asked for: no sum here."),
+    (lambda y: tuple(x.sum(1) for x in y), "you sum over dimension 1; return the tables themselves."),
 ]
 
 
@@ -155,7 +155,7 @@ def unchanged(now, before):
 
 
 def numbers(x):
-    """A float64 array of what is a number, a list of numbers, an array or a tensor; otherwise None."""
+    """A float64 array from a number, a list of numbers, an array or a tensor; None from anything else."""
     try:
         if isinstance(x, torch.Tensor):
             x = x.detach().cpu().double()
@@ -241,7 +241,7 @@ def parts(result, n):
 
 
 def show(value):
-    """A value on one line; of large tables the shape."""
+    """A value on one line; for a large table its shape."""
     if isinstance(value, tuple):
         return "(" + ", ".join(map(show, value)) + ")"
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -312,7 +312,7 @@ def check_win_rate(fn, g):
 # ---- 01: tokens and the next-token loss ------------------------------------------------------------
 
 def _best_pair(count):
-    """From a function that counts pairs to one that takes the commonest, of equals the smallest."""
+    """Turns a function that counts pairs into one that takes the commonest, among equals the smallest."""
     def best(words):
         counts = count(words)
         return min(counts, key=lambda pair: (-counts[pair], pair))
@@ -470,10 +470,10 @@ def check_bits_per_byte(fn, g):
         (lambda n, t, b: n / (math.log(2) * b), "the mean must become a sum first: times the number of "
          "tokens."),
         (lambda n, t, b: n * b / (math.log(2) * t), "you have bytes over tokens; it is tokens over bytes."),
-        (lambda n, t, b: n * t / math.log(2) / (8 * b), "divide by the bytes, not by their bits: bits per "
-         "byte, of which plain text needs 8."),
-        (lambda n, t, b: math.log2(n) * t / b, "you take the logarithm once more: the nats are one already. "
-         "n nats are n / ln 2 bits."),
+        (lambda n, t, b: n * t / math.log(2) / (8 * b), "divide by the bytes, not by their bits: we want "
+         "bits per byte (raw text has 8)."),
+        (lambda n, t, b: math.log2(n) * t / b, "you take the logarithm once more: the nats are a logarithm "
+         "already. n nats are n / ln 2 bits."),
         (lambda n, t, b: n * t / math.log(2), "these are the bits of the whole text; divide by its bytes."),
     ])
     return "right on 10 random texts"
@@ -491,7 +491,7 @@ def check_rms_norm(fn, g):
         return lambda x, weight, eps: x / divisor(x, eps) * weight
 
     square = lambda x: x.square().mean(-1, keepdim=True)
-    # ε is large here, so that one sees where it stands.
+    # ε is large here, so that its place makes a difference.
     inputs = [(normal(g, *shape) + 0.5, normal(g, shape[-1]), 0.3)
               for shape in ((2, 4), (2, 3, 8), (2, 2, 3, 6))]
     compare(fn, right, inputs, [
@@ -617,11 +617,11 @@ def check_causal_attention(fn, g):
         (lambda q, k, v: _scores(q, k).softmax(-1).masked_fill(_future(q), 0) @ v, "the weights of a row do "
          "not sum to 1: the future took its share in the softmax before you removed it. Something must "
          "happen earlier."),
-        (lambda q, k, v: masked(_scores(q, k), q, fill=0.0).softmax(-1) @ v, "masked scores are 0 with you, "
-         "and exp(0) = 1 is not nothing. A score of −inf has weight 0."),
-        (lambda q, k, v: masked(_scores(q, k), q, diagonal=0).softmax(-1) @ v, "a place cannot see itself "
-         "with you, so the first one sees nothing at all, and 0/0 is NaN. Mask from the diagonal above the "
-         "main one."),
+        (lambda q, k, v: masked(_scores(q, k), q, fill=0.0).softmax(-1) @ v, "you set masked scores to 0, but "
+         "exp(0) = 1 is not nothing. A score of −inf has weight 0."),
+        (lambda q, k, v: masked(_scores(q, k), q, diagonal=0).softmax(-1) @ v, "in your version a place "
+         "cannot see itself, so the first one sees nothing at all, and 0/0 is NaN. Mask from the diagonal above "
+         "the main one."),
         (lambda q, k, v: masked(_scores(q, k).mT, q).mT.softmax(-1) @ v, "each place sees the future and not "
          "the past: the mask is upside down (rows are queries, columns are keys)."),
         (lambda q, k, v: (_scores(q, k) + _future(q) * -math.inf).softmax(-1) @ v,
@@ -634,7 +634,7 @@ def check_causal_attention(fn, g):
         (lambda q, k, v: (_scores(q, k) + (~_future(q)).float()).softmax(-1) @ v,
          "you add 1 to the allowed scores and 0 to the others; add 0 and −inf, or use masked_fill."),
         (lambda q, k, v: _scores(q, k).softmax(-1).masked_fill(_future(q), -math.inf) @ v,
-         "−inf belongs into the scores, before the softmax."),
+         "−inf belongs in the scores, before the softmax."),
         (lambda q, k, v: masked(q @ k.mT, q).softmax(-1) @ v, "the scores are not divided by √D."),
         (lambda q, k, v: masked(q @ k.mT / q.size(-1), q).softmax(-1) @ v, "you divide by D; it is √D."),
         (lambda q, k, v: masked(_scores(q, k), q).softmax(-2) @ v, "your softmax runs over the queries; it "
@@ -694,7 +694,7 @@ def check_swiglu(fn, g):
               for shape, C, W in (((1,), 2, 3), ((2, 3), 4, 6), ((5,), 3, 8))]
     compare(fn, right, inputs, [
         (lambda x, gate, up, down: right(x, up, gate, down), "the two sides play each other's part. A new "
-         "model would learn either way, but trained weights of others make no sense so."),
+         "model would learn either way, but weights trained elsewhere make no sense that way."),
         (lambda x, gate, up, down: F.silu((x @ gate.T) * (x @ up.T)) @ down.T, "you take the SiLU of the "
          "product; it is of the gate alone."),
         (gated(lambda h: h), "the SiLU is missing."),
@@ -827,7 +827,7 @@ def check_windows(fn, g):
         ((lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, length)),
           lambda tokens, starts, length: (cut(tokens, starts, length), torch.stack(
               [tokens[s + length:s + 2 * length] for s in starts]))),
-         "the targets are the window after; they are the same window, one token later."),
+         "the targets are the window after; they should be the same window, one token later."),
         (lambda tokens, starts, length: right(torch.arange(len(tokens)), starts, length),
          "these are places in the text; look up the tokens that stand there, tokens[places]."),
         (lambda tokens, starts, length: right(tokens, starts, length - 1), "the windows are one token too "
@@ -880,13 +880,13 @@ def check_adamw_step(fn, g):
         (adamw(l2=True), "the decay passes through m and v, and √v divides it like a gradient: that is Adam "
          "with L2. What does AdamW do with p and weight_decay instead?"),
         (lambda p, g, *rest: right(p, g + rest[-1] * p, *rest), "the decay comes twice: beside the step, and "
-         "still through the gradient. One line is left of the old version."),
-        (divided, "√v divides your decay too; it shrinks p directly, beside the step of Adam."),
+         "still through the gradient. One line of the old version is left."),
+        (divided, "√v divides your decay too; it should shrink p directly, beside the step of Adam."),
         (lambda *args: right(*args[:-1], -args[-1]), "the sign of the decay: your weights grow. p is "
          "multiplied by 1 − lr · weight_decay."),
         (adamw(decay=lambda lr, wd: wd), "you decay by weight_decay; it is lr · weight_decay."),
         (adamw(decay=lambda lr, wd: 0.0), "the weight decay is missing."),
-        (adamw(after=True), "you shrink p after the step, and the step with it; shrink the old p."),
+        (adamw(after=True), "you shrink p after the step, which shrinks the step as well; shrink the old p."),
         (adamw(inside=True), "ε stands under the root; it is added to the root."),
         (lambda p, g, m, v, step, lr, betas, *rest: right(p, g, m, v, step, lr, betas[::-1], *rest),
          "the two betas are exchanged."),
@@ -918,8 +918,8 @@ def check_power_law(fn, g):
     compare(fn, right, inputs, [
         (lambda x, y: (right(x, y)[0], -right(x, y)[1]), "the sign of b: in y ≈ a x^−b a falling curve has b "
          "> 0, minus the slope."),
-        (lambda x, y: (math.log(right(x, y)[0]), right(x, y)[1]), "your a is still a logarithm: exp of the "
-         "height."),
+        (lambda x, y: (math.log(right(x, y)[0]), right(x, y)[1]), "your a is still a logarithm: take exp of "
+         "the intercept."),
         (lambda x, y: (math.log(right(x, y)[0]), -right(x, y)[1]), "that is the line itself, log y = "
          "intercept + slope · log x; a is exp(intercept), b is −slope."),
         ((lambda x, y: (math.exp(-right(x, y)[1]), -math.log(right(x, y)[0])),
@@ -932,7 +932,7 @@ def check_power_law(fn, g):
         (lambda x, y: (np.polyfit(x, y, 1)[1], -np.polyfit(x, y, 1)[0]), "you fit a straight line to x and y "
          "themselves; fit it to log x and log y."),
         (lambda x, y: (math.exp(np.polyfit(x, np.log(y), 1)[1]), -np.polyfit(x, np.log(y), 1)[0]),
-         "x has no logarithm with you: that is an exponential, not a power law."),
+         "you take no logarithm of x: that is an exponential, not a power law."),
         (ends, "you use the two ends only; all points count, by least squares."),
         (inverse, "you fit log x as a function of log y; the noise is in y."),
     ], tol=1e-3)
@@ -950,7 +950,7 @@ def check_training_flops(fn, g):
     compare(fn, right, inputs, [
         (times(2), "that is the forward pass, a multiplication and an addition per parameter and token. The "
          "backward pass costs twice as much again."),
-        (times(4), "that is the backward pass alone (or the forward with a backward as dear as it)."),
+        (times(4), "that is the backward pass alone (or both passes, if they cost the same)."),
         (times(3), "a multiplication and an addition are two operations: 2 · 3 = 6."),
         (times(1), "per parameter and token there are 6 operations: 2 forward, 4 backward."),
         (lambda parameters, tokens: 6 * parameters, "that is for one token; times the tokens."),
@@ -980,19 +980,19 @@ def check_temperature(fn, g):
     compare(fn, right, inputs, [
         (lambda x, t: (x / t if t else x * math.inf).softmax(-1), "temperature 0 divides by 0. It has its "
          "own answer, 1 on the largest logit and 0 elsewhere: handle it first."),
-        (lambda x, t: (x / max(t, 1e-8)).softmax(-1) if t else x.softmax(-1), "at temperature 0 you do as at "
-         "1; all probability is on the largest logit."),
+        (lambda x, t: (x / max(t, 1e-8)).softmax(-1) if t else x.softmax(-1), "at temperature 0 you do the "
+         "same as at 1; all probability must be on the largest logit."),
         (two(lambda x, t: (x * t).softmax(-1)), "you multiply the logits by the temperature; divide. A high "
          "temperature makes the distribution flatter."),
         (two(lambda x, t: x.softmax(-1)), "the temperature does nothing."),
         (two(lambda x, t: x.softmax(-1) / t), "you divide probabilities, which then do not sum to 1; divide "
          "the logits."),
-        (two(lambda x, t: x.softmax(-1)**(1 / t)), "these do not sum to 1: divide by the sum at last."),
-        (two(lambda x, t: (x / t).log_softmax(-1)), "these are log-probabilities; asked are probabilities."),
+        (two(lambda x, t: x.softmax(-1)**(1 / t)), "these do not sum to 1: divide by the sum at the end."),
+        (two(lambda x, t: (x / t).log_softmax(-1)), "these are log-probabilities; return probabilities."),
         (two(lambda x, t: x / t), "these are logits; a softmax makes probabilities of them."),
         (lambda x, t: right(x, 0), "you always take the likeliest token; that is temperature 0 only."),
         (lambda x, t: (x / t).softmax(-1) if t else x.argmax(), "at temperature 0 you return the token; "
-         "asked is a distribution (V,), 1 on that token."),
+         "return a distribution (V,), with 1 on that token."),
     ])
     return "right at 5 temperatures, 0 among them"
 
@@ -1006,9 +1006,9 @@ def check_top_k(fn, g):
     kept = lambda x, k: torch.isfinite(truncate(x[None], k, None)[0])
     inputs = [(_apart_logits(g, V), k) for V, k in ((5, 2), (7, 3), (6, 1), (6, 6), (4, 9), (9, 4))]
     compare(fn, right, inputs, [
-        (lambda x, k: x.softmax(-1) * kept(x, k), "these do not sum to 1: what was cut off must be shared "
+        (lambda x, k: x.softmax(-1) * kept(x, k), "these do not sum to 1: the mass cut off must be shared "
          "out. Set the cut logits to −inf before the softmax, or divide by the sum."),
-        (lambda x, k: (x * kept(x, k)).softmax(-1), "a cut logit is 0 with you, and exp(0) = 1 is not "
+        (lambda x, k: (x * kept(x, k)).softmax(-1), "you set a cut logit to 0, but exp(0) = 1 is not "
          "nothing; set it to −inf."),
         ((lambda x, k: right(x, k + 1), lambda x, k: right(x, k + 1) if k < len(x) else x[k]),
          "you keep k + 1 tokens: look at < and <=, and remember that the k-th of a sorted list is [k − 1]."),
@@ -1050,19 +1050,19 @@ def check_top_p(fn, g):
     kept = lambda x, p: right(x, p) > 0
     in_order = lambda x, p: right(x, p).sort(descending=True).values
     compare(fn, right, inputs, [
-        (keeping(lambda q, s, p: s <= p), dropped + " As it is, nothing stays if the first token has more."),
+        (keeping(lambda q, s, p: s <= p), dropped + " As it is, nothing stays if the first token has more than p."),
         (keeping(lambda q, s, p: (s <= p) | first(s)), dropped),
         (keeping(lambda q, s, p: s - q < p, renormalise=False), "these do not sum to 1: divide by their "
          "sum."),
         (keeping(lambda q, s, p: s <= p, renormalise=False), dropped + " And the kept ones must sum to 1."),
-        (keeping(lambda q, s, p: (s - q - q.roll(1) * (s > q) < p)), "one token too many stays: none after "
-         "the one that crosses p."),
+        (keeping(lambda q, s, p: (s - q - q.roll(1) * (s > q) < p)), "one token too many stays: keep none "
+         "after the one that crosses p."),
         (keeping(lambda q, s, p: q >= p), "p is the mass of all kept tokens together, not the least "
          "probability of one (that is another rule, like min-p)."),
         (keeping(lambda q, s, p: s - q < p, descending=False), "you begin with the unlikeliest tokens; sort "
          "descending."),
         ((lambda x, p: (x * kept(x, p)).softmax(-1), lambda x, p: (x.softmax(-1) * kept(x, p)).softmax(-1)),
-         "what you cut off has 0 before the softmax, and exp(0) = 1 is not nothing. Set probabilities to 0 "
+         "what you cut off is 0 before the softmax, and exp(0) = 1 is not nothing. Set probabilities to 0 "
          "and divide by their sum, or logits to −inf."),
         (lambda x, p: in_order(x, p)[x.argsort(descending=True)], "sorted_ones[order] mixes them once more; "
          "to undo the sorting, result[order] = sorted_ones."),
@@ -1113,7 +1113,7 @@ def check_left_padding(fn, g):
         return data.pad_right(prompts, pad_id), data.pad_right(mask, 0), data.pad_right(positions, 0)
 
     def judged(found):
-        """Positions at padding mean nothing: set them to 0, so that any number from 0 on is right there."""
+        """Positions at padding mean nothing: set them to 0, so that any number from 0 up is accepted there."""
         ids, mask, positions = parts(found, 3)
         where, places = numbers(mask), numbers(positions)
         if places is not None and where is not None and where.shape == places.shape:
@@ -1177,8 +1177,8 @@ def check_cached_attention(fn, g):
     compare(in_steps(fn), right, inputs, [
         (seeing(lambda t: slice(0, 1)), "every token sees the first token only. Which keys may the newest "
          "one see?"),
-        (seeing(lambda t: slice(t, t + 1)), "every token sees itself only: the cache does not come into the "
-         "attention, a mask hides it, or it is new at each call."),
+        (seeing(lambda t: slice(t, t + 1)), "every token sees itself only: the cache does not enter the "
+         "attention, a mask hides it, or it is made anew at each call."),
         (seeing(lambda t: slice(max(0, t - 1), t + 1)), "a token sees itself and the one before it: does the "
          "cache hold all tokens so far, or only the last?"),
         (seeing(lambda t: slice(0, max(1, t))), "a token does not see itself: put the new key and value into "
@@ -1251,17 +1251,17 @@ def check_sft_mask(fn, g):
         (render(newline=1), "the newline after <|im_end|> has mask 1. It comes after the answer is over."),
         (render(header=1), "the header <|im_start|>assistant⏎ has mask 1. It is given to the model, not "
          "written by it."),
-        (render(header=1, newline=1), "the whole turn has mask 1; learned are the content and its <|im_end|> "
-         "only."),
+        (render(header=1, newline=1), "the whole turn has mask 1; only the content and its <|im_end|> are to "
+         "be learned."),
         (render(roles=everyone), "other roles have mask 1 too. The model would learn to ask the user's "
          "questions."),
-        (render(roles=everyone, header=1, newline=1), "mask 1 everywhere: learned are the assistant's "
-         "content and its <|im_end|> only."),
+        (render(roles=everyone, header=1, newline=1), "the mask is 1 everywhere: only the assistant's "
+         "content and its <|im_end|> are to be learned."),
         (render(roles=("user",)), "the mask stands on the user's words; it belongs on the assistant's."),
         (render(last_only=True), "only the last turn has mask 1; all answers of the assistant are learned."),
         (shifted(1), "the mask is shifted by one place. Entry i belongs to ids[i]; the loss does the shift."),
-        (from_the_first, "from the first answer on you learn all: headers, line breaks, and what the user "
-         "says next. Each message has a begin and an end of its own."),
+        (from_the_first, "from the first answer on everything is learned: headers, line breaks, and what "
+         "the user says next. Each message has its own beginning and end."),
         (shifted(-1), "the mask is shifted by one place. Entry i belongs to ids[i]."),
         (render(closing=False), "<|im_end|> is missing after the content."),
         (render(line=False), "the newline after <|im_end|> is missing."),
@@ -1286,18 +1286,18 @@ def check_sft_loss(fn, g):
         (lambda logits, ids, mask: nll(logits, ids).mean(), "the mask does nothing: you average over all "
          "tokens."),
         (lambda logits, ids, mask: ((nll(logits, ids) * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).mean(),
-         "you average within each row, then over rows. Asked is the mean over all supervised tokens: a long "
+         "you average within each row, then over rows. Take the mean over all supervised tokens: a long "
          "answer weighs more."),
-        (lambda logits, ids, mask: (nll(logits, ids) * mask[:, 1:]).mean(), "you divide by all tokens, also "
-         "the masked ones; divide by mask.sum()."),
+        (lambda logits, ids, mask: (nll(logits, ids) * mask[:, 1:]).mean(), "you divide by all tokens, the "
+         "masked ones too; divide by mask.sum()."),
         (lambda logits, ids, mask: (nll(logits, ids) * mask[:, 1:]).sum(), "that is the sum; divide by the "
          "number of supervised tokens."),
         (lambda logits, ids, mask: (nll(logits, ids) * mask[:, 1:]).sum(1).mean(), "you sum over the answer "
          "and average over rows; divide by the number of supervised tokens of the batch."),
         (lambda logits, ids, mask: -masked_mean(token_logprobs(logits, ids), mask), "you do not shift: the "
          "logits at place t predict the token at t + 1."),
-        (lambda logits, ids, mask: masked_mean(nll(logits, ids), 1 - mask[:, 1:]), "you learn what is *not* "
-         "supervised."),
+        (lambda logits, ids, mask: masked_mean(nll(logits, ids), 1 - mask[:, 1:]), "your loss is on what is "
+         "*not* supervised."),
     ], grad=True)
     return "value and gradient are right on 3 random batches"
 
@@ -1411,10 +1411,10 @@ def check_noise_ceiling(fn, g):
          "every pair, then average."),
         (lambda p: torch.minimum(p, 1 - p).mean(), "that is the least error; the ceiling of the accuracy is "
          "1 minus it."),
-        (lambda p: (p**2 + (1 - p)**2).mean(), "that is how often two people agree. The best model is no "
-         "second person: it always says the likelier side."),
+        (lambda p: (p**2 + (1 - p)**2).mean(), "that is how often two people agree. The best model is not a "
+         "second person: it always names the likelier side."),
         (lambda p: (p > 0.5).double().mean(), "that is how often the likelier side was chosen: the labels "
-         "are not sure, so weigh each pair by its chance."),
+         "are not certain, so weight each pair by its chance."),
         (lambda p: torch.maximum(p, 1 - p), "that is one number per pair; take their mean."),
         (lambda p: -(p * p.log() + (1 - p) * (1 - p).log()).mean(), "that is the least *loss* (the "
          "entropy)."),
@@ -1434,12 +1434,12 @@ def check_normalise_reward(fn, g):
          "scale − shift (reward.py divides the head first): in which unit is what is subtracted?"),
         (lambda s: (s.mean(), 1 / s.std()), "that is (scores − shift) · scale. Our convention is scores / "
          "scale − shift: scale is the std itself, and the shift is in units of it."),
-        (lambda s: (s.mean() / s.std(), 1 / s.std()), "scale is the std, by which is divided, and not 1 / "
+        (lambda s: (s.mean() / s.std(), 1 / s.std()), "scale is the std, which you divide by, and not 1 / "
          "std."),
         (lambda s: (s.mean() / s.var(), s.var()), "you divide by the variance; the unit is the standard "
          "deviation."),
         (lambda s: (-s.mean() / s.std(), s.std()), "the sign of the shift: it is subtracted."),
-        (lambda s: (s - s.mean()) / s.std(), "you return the normalised scores; asked are the two numbers "
+        (lambda s: (s - s.mean()) / s.std(), "you return the normalised scores; return the two numbers "
          "(shift, scale)."),
     ], also=[lambda s: (s.mean() / s.std(correction=0), s.std(correction=0))])
     return "scores / scale − shift has mean 0 and standard deviation 1, on 3 random samples"
@@ -1480,8 +1480,8 @@ def check_calibration(fn, g):
          "share of the claims."),
         (ece(lambda share, gap, bins: gap.abs().sum() / bins), "you average the bins alike, empty ones too; "
          "weigh each by its share of the claims."),
-        (ece(lambda share, gap, bins: gap.abs().max()), "that is the largest gap (MCE); asked is the mean, "
-         "weighed by the bins' shares."),
+        (ece(lambda share, gap, bins: gap.abs().max()), "that is the largest gap (MCE); take the mean, "
+         "weighted by the bins' shares."),
         (ece(lambda share, gap, bins: (share * gap**2).sum()), "you square the gaps; take their absolute "
          "values."),
         ((ece(lambda share, gap, bins: (share * gap).sum()),
@@ -1532,7 +1532,7 @@ def check_token_rewards(fn, g):
          "the last token of the answer: the prompt stands before it, and has mask 0."),
         (lambda s, lp, ref, m, b: right(s, lp, ref, m, b, m.argmax(1)), "the score stands on the first "
          "token of the answer; it is known at the last."),
-        (instead, "add the score to the token's price, do not replace it: the last token has a price too."),
+        (instead, "add the score to the token's price and do not replace it: the last token has a price too."),
         (one_sum, "the whole price stands on the last token; every token pays its own."),
         (lambda s, lp, ref, m, b: right(s, lp, ref, m, 1.0), "β is missing."),
         (lambda s, lp, ref, m, b: right(s * 0, lp, ref, m, b), "the score is missing."),
@@ -1578,12 +1578,12 @@ def check_gae(fn, g):
 
     inputs = []
     for B, T in ((1, 6), (2, 7), (2, 8), (3, 9)) * 2:
-        # Numbers stand outside the mask too: none of them may come in.
+        # There are numbers outside the mask too: none of them may leak in.
         inputs.append((normal(g, B, T), normal(g, B, T) + 1, answers(g, B, T), uniform(g, 0.7, 0.95),
                        uniform(g, 0.5, 0.9)))
-    leak = "Numbers at padding come in"
+    leak = "Numbers at padding leak in"
     compare(fn, right, inputs, [
-        (_gae(lambda r, v, n, gamma: r + gamma * v - v), "in δ_t stands γ V_t − V_t: the first of the two is "
+        (_gae(lambda r, v, n, gamma: r + gamma * v - v), "your δ_t has γ V_t − V_t: the first of the two must be "
          "the value of what *follows*, V_{t+1}."),
         (_gae(lambda r, v, n, gamma: r - v), "γ V_{t+1} is missing in δ_t."),
         (_gae(lambda r, v, n, gamma: r + gamma * n), "− V_t is missing in δ_t: an advantage is what is "
@@ -1599,9 +1599,9 @@ def check_gae(fn, g):
         (lambda r, v, m, *rest: (rlhf.whiten(right(r, v, m, *rest)[0], m), right(r, v, m, *rest)[1]),
          "your advantages look whitened. That comes later, in a step of its own."),
         (_gae(masked=False, returns=lambda a, v, raw, m: (a + raw) * m), f"{leak}: the value of what follows "
-         "the last token of the answer is 0, for the answer is over. You take the value at the padding."),
+         "the last token of the answer is 0, since the answer is over. You take the value at the padding."),
         (_gae(masked=False, returns=lambda a, v, raw, m: a + raw), f"{leak}: the value of what follows the "
-         "last token is 0, for the answer is over; and the returns are not 0 outside the mask."),
+         "last token is 0, since the answer is over; and the returns are not 0 outside the mask."),
         (_gae(stop=False), f"{leak}: the sum δ + γλ A carries their rewards over. Multiply it by mask[:, t] "
          "at each step."),
         (_gae(masked=False, stop=False), f"{leak}: their rewards and values. The mask must be 0 for the "
@@ -1637,7 +1637,7 @@ def check_whiten(fn, g):
     inputs = [(3 * normal(g, B, T) + 2, answers(g, B, T)) for B, T in ((2, 7), (3, 9), (5, 14))]
     compare(fn, right, inputs, [
         (tuple(by(all_mean, lambda x, mask, n=n: x.std(correction=n)) for n in (0, 1)), "numbers outside the "
-         "mask change your result: put others there, and look where they come in."),
+         "mask change your result: put different ones there, and see where they enter."),
         (tuple(by(lambda x, mask: (x * mask).mean(), lambda x, mask, n=n: (x * mask).std(correction=n))
                for n in (0, 1)),
          "the zeros of the padding are in your mean and standard deviation: divide by mask.sum(), not B·T."),
@@ -1713,7 +1713,7 @@ def check_kl_estimate(fn, g):
     other = lambda logp, ref: right(logp, ref)[1]
     inputs = [tuple(-3 * torch.rand(2, B, T, generator=g)) for B, T in ((1, 3), (2, 5), (3, 7))]
     compare(fn, right, inputs, [
-        (lambda lp, ref: right(ref, lp), "both are turned round, estimates of KL(reference || policy). The "
+        (lambda lp, ref: right(ref, lp), "both are reversed: they estimate KL(reference || policy). The "
          "tokens come from the policy: k1 = log π − log π_ref."),
         (lambda lp, ref: (ref - lp, other(lp, ref)), "the sign of k1: it is log π − log π_ref. The reference "
          "is what is subtracted."),
@@ -1728,7 +1728,7 @@ def check_kl_estimate(fn, g):
         (lambda lp, ref: (lp - ref, (ref - lp).exp() - 1 + (ref - lp)),
          "the sign of log ρ in k3: it is ρ − 1 − log ρ."),
         (lambda lp, ref: (lp - ref, (ref - lp).exp() - 1), "− log ρ is missing in k3."),
-        (lambda lp, ref: (lp.exp() * (lp - ref), other(lp, ref)), "you weigh k1 by π. The tokens were "
+        (lambda lp, ref: (lp.exp() * (lp - ref), other(lp, ref)), "you weight k1 by π. The tokens were "
          "*drawn* from π, so each counts once."),
     ])
     return "right on 3 random tables"
@@ -1798,7 +1798,7 @@ def check_dpo_loss(fn, g):
         *((_dpo(mean_loss, margin), text) for margin, text in WRONG_MARGINS),
         (_dpo(lambda z: mean_loss(-z)), "the sign of the margin: it is chosen minus rejected. Yours pushes "
          "the chosen answers down."),
-        (lambda *args: args[4] * right(*args[:4], 1.0), "β stands outside of σ; it multiplies the margin."),
+        (lambda *args: args[4] * right(*args[:4], 1.0), "your β stands outside σ; it multiplies the margin."),
         (_dpo(lambda z: -F.logsigmoid(z).sum()), "that is the sum over pairs; take the mean."),
         (_dpo(lambda z: -torch.sigmoid(z).log().mean()), "at a margin of −435, sigmoid is 0 in float32 and "
          "its log −inf. F.logsigmoid computes both together, and safely."),
@@ -1862,7 +1862,7 @@ def check_grpo_advantages(fn, g):
         (by(spread=lambda r: 1.0), "you only subtract the mean (as Dr. GRPO does); here it is divided by the "
          "group's std too."),
         (by(middle=lambda r: r.mean(), spread=lambda r: r.std() + 1e-4), "you standardise over all prompts: "
-         "an answer is to be compared with those to the *same* prompt, for prompts are unequally hard."),
+         "an answer is to be compared with those to the *same* prompt, since some prompts are harder."),
         (by(middle=lambda r: r.mean(0, keepdim=True), spread=lambda r: r.std(0, keepdim=True) + 1e-4),
          "you standardise over the prompts (dim 0); the group is dim 1."),
         (by(spread=lambda r: r.std() + 1e-4), "you divide by the std of the whole table; each group has its "
@@ -1886,7 +1886,7 @@ def check_dpo_gradient_weight(fn, g):
     compare(fn, right, inputs, [
         (_dpo(torch.sigmoid), "σ(margin) is large for pairs that are right already; those that are wrong "
          "pull most, σ(−margin)."),
-        (_dpo(lambda z: torch.sigmoid(z) * torch.sigmoid(-z)), "that is the slope of σ; asked is that of "
+        (_dpo(lambda z: torch.sigmoid(z) * torch.sigmoid(-z)), "that is the slope of σ; you need that of "
          "−log σ."),
         (lambda *args: args[4] * right(*args), "the factor β stands before the weight in "
          "the gradient; the weight itself is σ(−margin), between 0 and 1."),
@@ -1907,10 +1907,10 @@ def check_best_of_n(fn, g):
 
     inputs = [(normal(g, *shape),) for shape in ((2, 3), (5, 5), (4, 8), (6, 2))]
     compare(fn, right, inputs, [
-        (lambda s: s.max(1).values, "these are the best scores; asked are their places, argmax."),
+        (lambda s: s.max(1).values, "these are the best scores; return their places, argmax."),
         (lambda s: s.argmin(1), "these are the worst answers."),
         (lambda s: s.argmax(0), "you choose along the prompts (dim 0); the answers to one prompt are dim 1."),
-        (lambda s: s.argmax(), "that is the one best of all; asked is one per prompt (dim 1)."),
+        (lambda s: s.argmax(), "that is the one best of all; return one per prompt (dim 1)."),
         (lambda s: s.abs().argmax(1), "you take the largest absolute value; a very low score is not good."),
     ], tol=0)
     return "right on 4 random tables"
@@ -1924,8 +1924,8 @@ def check_best_of_n_kl(fn, g):
 
     inputs = [(n,) for n in (1, 2, 4, whole(g, 5, 99), 1000)]
     compare(fn, right, inputs, [
-        (lambda n: math.log(n), "(n − 1)/n is missing: the best of n is not *one* answer sought among n, but "
-         "may be any."),
+        (lambda n: math.log(n), "(n − 1)/n is missing: the best of n is not *one* given answer, but may be "
+         "any of them."),
         (lambda n: math.log(n) + (n - 1) / n, "a sign: (n − 1)/n is subtracted."),
         (lambda n: math.log2(n) - (n - 1) / n, "the first term is not in nats: which logarithm is it?"),
         (lambda n: math.log(n) - (n - 1), "you subtract n − 1; it is (n − 1)/n."),
@@ -1940,7 +1940,7 @@ def check_best_of_n_kl(fn, g):
 
 @check
 def check_expected_best(fn, g):
-    """fn(gold (N,), scores (N,), n) -> expected gold of the best-scored of n drawn from N, none twice."""
+    """fn(gold (N,), scores (N,), n) -> expected gold of the best-scored of n drawn from N without replacement."""
     def expected(values, order, n):
         """The i-th lowest, i = 1 … N, is the best of n with probability C(i − 1, n − 1) / C(N, n)."""
         chance = torch.tensor([math.comb(i, n - 1) / math.comb(len(values), n) for i in range(len(values))])
@@ -1969,28 +1969,28 @@ def check_expected_best(fn, g):
          "C(i − 1, n − 1) / C(N, n), i = 1 … N."),
         (lambda gold, scores, n: expected(gold, gold.argsort(), n), "you choose by the gold score. The "
          "choice is by `scores`; gold only judges it."),
-        (lambda gold, scores, n: expected(scores, scores.argsort(), n), "that is the expected *score*; asked "
-         "is the gold of the answer that the score chooses."),
-        (lambda gold, scores, n: expected(gold, scores.argsort(descending=True), n), "you sort downwards: "
-         "that is the worst-scored of n."),
+        (lambda gold, scores, n: expected(scores, scores.argsort(), n), "that is the expected *score*; return "
+         "the gold of the answer that the score chooses."),
+        (lambda gold, scores, n: expected(gold, scores.argsort(descending=True), n), "you sort in descending "
+         "order: that is the worst-scored of n."),
         (lambda gold, scores, n: expected(gold, torch.arange(len(gold)), n), "gold is not put in the order "
          "of the scores: gold[scores.argsort()]."),
         (lambda gold, scores, n: expected(gold, scores.argsort().argsort(), n), "argsort twice gives ranks; "
          "to reorder gold, take it once: gold[scores.argsort()]."),
         (off_by(1, lambda n: n), "C(i, n) / C(N, n) is the chance that the best of n is among the i lowest; "
-         "that it *is* the i-th, i = 1 … N, has C(i − 1, n − 1) / C(N, n)."),
+         "the chance that it *is* the i-th, i = 1 … N, is C(i − 1, n − 1) / C(N, n)."),
         (off_by(0, lambda n: n), "you choose n below; the i-th itself is one of the n, so n − 1 come from "
          "the i − 1 below it: C(i − 1, n − 1) / C(N, n), i = 1 … N."),
         (off_by(1, lambda n: n - 1), "your ranks are one too high. C(i − 1, n − 1) / C(N, n) counts i = 1 … "
          "N; in a loop from 0 the i-th place has C(i, n − 1)."),
-        (first_n, "you use only the first n; average over all choices of n out of N."),
-        (lambda gold, scores, n: gold.mean(), "that is n = 1, any answer."),
-        (lambda gold, scores, n: gold[scores.argmax()], "that is the best of all N; asked is the best of n, "
+        (first_n, "you use only the first n; average over all ways to choose n of the N."),
+        (lambda gold, scores, n: gold.mean(), "that is the case n = 1, any answer."),
+        (lambda gold, scores, n: gold[scores.argmax()], "that is the best of all N; you need the best of n, "
          "on average."),
         (lambda gold, scores, n: gold[scores.topk(n).indices].mean(), "that is the mean of the n "
          "best-scored; only the best of a random n counts."),
-    ], general="none of the mistakes that we know. If you draw at random: compute it exactly, every choice "
-               "of n is equally likely.")
+    ], general="none of the mistakes that we know. If you draw at random, compute it exactly instead: "
+               "every choice of n is equally likely.")
     return "exact on 6 random samples, n = 1 and n = N among them"
 
 
@@ -2009,7 +2009,7 @@ def check_bootstrap(fn, g):
                 f"{values.std():.4g}; seed {seed}\n  out:       ({mean:.4g}, {low:.4g}, {high:.4g})\n"
                 "  likely:    ")
         if not low - 1e-6 * error <= mean <= high + 1e-6 * error:
-            why = "Asked is (mean, low, high), in this order."
+            why = "Return (mean, low, high), in this order."
             if low <= high:
                 why = ("Both ends lie on one side of it. In which unit does your function for percentiles "
                  "want them?")
@@ -2024,7 +2024,7 @@ def check_bootstrap(fn, g):
     between = "95 % lie between the percentiles 2.5 and 97.5."
     known = [(1.64 / 1.96, f"That is a 90 % interval: {between}"),
              (1 / 1.96, f"That is one standard error on each side, 68 %: {between}"),
-             # Of these two one cannot be told from the other by the width.
+             # These two cannot be told apart by the width.
              (1.364, f"Your resamples look half as large as the sample (draw N), or it is 99 %: {between}")]
     if not 0.91 < ratio < 1.09:
         usual, hint = min(known, key=lambda item: abs(math.log(item[0] / ratio)))

@@ -3,8 +3,8 @@
     pytest notebooks/grade.py SUBMISSION        SUBMISSION: a folder of notebooks, one notebook, or a solutions.py
     pytest notebooks/grade.py SUBMISSION -k 07  only one notebook's exercises
 
-No notebook is run. Of its cells only imports and the definitions of functions and classes are taken, in order, so
-that it takes a minute, needs no trained models, and does not stop at the first gap. It is still the
+No notebook is run. Only the imports and the definitions of functions and classes are taken from its cells, in order,
+so grading takes a minute, needs no trained models, and does not stop at the first gap. It is still the
 student's code: grade strangers' work where it can do no harm. A function that needs a variable of another
 cell fails here; in the course none does. In a solutions.py the functions have the notebooks' names.
 """

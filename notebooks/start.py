@@ -2,9 +2,9 @@
 
 It gives torch, np, plt, F and Path, the checks of checks.py, and
 
-    RUN        the folder of trained models that `make` left: out/, or that which the environment variable RUN names, as seen
-               from the repository
-    few(n)     n; a few when the tests run the notebooks ($FAST=1), where nothing has to be learned
+    RUN        the folder of trained models that `make` left: out/, or the one that the environment variable RUN names,
+               relative to the repository
+    few(n)     n; only a few when the tests run the notebooks ($FAST=1), where nothing has to be learned
     todo(...)  stands where you fill something in, and says so
     show_table, show_code    tables, our source
 
