@@ -73,9 +73,9 @@ def check(test):
     return run
 
 
-def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=False, general=None):
+def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=0, general=None):
     """Wrong unless fn gives on all `inputs` (tuples of arguments) what `right` gives, or what one function
-    of `also` gives. `grad`: the result is a loss, and its gradient for the first argument counts too."""
+    of `also` gives. `grad` = n: the gradient of its sum for the first n arguments counts too."""
     names = list(inspect.signature(right).parameters)
     found = [outcome(fn, args, names, grad) for args in inputs]
     expected = [right(*args) for args in inputs]
@@ -87,7 +87,7 @@ def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=False, general=
         for args, f, e in zip(inputs, found, expected):
             whole_numbers(f, e)
             if grad:
-                same_gradient(fn, right, args, tol)
+                same_gradient(fn, right, args, tol, grad)
         return
     bad = next(i for i, (f, e) in enumerate(zip(found, expected)) if not same(f, e, tol))
     hint = next((text for functions, text in hints if any(map(explains, either(functions)))), None)
@@ -116,11 +116,11 @@ SLIPS = [
 ]
 
 
-def outcome(fn, args, names, grad=False):
+def outcome(fn, args, names, grad=0):
     """What fn(*args) returns, or the exception that it raises. Wrong if it changes an argument."""
     given = copied(args)
-    if grad:
-        given[0].requires_grad_()
+    for x in given[:grad]:
+        x.requires_grad_()
     try:
         result = fn(*given)
     except Exception as error:
@@ -218,19 +218,21 @@ def whole_numbers(found, expected):
                         "nothing can be looked up with them.")
 
 
-def same_gradient(fn, right, args, tol):
-    """The loss of fn must also have the gradient of the loss of `right`, for the first argument."""
+def same_gradient(fn, right, args, tol, n):
+    """The result of fn must also have the gradient of that of `right`, for the first n arguments."""
     slopes = []
     for function in (fn, right):
         given = copied(args)
-        given[0].requires_grad_()
+        for x in given[:n]:
+            x.requires_grad_()
         loss = function(*given)
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise Wrong("the value is right, but no gradient can flow from it. Return a tensor: no .item(), "
                         ".detach(), float(…) or torch.no_grad() on the way.")
-        slopes.append(torch.autograd.grad(loss, given[0])[0])
-    if not same(*slopes, tol):
-        raise Wrong("the value is right, but its gradient is not. Is a part of it detached?")
+        slopes.append(torch.autograd.grad(loss.sum(), given[:n], allow_unused=True, materialize_grads=True))
+    for name, yours, theirs in zip(inspect.signature(right).parameters, *slopes):
+        if not same(yours, theirs, tol):
+            raise Wrong(f"the value is right, but its gradient for `{name}` is not. Is a part of it detached?")
 
 
 def parts(result, n):
@@ -341,6 +343,7 @@ def check_bpe_best_pair(fn, g):
     right = _best_pair(_pairs)
     a, b, c, d, e, f, h = sorted((torch.randperm(300, generator=g)[:7]).tolist())
     inputs = [([[b, c], [a, c]],), ([[a, c], [b, c]],),  # ties, the smaller pair last or first
+              ([[a, c], [a, b]],), ([[a, b], [a, c]],),  # ties of pairs with the same first id
               ([[e, d], [a, h], [f, d], [a, c], [f, d], [a, b], [a, b], [f, d]],),  # (d, a) across words
               ([[b, b, b, b], [a, c], [a, c]],), ([[b, c, b, c], [a, d]],)]
     inputs += [([[whole(g, 0, 3) for _ in range(whole(g, 1, 7))] for _ in range(6)] + [[1, 2]],)
@@ -350,6 +353,8 @@ def check_bpe_best_pair(fn, g):
          "first; take the smallest pair. Otherwise the vocabulary depends on the order of the texts."),
         (lambda words: max(_pairs(words).items(), key=lambda item: (item[1], item[0]))[0],
          "of equally common pairs you take the largest; take the smallest."),
+        (lambda words: min(_pairs(words), key=lambda pair: (-_pairs(words)[pair], pair[0])), "of equally common pairs "
+         "with the same first id you take the one met first; compare the second ids too."),
         (_best_pair(lambda words: _pairs([sum(words, [])])), "you count pairs across the border of two "
          "words. No merge crosses it: count inside each word."),
         (_best_pair(lambda words: Counter(p for w in words for p in set(zip(w, w[1:])))),
@@ -361,7 +366,7 @@ def check_bpe_best_pair(fn, g):
         ((lambda words: (right(words), _pairs(words)[right(words)]),
           lambda words: _pairs(words).most_common(1)[0]), "you return the count too; return the pair alone."),
     ], tol=0)
-    return "right on 20 lists of words, ties among them"
+    return "right on 22 lists of words, ties among them"
 
 
 def _merge(ids, pair, new_id, step=2, stop=0):
@@ -447,7 +452,7 @@ def check_next_token_loss(fn, g):
          "takes its own. It wants the raw logits."),
         (lambda logits, ids: -logits[:, :-1].gather(-1, ids[:, 1:, None]).mean(), "these are raw logits; a "
          "log_softmax over the vocabulary makes log-probabilities of them."),
-    ], grad=True)
+    ], grad=1)
     return "value and gradient are right on 3 random tables"
 
 
@@ -463,6 +468,7 @@ def check_bits_per_byte(fn, g):
         inputs.append((uniform(g, 0.5, 5.0), tokens, int(tokens * uniform(g, 2.0, 5.0))))
     compare(fn, right, inputs, [
         (lambda n, t, b: n * t / b, "these are nats per byte; a bit is ln 2 = 0.693 nats."),
+        (lambda n, t, b: n * t / (math.log(2)**2 * b), "you divide by ln 2 twice."),
         (lambda n, t, b: n * t * math.log(2) / b, "you multiply by ln 2; n nats are n / ln 2 bits, a larger "
          "number."),
         (lambda n, t, b: n / math.log(2), "these are bits per *token*. A token has several bytes: divide by "
@@ -799,7 +805,10 @@ def check_learning_rate(fn, g):
         (lambda step, steps, peak, warmup, decay: peak * min((step + 1) / warmup, (steps - step) / decay),
          "the rate may not pass the peak: the smallest of 1, rise and fall."),
     ])
-    return f"right at {len(inputs)} steps of 3 schedules"
+    without = [(step, 12, 1.5, *w_d) for w_d in ((0, 5), (4, 0), (0, 0)) for step in (0, 5, 11)]
+    compare(fn, right, without, general="with warmup = 0 there is no warm-up, with decay = 0 no decay: the rate is then "
+            "not below the peak for their sake.")
+    return f"right at {len(inputs) + len(without)} steps, of schedules without warm-up or decay too"
 
 
 @check
@@ -1257,6 +1266,8 @@ def check_sft_mask(fn, g):
          "questions."),
         (render(roles=everyone, header=1, newline=1), "the mask is 1 everywhere: only the assistant's "
          "content and its <|im_end|> are to be learned."),
+        (render(roles=("system", "assistant")), "the system's words have mask 1 too. They are given to the model, not "
+         "written by it."),
         (render(roles=("user",)), "the mask stands on the user's words; it belongs on the assistant's."),
         (render(last_only=True), "only the last turn has mask 1; all answers of the assistant are learned."),
         (shifted(1), "the mask is shifted by one place. Entry i belongs to ids[i]; the loss does the shift."),
@@ -1298,7 +1309,7 @@ def check_sft_loss(fn, g):
          "logits at place t predict the token at t + 1."),
         (lambda logits, ids, mask: masked_mean(nll(logits, ids), 1 - mask[:, 1:]), "your loss is on what is "
          "*not* supervised."),
-    ], grad=True)
+    ], grad=1)
     return "value and gradient are right on 3 random batches"
 
 
@@ -1328,6 +1339,33 @@ def check_pad_right(fn, g):
     return f"right on {len(inputs)} batches, the pad id inside the rows"
 
 
+@check
+def check_lora(fn, g):
+    """fn(x (…, in), W (out, in), A (r, in), B (out, r), alpha) -> (…, out), W x + (α/r) B A x."""
+    def by(scale=lambda alpha, r: alpha / r, frozen=1.0):
+        return lambda x, W, A, B, alpha: frozen * F.linear(x, W) + scale(alpha, len(A)) * F.linear(F.linear(x, A), B)
+
+    def right(x, W, A, B, alpha):
+        return by()(x, W, A, B, alpha)
+
+    inputs = [(normal(g, *shape, C), normal(g, V, C), normal(g, r, C), normal(g, V, r), uniform(g, 5, 20))
+              for shape, C, V, r in (((3,), 6, 4, 2), ((2, 3), 5, 7, 3), ((2, 2, 2), 4, 4, 4), ((), 3, 8, 1))]
+    compare(fn, right, inputs, [
+        (by(lambda alpha, r: 1.0), "the factor α/r is missing."),
+        (by(lambda alpha, r: alpha), "α is divided by the rank r, the number of rows of A."),
+        (by(lambda alpha, r: 1 / r), "you divide by r; multiply by α too."),
+        (by(lambda alpha, r: r / alpha), "r/α is upside down: α/r."),
+        (by(frozen=0.0), "that is the correction alone; add W x."),
+        (by(lambda alpha, r: 0.0), "that is W x alone; add the correction."),
+        (lambda x, W, A, B, alpha: right(x, W, A, B, alpha) * alpha / len(A), "α/r multiplies the correction only, not W x."),
+        (lambda x, W, A, B, alpha: F.linear(x, W) + alpha / x.size(-1) * F.linear(F.linear(x, A), B),
+         "you divide by the columns of A; r is the number of its rows."),
+    ], tol=1e-3)
+    for x, W, A, B, alpha in inputs:  # A and B are what learns
+        same_gradient(*(lambda A, B, f=f: f(x, W, A, B, alpha) for f in (fn, right)), (A, B), 1e-3, 2)
+    return "value, and gradient for A and B, are right for 4 shapes of x"
+
+
 # ---- 06: the reward model ------------------------------------------------------------------------
 
 @check
@@ -1349,16 +1387,17 @@ def check_preference_loss(fn, g):
         (lambda c, r: -(F.logsigmoid(c) + F.logsigmoid(-r)).mean(), "you judge each answer by itself; only "
          "the *difference* of the two means something (InstructGPT, arXiv 2203.02155, eq. 1)."),
         (lambda c, r: (r - c).mean(), "the log σ is missing."),
-    ], grad=True)
+    ], grad=2)
     # (B,) minus (B, 1) would silently compare every answer with every other.
-    result = attempt(fn, (torch.zeros(3), torch.zeros(3, 1)))
-    if isinstance(result, Exception) and not isinstance(result, ValueError):
-        kind = type(result).__name__
-        raise Wrong(f"the values are right, but chosen (3,) and rejected (3, 1) end in a {kind}: raise a "
-                    f"ValueError, not {kind}.")
-    if not isinstance(result, ValueError):
-        raise Wrong("the values are right, but chosen (3,) and rejected (3, 1) pass: broadcasting compares "
-                    "every answer with every other, without a warning. Raise a ValueError then.")
+    for shape in ((3, 1), (1,), (4,)):
+        result = attempt(fn, (torch.zeros(3), torch.zeros(shape)))
+        if isinstance(result, Exception) and not isinstance(result, ValueError):
+            kind = type(result).__name__
+            raise Wrong(f"the values are right, but chosen (3,) and rejected {shape} end in a {kind}: raise a "
+                        f"ValueError, not {kind}.")
+        if not isinstance(result, ValueError):
+            raise Wrong(f"the values are right, but chosen (3,) and rejected {shape} pass: broadcasting compares "
+                        "answers to different prompts, without a warning. Raise a ValueError then.")
     return "value and gradient are right, at a margin of −200 too; unequal shapes are refused"
 
 
@@ -1471,7 +1510,7 @@ def check_calibration(fn, g):
         outcome = (torch.rand(n, generator=g) < 0.2 + 0.5 * p).float()
         if n > 6:  # the ends of the range belong to the first and the last bin
             p[:3], outcome[:3] = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
-            p[3], outcome[3] = 0.5, 1.0  # a border between two bins belongs to the upper one
+            p[3:7], outcome[3:7] = 0.5, 1.0  # a border between two bins belongs to the upper one
         inputs.append((p, outcome, bins))
     beyond = lambda p, bins: (p * bins).long()
     from_above = lambda p, bins: (p * bins).ceil().long() - 1
@@ -1489,6 +1528,8 @@ def check_calibration(fn, g):
          "absolute value of each bin's gap before you add them."),
         (ece(place=beyond), "a claim of exactly 1 falls out of your bins; it belongs to the last."),
         (ece(place=from_above), "a claim of exactly 0 falls out of your bins; it belongs to the first."),
+        (ece(place=lambda p, bins: from_above(p, bins).clamp(min=0)), "a claim on the border of two bins belongs to "
+         "the upper one: bin b holds b / bins ≤ p < (b + 1) / bins."),
         (ece(middle=True), "you compare with the middle of the bin; compare with the mean claim in it."),
         (folded, "you fold p and 1 − p together (confidence); here p from 0 to 1 is binned as it is."),
         (lambda p, outcome, bins: ((p - outcome)**2).mean(), "that is the Brier score."),
@@ -1644,6 +1685,9 @@ def check_whiten(fn, g):
         (by(all_mean), "padding is in your mean."),
         (by(spread=lambda x, mask: ((x - masked_mean(x, mask)) * mask).square().mean().sqrt()),
          "your variance is divided by B·T; divide by mask.sum()."),
+        (by(spread=lambda x, mask: masked_mean((x * mask - masked_mean(x, mask))**2, torch.ones_like(mask)).mul(
+            mask.numel() / mask.sum()).sqrt()), "every place outside the mask adds mean² to your variance: subtract "
+         "the mean first, then multiply by the mask."),
         (by(outside=False), "the places outside the mask must be 0: multiply by the mask at the end."),
         (by(spread=lambda x, mask: 1.0), "you only shift; divide by the standard deviation too."),
         (by(mean=lambda x, mask: 0.0), "you only scale; subtract the mean too."),
@@ -1698,7 +1742,7 @@ def check_ppo_loss(fn, g):
          "you clip to ±ε; the ratio is clipped to 1 ± ε."),
         (lambda *args: surrogate(lambda r, c, a: torch.min(r * a, r.clamp(max=1 + args[4]) * a))(*args),
          "the lower end of the clip, 1 − ε, is missing."),
-    ], grad=True, general="none of the mistakes that we know. Take one token with A = 1 and ρ = 1.5, then "
+    ], grad=1, general="none of the mistakes that we know. Take one token with A = 1 and ρ = 1.5, then "
                           "A = −1 and ρ = 1.5: which of the two products counts?")
     return "value and gradient agree with rlhf.ppo_loss on 3 random batches"
 
@@ -1763,8 +1807,8 @@ def check_sequence_logprob(fn, g):
          "the answer."),
         (lambda logits, ids, mask: (every(logits, ids) * (1 - mask[:, 1:])).sum(1), "the mask is inverted: 1 "
          "is the answer."),
-    ], grad=False)
-    return "right on 3 random batches"
+    ], grad=1)
+    return "value and gradient are right on 3 random batches"
 
 
 def _dpo(of_margin, margin=lambda pc, pr, rc, rr, b: b * ((pc - rc) - (pr - rr))):
@@ -1809,7 +1853,7 @@ def check_dpo_loss(fn, g):
          "comes last."),
         (lambda pc, pr, rc, rr, b: (((pc - rc) - (pr - rr) - 1 / (2 * b))**2).mean(),
          "that is IPO; DPO has −log σ."),
-    ], grad=True)
+    ], grad=2)
     return "value and gradient agree with rlhf.dpo_loss on 4 batches, one with a margin of −435"
 
 
@@ -1848,6 +1892,7 @@ def check_grpo_advantages(fn, g):
         rewards = 2 * normal(g, P, G) + 3 * normal(g, P, 1)
         rewards[-1] = float(whole(g, 0, 1))  # all right or all wrong
         inputs.append((rewards,))
+    inputs.append((torch.full((2, 8), 0.7),))  # whose mean is not 0.7 in float32
     compare(fn, right, inputs, [
         (by(spread=lambda r: r.std(1) + 1e-4), "in a table with as many prompts as answers nothing fails, "
          "but your column j is divided by the std of *prompt* j. Look at the shapes on both sides of the "
@@ -1870,8 +1915,13 @@ def check_grpo_advantages(fn, g):
         (by(spread=lambda r: r.var(1, keepdim=True) + 1e-4), "you divide by the variance; divide by the "
          "std."),
         (by(middle=lambda r: 0.0), "the group's mean is not subtracted."),
-    ], also=[by(spread=lambda r: r.std(1, keepdim=True, correction=0) + 1e-6)], tol=1e-3)
-    return "agrees with rlhf.grpo_advantages on 3 tables; groups of equal rewards give 0"
+        (by(spread=lambda r: r.std(1, keepdim=True, correction=0) + 1e-4), "you divide by the population's standard "
+         "deviation; take torch's default, the sample's."),
+        (tuple(by(spread=lambda r, e=e: r.std(1, keepdim=True) + e) for e in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)),
+         "what you add to the std is too small: eight rewards of 0.7 differ from their mean by rounding, and that is "
+         "blown up. Add 1e-4."),
+    ], tol=1e-3)
+    return "agrees with rlhf.grpo_advantages on 4 tables; groups of equal rewards give 0"
 
 
 @check
@@ -1962,7 +2012,7 @@ def check_expected_best(fn, g):
     def first_n(gold, scores, n):
         return gold[scores[:n].argmax()]
 
-    inputs = [(normal(g, N), normal(g, N), n) for N, n in ((4, 2), (5, 1), (6, 6), (8, 3), (12, 5), (40, 8))]
+    inputs = [(normal(g, N), normal(g, N), n) for N, n in ((4, 2), (5, 1), (6, 6), (8, 3), (12, 5), (20, 5))]
     inputs[0][1][-1] += 9.0  # so that the best of all is not among the first n
     compare(fn, right, inputs, [
         (replaced, "you draw with replacement, (i/N)^n; here no answer is drawn twice: "
@@ -1997,8 +2047,9 @@ def check_expected_best(fn, g):
 @check
 def check_bootstrap(fn, g):
     """fn(values (N,) NumPy, seed) -> (mean, low, high), 95 %, by resampling; 200 resamples or more."""
-    ratios, N, names = [], 100, ["values", "seed"]
+    ratios, names = [], ["values", "seed"]
     for i in range(6):
+        N = whole(g, 60, 140)
         values = uniform(g, 1, 3) * normal(g, N).double().numpy() + uniform(g, -2, 2)
         seed, error = whole(g, 0, 10**6), values.std() / math.sqrt(N)
         result = outcome(fn, (values, seed), names)

@@ -42,7 +42,8 @@ class Unfilled(NotImplementedError):
 
 def todo(exercise, what):
     raise Unfilled(f"Exercise {exercise} waits for you: {what}. "
-                   "Replace the line `todo(…)`, and run the cell again.")
+                   "Replace the line `todo(…)`, and run the cell again. If you skip it, copy its answer from solved/: later "
+                   "cells may need it.")
 
 
 def few(n):

@@ -259,6 +259,10 @@ def pad_right(rows, pad_id):
             torch.tensor([[True] * len(row) + [False] * (T - len(row)) for row in rows]))
 
 
+def lora_matrix(x, W, A, B, alpha):
+    return x @ (W + alpha / len(A) * B @ A).T
+
+
 def preference_loss(chosen, rejected, refuse=True):
     if refuse and chosen.shape != rejected.shape:
         raise ValueError("unequal shapes")
@@ -376,6 +380,7 @@ TABLE = {
         (lambda a, b: (a - b).sign().mean() + 0.5, "halve it"),
         (lambda a, b: float(a.mean() > b.mean()), "the two means")]),
     "bpe_best_pair": ([best_pair], [
+        (lambda words: best_pair(words, lambda pairs: min(pairs, key=lambda pair: pair[0])), "the second ids too"),
         (lambda words: best_pair(words, max), "take the largest"),
         (lambda words: best_pair([[i for word in words for i in word]]), "across the border"),
         (lambda words: Counter(p for w in words for p in zip(w, w[1:])).most_common(1)[0][0], "met first"),
@@ -408,6 +413,7 @@ TABLE = {
         (lambda x, ids: next_token_loss(x, ids).item(), "no gradient can flow")]),
     "bits_per_byte": ([lambda nats, n, size: n / size * nats * math.log2(math.e)], [
         (lambda nats, n, size: nats * n / size, "nats per byte"),
+        (lambda nats, n, size: nats * n / size / math.log(2) / math.log(2), "by ln 2 twice"),
         (lambda nats, n, size: nats / math.log(2), "per *token*"),
         (lambda nats, n, size: nats * math.log(2) * n / size, "multiply by ln 2"),
         (lambda nats, n, size: nats / math.log(2) * size / n, "bytes over tokens"),
@@ -486,6 +492,8 @@ TABLE = {
         (lambda i, n, peak, w, d: peak * min(1, (i + 1) / w, 1 - i / n), "takes the whole run"),
         (lambda i, n, peak, w, d: peak * max(0, min(1, (i + 1) / w, 1 - (n - i) / d)), "upside down"),
         (lambda i, n, peak, w, d: learning_rate(i, n, peak, 0, d), "no warm-up"),
+        (lambda i, n, peak, w, d: peak * max(0, min(1, (i + 1) / w, (n - i) / d)), "ZeroDivisionError"),
+        (lambda i, n, peak, w, d: learning_rate(i, n, peak, w, d or 7), "with decay = 0 no decay"),
         (lambda i, n, peak, w, d: learning_rate(i, n, 1.0, w, d), "multiply by `peak`")]),
     "windows": ([windows], [
         (lambda *args: windows(*args, shift=0), "targets are the inputs"),
@@ -560,6 +568,7 @@ TABLE = {
         (lambda *args: sft_mask(*args, end=0), "never stops"),
         (lambda *args: sft_mask(*args, newline=1), "newline after"),
         (lambda *args: sft_mask(*args, header=1), "the header"),
+        (lambda *args: sft_mask(*args, roles=("assistant", "system")), "the system's words"),
         (lambda *args: sft_mask(*args, roles=("user", "assistant", "system")), "other roles"),
         (lambda *args: sft_mask(*args, roles=("user",)), "on the user's words"),
         (lambda tok, messages: (tok.encode("".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n"
@@ -577,12 +586,23 @@ TABLE = {
         (lambda rows, pad: (pad_right(rows, pad)[0], ~pad_right(rows, pad)[1]), "inverted"),
         (lambda rows, pad: (pad_right(rows, pad)[0], pad_right(rows, pad)[0] == pad_right(rows, pad)[0]),
          "1 everywhere")]),
+    "lora": ([lora_matrix], [
+        (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B, len(A)), "is missing"),
+        (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B, alpha * len(A)), "divided by the rank"),
+        (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B, 1.0), "multiply by α too"),
+        (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B, alpha) - x @ W.T, "correction alone"),
+        (lambda x, W, A, B, alpha: x @ W.T, "W x alone"),
+        (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B, alpha * len(A) / A.size(1)), "columns of A"),
+        (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B.detach(), alpha), "its gradient for `B`"),
+        (lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * x @ (A @ B).T, None)]),
     "preference_loss": ([preference_loss, reward.preference_loss], [
         (lambda c, r: preference_loss(r, c), "sign of the margin"),
         (lambda c, r: -(c - r).sigmoid().log().mean(), "F.logsigmoid"),
         (lambda c, r: F.softplus(r - c).sum(), "that is the sum"),
         (lambda c, r: -(c - r).sigmoid().mean(), "logarithm is missing"),
         (lambda c, r: preference_loss(c, r, refuse=False), "Raise a ValueError"),
+        (lambda c, r: preference_loss(c, r, refuse=c.dim() != r.dim()), "and rejected (1,) pass"),
+        (lambda c, r: preference_loss(c, r.detach()), "its gradient for `rejected`"),
         (lambda c, r: preference_loss(c, r) if c.shape == r.shape else [][0], "not IndexError"),
         (lambda c, r: preference_loss(c, r).detach(), "no gradient can flow")]),
     "read_last": ([read_last], [
@@ -602,6 +622,8 @@ TABLE = {
     "calibration": ([calibration], [
         (lambda *args: calibration(*args, weighted=False), "average the bins alike"),
         (lambda *args: calibration(*args, top=False), "exactly 1"),
+        (lambda p, o, bins: sum((p[w].mean() - o[w].mean()).abs() * w.double().mean() for b in range(bins)
+                                if (w := (p > b / bins) & (p <= (b + 1) / bins) | (p == 0) & (b == 0)).any()), "the upper one"),
         (lambda p, o, bins: ((p - o)**2).mean(), "Brier"),
         (lambda p, o, bins: abs(p.mean() - o.mean()), "opposite sign"),
         (lambda p, o, bins: (p - o).mean(), "opposite sign")]),
@@ -630,7 +652,8 @@ TABLE = {
         (lambda x, m: (x - x.mean()) / (x.std() + 1e-8) * m, "numbers outside the mask"),
         (lambda x, m: (x - x[m > 0].mean()) / x[m > 0].std(correction=0), "must be 0"),
         (lambda x, m: torch.stack([whiten(a[None], b[None])[0] for a, b in zip(x, m)]), "each row by itself"),
-        (lambda x, m: (x - x[m > 0].mean()) * m, "only shift")]),
+        (lambda x, m: (x - x[m > 0].mean()) * m, "only shift"),
+        (lambda x, m: (x - x[m > 0].mean()) * m / ((x * m - x[m > 0].mean())**2).sum().div(m.sum()).sqrt(), "adds mean²")]),
     "ppo_loss": ([ppo_loss], [
         (ppo_loss_wrong_minimum, "which is smaller when A < 0"),
         (lambda *args: ppo_loss(*args, pick=torch.min), "the larger of the two"),
@@ -639,7 +662,7 @@ TABLE = {
         (lambda lp, old, a, m, clip: ppo_loss(lp, old, a, torch.ones_like(m), clip),
          "padding is in your mean"),
         (lambda lp, old, a, m, clip: -((lp - old).exp() * a)[m > 0].mean(), "nothing is clipped"),
-        (lambda lp, *args: ppo_loss(lp, *args) - lp.mean() + lp.mean().detach(), "its gradient is not")]),
+        (lambda lp, *args: ppo_loss(lp, *args) - lp.mean() + lp.mean().detach(), "its gradient for `logp` is not")]),
     "kl_estimate": ([kl_estimate], [
         (lambda lp, ref: kl_estimate(ref, lp), "KL(reference || policy)"),
         (lambda lp, ref: (lp - ref, kl_estimate(ref, lp)[1]), "π_ref / π"),
@@ -653,8 +676,10 @@ TABLE = {
         (lambda x, ids, m: sequence_logprob(x, ids, m) / m.sum(1), "divide by the length"),
         (lambda x, ids, m: -token_nll(x, ids).sum(1), "the prompt and the padding"),
         (lambda x, ids, m: (token_nll(x, ids) * m[:, 1:]).sum(1), "a sign"),
-        (lambda x, ids, m: (model.token_logprobs(x, ids) * m).sum(1), "do not shift")]),
+        (lambda x, ids, m: (model.token_logprobs(x, ids) * m).sum(1), "do not shift"),
+        (lambda x, ids, m: sequence_logprob(x, ids, m).detach(), "no gradient can flow")]),
     "dpo_loss": ([dpo_loss], [
+        (lambda pc, pr, rc, rr, b: dpo_loss(pc, pr.detach(), rc, rr, b), "its gradient for `policy_rejected`"),
         (lambda pc, pr, rc, rr, b: dpo_loss(pc, pr, rc * 0, rr * 0, b), "reference is missing"),
         (lambda pc, pr, rc, rr, b: dpo_loss(pr, pc, rr, rc, b), "sign of the margin"),
         (lambda pc, pr, rc, rr, b: dpo_loss(pc, pr, rc, rr, 1.0), "β is missing"),
@@ -668,8 +693,9 @@ TABLE = {
         (lambda p, ref, b: b * torch.log(p / ref), "of their ratio"),
         (lambda p, ref, b: b * torch.log(ref / p), "of their ratio"),
         (lambda p, ref, b: b * (p - ref).exp(), "the ratio itself")]),
-    "grpo_advantages": ([lambda r: centred(r) / group_std(r), rlhf.grpo_advantages,
-                         lambda r: centred(r) / (r.std(1, keepdim=True, correction=0) + 1e-6)], [
+    "grpo_advantages": ([lambda r: centred(r) / group_std(r), rlhf.grpo_advantages], [
+        (lambda r: centred(r) / (r.std(1, keepdim=True, correction=0) + 1e-4), "the population's"),
+        (lambda r: centred(r) / group_std(r, 1e-8), "blown up"), (lambda r: centred(r) / group_std(r, 1e-6), "blown up"),
         (lambda r: centred(r) / (r.std(1) + 1e-4), "of *prompt* j"),
         (lambda r: centred(r) / group_std(r, 0), "0/0"),
         (lambda r: (r - r.mean()) / (r.std() + 1e-4), "over all prompts"), (centred, "Dr. GRPO"),
