@@ -1,4 +1,4 @@
-"""Real files to texts, conversations and preference pairs; and those to batches.
+"""From real files to texts, conversations and preference pairs, and from those to batches.
 
 Files are .txt, .json (a list of objects) or .jsonl (one object a line), each also .gz. Their keys
 tell what they hold:
@@ -9,11 +9,11 @@ tell what they hold:
     preferences    {"prompt", "chosen", "rejected"} (strings or message lists), Anthropic HH
                    {"chosen", "rejected"} dialogues, or Alpaca keys with "chosen" and "rejected"
 
-A malformed row stops the program: a slip in a file should be mended, not trained around. A
-well-formed row that cannot be learned from is dropped, counted and reported; when over half go, the
-file is probably not what its user thinks it is, and that is an error too.
+A malformed row stops the program: a mistake in a file should be fixed, not trained around. A
+well-formed row that cannot be learned from is dropped, counted and reported; if over half are dropped,
+the file is probably not what its user thinks it is, and that is an error too.
 
-Files are read whole, but for plain text with `pretrain.py --stream`. Left out: tool calls, and packing
+Files are read whole, except plain text with `pretrain.py --stream`. Left out: tool calls, and packing
 of conversations.
 """
 import gzip
@@ -59,7 +59,7 @@ class EncodedPair:
 
 
 class Unusable(Exception):
-    """A well-formed row that teaches nothing; its text is the reason that is counted."""
+    """A well-formed row that teaches nothing; the message is the reason, under which it is counted."""
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def _load(paths, parse):
 
 
 def _keep(rows, parse, what):
-    """parse(row) of every usable row; says on stderr what was dropped, InputError for over half."""
+    """parse(row) of every usable row; reports on stderr what was dropped. InputError if that is over half."""
     kept, dropped = [], Counter()
     for row in rows:
         try:
@@ -132,7 +132,7 @@ def _rows(path):
         raise InputError(f"{path}: found the ending {kind!r}, "
                          "expected .txt, .json or .jsonl, or one of these with .gz")
     try:
-        text = data.decode("utf-8").removeprefix("\ufeff")  # "utf-8-sig" shifts the offset
+        text = data.decode("utf-8").removeprefix("\ufeff")  # "utf-8-sig" would shift error.start
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: found byte 0x{data[error.start]:02x} at byte "
@@ -194,8 +194,8 @@ def _is_preference(row):
 # ---- formats -------------------------------------------------------------------------------------
 
 def _pieces_of_text(text):
-    """Documents, split before encoding: the separator never reaches the tokenizer as text. The line breaks
-    around it are layout, not part of the story."""
+    """The documents, split before encoding, so the separator never reaches the tokenizer as text. The line
+    breaks around it are layout, not part of a document."""
     pieces = (piece.strip("\r\n") for piece in text.split(SEPARATOR))
     return [piece for piece in pieces if piece.strip()]
 
@@ -238,7 +238,7 @@ def _pair(row, where):
 
 
 def _answered(prompt, row, key, where):
-    """The whole dialogue with the answer under `key`; a prompt of None is in that dialogue."""
+    """The whole dialogue, ending with the answer under `key`; if prompt is None, `key` holds all of it."""
     if prompt is None:
         read = _dialogue if isinstance(row[key], str) else _messages
         return _usable(read(row, key, where))
@@ -281,7 +281,7 @@ def _turn(role, content):
 
 
 def _usable(messages):
-    """The messages themselves: system?, then user and assistant in turn; raises Unusable."""
+    """The messages, unchanged: an optional system turn, then user and assistant in turn; else raises Unusable."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in turns]
     if "assistant" not in roles:
@@ -305,10 +305,10 @@ def check_holdout(holdout):
 
 
 def split_holdout(rows, holdout):
-    """(train, heldout): the last rows, a fraction of them below 1 (at least one row), else a count.
+    """(train, heldout): heldout is the last rows, a fraction if `holdout` is below 1 (at least one row), else a count.
 
-    Where a fraction of the documents is less than half of one, as of a few books, the end of the last is
-    held out: that fraction of all letters. InputError when nothing is left to train on.
+    If that fraction is less than half a document, as with a few books, the end of the last one is
+    held out: that fraction of all characters. InputError if nothing is left to train on.
     """
     check_holdout(holdout)
     if rows and isinstance(rows[-1], str) and holdout < 1 and (len(rows) == 1 or round(len(rows) * holdout) == 0):
@@ -338,13 +338,13 @@ def drop_seen(heldout, train, key):
 # ---- encoding ------------------------------------------------------------------------------------
 
 def pack_documents(documents, tokenizer, chunk=1024):
-    """(tokens (N,) int32, UTF-8 bytes of the documents); <|endoftext|> begins each document.
+    """(tokens (N,) int32, number of UTF-8 bytes in the documents); <|endoftext|> begins each document.
 
     Bits per byte = nats summed over all tokens / (ln 2 * bytes). The separator costs nats but
     has no bytes: knowing where a text ends is part of predicting it.
     """
     arrays, size = [], 0
-    for start in range(0, len(documents), chunk):  # Python ints take 10 times the space
+    for start in range(0, len(documents), chunk):  # in chunks, as Python ints take 10 times the space
         part = documents[start:start + chunk]
         size += sum(len(document.encode("utf-8")) for document in part)
         ids = [[tokenizer.endoftext_id, *tokenizer.encode(document)] for document in part]
@@ -386,10 +386,10 @@ def _cut(piece):
 
 
 def read_pieces(paths, start=0, stop=None, size=2**22):
-    """Yield (end, text, begun, goes_on) of .txt files, read as one after the other, from byte `start` to
-    `stop`: pieces of up to `size` bytes, cut after a document or, in one longer than that, after a
-    line. `end` is the byte that follows; `begun` and `goes_on`: the piece begins, or ends, inside a
-    document. `start` and `stop` must lie between characters."""
+    """Yield (end, text, begun, goes_on) for pieces of .txt files, read one after the other, from byte `start`
+    to `stop`, counted over all of them. A piece has up to `size` bytes and is cut after a document or, in one
+    longer than that, after a line. `end` is the offset of the byte after it; `begun` and `goes_on` say that it
+    begins, or ends, inside a document. `start` and `stop` must lie between characters."""
     separator, before = SEPARATOR.encode(), 0
     for path in map(Path, paths):
         length = path.stat().st_size
@@ -420,8 +420,8 @@ def read_pieces(paths, start=0, stop=None, size=2**22):
 
 
 def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
-    """(documents of the beginning, to learn a vocabulary from; held-out documents; the byte where
-    these begin). Held out is about the last `holdout` of the bytes, at most `most` of them."""
+    """(documents from the beginning, to learn a vocabulary from; held-out documents; the byte where these
+    begin). About the last `holdout` of the bytes is held out, at most `most` of them."""
     for path in map(Path, paths):
         if path.suffix.lower() != ".txt" or not path.is_file():
             raise InputError(f"{path}: found no .txt file, which is what --stream reads")
@@ -454,8 +454,8 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
 
 
 def stream_tokens(paths, stop, tokenizer, folder):
-    """The tokens of the bytes before `stop`, as `pack_documents` has them, in FOLDER/tokens.bin: (N,)
-    int32, mapped into memory, so that only what is looked at is read. Goes on where it was stopped."""
+    """The tokens of the bytes before `stop`, as `pack_documents` gives them, in FOLDER/tokens.bin: (N,) int32,
+    memory-mapped, so that only what is accessed is read. If interrupted, a later call continues there."""
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -466,7 +466,7 @@ def stream_tokens(paths, stop, tokenizer, folder):
     done = {"position": 0, "tokens": 0}
     if mark.exists() and binary.exists():
         found = json.loads(mark.read_text(encoding="utf-8"))
-        there = binary.stat().st_size >= 4 * found.get("tokens", 0)  # it may have been copied in part
+        there = binary.stat().st_size >= 4 * found.get("tokens", 0)  # the file may be an incomplete copy
         if there and {name: found.get(name) for name in made_from} == made_from:
             done = {name: found[name] for name in done}
     with open(binary, "r+b" if done["tokens"] else "wb") as file, tqdm(
@@ -484,7 +484,7 @@ def stream_tokens(paths, stop, tokenizer, folder):
             with writing(binary):
                 file.write(np.asarray(ids, dtype=np.int32).tobytes())
                 file.flush()
-                os.fsync(file.fileno())  # before the mark that counts on it
+                os.fsync(file.fileno())  # before tokens.json, which relies on it
             bar.update(end - done["position"])
             done = {"position": end, "tokens": done["tokens"] + len(ids)}
             note = json.dumps(made_from | done)
@@ -514,12 +514,12 @@ def random_windows(tokens, batch, length, generator):
 def length_batches(lengths, batch_size, generator=None):
     """Lists of indices, every index once; a batch holds similar lengths, so padding is small.
 
-    With a generator in a random order, a new one at each call; without one sorted by length.
+    With a generator the order is random, and a new one at each call; without, it is sorted by length.
     """
     count = len(lengths)
     if generator is None:
         order = sorted(range(count), key=lengths.__getitem__)
-    else:  # sorting all would make the same batches in every epoch; sorted chunks keep some chance
+    else:  # sorting all would make the same batches in every epoch; sorted chunks keep some randomness
         order, chunk = torch.randperm(count, generator=generator).tolist(), 50 * batch_size
         order = [index for start in range(0, count, chunk)
                  for index in sorted(order[start:start + chunk], key=lengths.__getitem__)]
@@ -530,7 +530,7 @@ def length_batches(lengths, batch_size, generator=None):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """`length_batches` in an order of this seed and epoch alone, so that a resumed run finds it again."""
+    """`length_batches` in an order that depends only on seed and epoch, so that a resumed run gets it again."""
     return length_batches(lengths, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -567,7 +567,7 @@ def preference_batch(pairs, pad_id):
 
 
 def pair_lengths(pairs):
-    """Tokens of the longer row of each pair: both stand in one batch, padded to its longest."""
+    """Tokens in the longer row of each pair: both rows are in the same batch, padded to its longest."""
     return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
 
 
@@ -581,6 +581,6 @@ def show_conversation(tokenizer, ids, mask):
 
 
 def show_pair(tokenizer, pair):
-    """The same for both answers of an EncodedPair."""
+    """The same for an EncodedPair: the prompt with `chosen`, then with `rejected`."""
     return "\n".join(show_conversation(tokenizer, pair.prompt + answer, [0] * len(pair.prompt) + [1] * len(answer))
                      for answer in (pair.chosen, pair.rejected))

@@ -3,12 +3,12 @@
     python rlhf.py dpo --lora 8 …        # also ppo, grpo
 
 W x becomes W x + (α/r) B A x. W is frozen; A (r, in) starts random and B (out, r) at 0, so training
-starts at the model as it was. What it saves is memory: a weight that learns needs 16 bytes in float32
-(itself, its gradient and AdamW's two moments), a frozen one 4. The correction is added to W before the
-model is saved, so that nobody who reads the checkpoint need know of it.
+starts from the unchanged model. This saves memory: a trained weight needs 16 bytes in float32 (itself,
+its gradient and AdamW's two moments), a frozen one 4. The correction is added to W before the model is
+saved, so that programs which read the checkpoint need not know of it.
 
 q, k and v are one matrix here, and so share one A; so do gate and up. Left out: dropout on x, corrections of
-embeddings and head, a choice of matrices.
+embeddings and head, choosing which matrices to correct.
 """
 
 import copy
@@ -33,7 +33,7 @@ class LoRA(nn.Module):
 
 
 def matrices(model, kind):
-    """[(owner, attribute name, module)] of every `kind` of matrix inside the blocks."""
+    """[(owner, attribute name, module)] for every matrix of type `kind` inside the blocks."""
     return [(part, name, child) for block in model.blocks for part in (block.attention, block.mlp)
             for name, child in part.named_children() if isinstance(child, kind)]
 
@@ -47,8 +47,8 @@ def add_lora(model, rank, alpha=16.0):
 
 @torch.no_grad()
 def merged(model):
-    """The plain model that `model` computes: a copy with the corrections added to their matrices, or
-    itself where it has none."""
+    """A plain model that computes the same as `model`: a copy with the corrections added to their matrices,
+    or `model` itself if it has none."""
     if not any(isinstance(module, LoRA) for module in model.modules()):
         return model
     model = copy.deepcopy(model)

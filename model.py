@@ -6,10 +6,10 @@
 
 A language model gives Pr(x_t | x_<t), one token at a time (Foundations of Large Language Models,
 arXiv 2501.09223, ch. 2). The same network serves every stage: pre-training and fine-tuning read
-its logits, RLHF samples from it and re-reads the log-probabilities, and the reward model and the
-PPO critic replace its head by a single number (`ScalarModel`).
+its logits, RLHF samples from it and recomputes the samples' log-probabilities, and the reward model
+and the PPO critic replace its head by a scalar one (`ScalarModel`).
 
-The block is the one of Llama and Qwen3, so our checkpoints open elsewhere and theirs open here.
+The block is that of Llama and Qwen3: their checkpoints open here, and ours in other programs.
 Left out: biases, sliding windows, RoPE scaling, mixtures of experts. Dropout is left out for a
 reason: PPO compares the log-probabilities of a text before and after an update, and with dropout
 the two would differ before any update, when their ratio must be 1.
@@ -34,7 +34,7 @@ class GPTConfig:
     heads: int = 4
     kv_heads: int = 4  # fewer than heads = grouped-query attention: a smaller cache
     width: int = 128
-    ffn_width: int = 344  # SwiGLU has three matrices: 8/3 width costs what 4 width does with two
+    ffn_width: int = 344  # SwiGLU has three matrices: at 8/3 width they cost as much as two at 4 width
     head_dim: int | None = None  # width // heads when not given
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        # By hand: on a CPU, forward and backward take half the time of F.rms_norm.
+        # Written out: on a CPU, forward and backward take half the time of F.rms_norm.
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return (x * scale * self.weight).type_as(x)
 
@@ -80,8 +80,9 @@ class RMSNorm(nn.Module):
 def rope_tables(config):
     """-> cos, sin (context_length, D) of the angles position * theta^(-2i/D) (arXiv 2104.09864).
 
-    Number i turns with i + D/2, as in Llama's files (the paper pairs 2i with 2i + 1): the halves (x1, x2)
-    of a head become (x1 cos - x2 sin, x2 cos + x1 sin) = x * cos + (x2, x1) * sin, with sin's first half negated.
+    Component i is paired with i + D/2, as in Hugging Face's Llama (the paper pairs 2i with 2i + 1): the
+    halves (x1, x2) of a head become (x1 cos - x2 sin, x2 cos + x1 sin) = x * cos + (x2, x1) * sin, with
+    the first half of sin negated.
     """
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     angles = torch.arange(config.context_length)[:, None] * frequencies  # (context, D/2)
@@ -90,7 +91,7 @@ def rope_tables(config):
 
 
 def rotate(x, cos, sin):
-    """Turn heads x (B, T, heads, D) by the angles of their positions."""
+    """Rotate heads x (B, T, heads, D) by the angles of their positions."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
     return torch.addcmul(x * cos, swapped, sin)
@@ -99,18 +100,18 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, K, past+T, D) -> (B, H, T, D).
 
-    Without a mask a query sees the keys up to its own place, and a lone one all. (Several tokens after
-    a cache always come with a mask, see `GPT.hidden`.)
+    Without a mask a query sees the keys up to its own position; a single query (T = 1) sees them all.
+    (Several tokens after a cache always come with a mask, see `GPT.hidden`.)
     """
     (B, H, T, D), K = q.shape, k.size(1)
     if mask is None and 1 < T <= 512 and q.dtype == torch.bfloat16 and q.is_cpu:
-        # Written out: in bf16 on a CPU less than half the time of the fused kernel. That one never
-        # holds the table of scores, which grows with T², so long texts are left to it.
+        # Written out: in bf16 on a CPU this takes less than half the time of the fused kernel. That
+        # one never holds the matrix of scores, which grows with T², so it gets the long texts.
         later = q.new_full((T, T), -math.inf).triu(1)
         k, v = (t.repeat_interleave(H // K, dim=1).reshape(B * H, T, D) for t in (k, v))
         scores = torch.baddbmm(later, q.reshape(B * H, T, D), k.mT, alpha=D**-0.5)  # (B*H, T, T)
         return (scores.softmax(-1) @ v).view(B, H, T, D)
-    # is_causal would line a lone query up with the first key, not the last.
+    # is_causal would align a single query with the first key, not the last.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                           enable_gqa=H != K)
 
@@ -172,7 +173,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False  # True: activations inside a block are not kept but computed again
+        self.recompute = False  # True: activations inside a block are recomputed, not kept
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -186,7 +187,7 @@ class GPT(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
         # Every block starts as the identity. So depth does not blow up the residual stream, the
-        # gradient reaches the embeddings whole, and each block joins in when it has learnt to help.
+        # gradient reaches the embeddings undiminished, and each block contributes once it can help.
         for block in self.blocks:
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
@@ -195,10 +196,10 @@ class GPT(nn.Module):
         """ids (B, T) int64 -> states (B, T, C) after the final norm, ready for `head`.
 
         attention_mask (B, T), or (B, past+T) with a cache: 1 = real token, 0 = padding on either
-        side; the state at a padded place means nothing. None = every token is real. That is
-        faster, and right also for padding on the right: causality hides it from real tokens.
-        Raises ValueError for more tokens than context_length, except with mask and cache: padding takes
-        no position, and `decode` counts the rest.
+        side; the state at a padded position is meaningless. None = every token is real. That is faster,
+        and correct too if all padding is on the right: causal attention hides it from real tokens.
+        Raises ValueError for more tokens than context_length, except with both mask and cache: there
+        padding takes up no positions, and `decode` keeps the real tokens within the limit.
         """
         asked = T = ids.size(1)
         past = 0 if cache is None else cache.length
@@ -206,8 +207,8 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens, but context_length {self.config.context_length}")
         mask = None
         if attention_mask is None and cache is None and ids.is_cpu and torch.is_autocast_enabled("cpu"):
-            # A CPU makes its bf16 kernels anew for every shape, so lengths are padded to multiples of 8, which
-            # saves 14 % of SFT. No token sees the padding on its right, and it is cut off at the end.
+            # A CPU builds new bf16 kernels for every shape, so lengths are padded to multiples of 8, which saves
+            # 14 % of SFT's time. No token sees the padding to its right, which is cut off at the end.
             ids = F.pad(ids, (0, min(-T % 8, self.config.context_length - T)))
             T = ids.size(1)
         if attention_mask is None:
@@ -235,7 +236,7 @@ class GPT(nn.Module):
         return self.norm(x[:, :asked])
 
     def head(self, h):
-        """States (..., C) -> logits (..., V). Call it on the places you need: V is the big one."""
+        """States (..., C) -> logits (..., V). Call it only on the positions you need: V is large."""
         return F.linear(h, self.embed.weight if self.config.tied else self.lm_head.weight)
 
     def forward(self, ids, attention_mask=None, cache=None):
@@ -244,8 +245,8 @@ class GPT(nn.Module):
 
 
 def deepen(gpt, extra):
-    """A copy of `gpt` with `extra` fresh blocks on top. They start as the identity, so until it is
-    trained it computes what `gpt` does."""
+    """A copy of `gpt` with `extra` fresh blocks on top. They start as the identity, so until the
+    copy is trained it computes what `gpt` does."""
     config = replace(gpt.config, layers=gpt.config.layers + extra)
     deeper = GPT(config).to(gpt.embed.weight.device)
     deeper.load_state_dict(deeper.state_dict() | gpt.state_dict())
@@ -260,7 +261,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, gpt):
         super().__init__()
-        gpt.lm_head = None  # an untied head has no work here, and would be saved for nothing
+        gpt.lm_head = None  # an untied head is unused here, and would be saved for nothing
         self.config = gpt.config
         self.gpt = gpt
         self.score = nn.Linear(gpt.config.width, 1, bias=False)
@@ -274,9 +275,9 @@ class ScalarModel(nn.Module):
 
 
 def token_logprobs(logits, targets, temperature=1.0):
-    """log Pr(targets) at each place: logits (..., V), targets (...) -> (...), in nats.
+    """log Pr(targets) at each position: logits (..., V), targets (...) -> (...), in nats.
 
-    Does not shift: pass logits[:, :-1] with ids[:, 1:]. `temperature` is the sampler's, > 0.
+    Nothing is shifted here: pass logits[:, :-1] with ids[:, 1:]. `temperature` is the sampler's, > 0.
     """
     logits = logits.float()
     if temperature != 1.0:
@@ -288,16 +289,16 @@ def token_logprobs(logits, targets, temperature=1.0):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, in one buffer made at the start."""
+    """Keys and values of the tokens read so far, in two buffers allocated once, at the start."""
 
     def __init__(self, config, batch, max_len, device, dtype):
         shape = (config.layers, batch, config.kv_heads, max_len, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held; `GPT.hidden` moves it on after the last layer
+        self.length = 0  # tokens held; `GPT.hidden` advances it after the last layer
 
     def write(self, layer, k, v):
-        """Add k, v (B, K, T, D) to a layer; return all of it, (B, K, length+T, D)."""
+        """Append k, v (B, K, T, D) to a layer's; return all of them, (B, K, length+T, D) each."""
         keys, values, end = self.keys[layer], self.values[layer], self.length + k.size(2)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
@@ -311,8 +312,8 @@ class KVCache:
 
 
 def truncate(logits, top_k, top_p):
-    """Set to -inf all but the top_k likeliest tokens and, of these, the smallest set that holds
-    at least top_p of their probability. logits (B, V) -> (B, V)."""
+    """Keep the top_k likeliest tokens and, of these, the smallest set that holds at least top_p
+    of their probability; set the other logits to -inf. logits (B, V) -> (B, V)."""
     values, order = logits.sort(dim=-1, descending=True)
     if top_k is not None:
         values[:, top_k:] = -math.inf
@@ -324,7 +325,7 @@ def truncate(logits, top_k, top_p):
 
 
 def sample(logits, temperature, top_k, top_p, generator):
-    """logits (B, V) -> token ids (B,) and their log-probs (B,) under the distribution drawn from.
+    """logits (B, V) -> token ids (B,) and their log-probs (B,) under the sampling distribution.
 
     Temperature 0 takes the likeliest token; its log-prob is then the one at temperature 1.
     """
@@ -337,8 +338,8 @@ def sample(logits, temperature, top_k, top_p, generator):
         if top_k is not None or top_p is not None:
             logits = truncate(logits, top_k, top_p)
         logprobs = logits.log_softmax(-1)
-        # The token whose step of the cumulative distribution holds u, 0 < u <= its total: u can
-        # fall neither past the end nor on a step of height 0. 25 times faster than multinomial.
+        # Inverse-CDF sampling: the token whose step of the CDF contains u. 0 < u <= the total, so u
+        # falls neither past the end nor on a step of height 0. 25 times faster than multinomial.
         cdf = logprobs.exp().cumsum(-1)  # (B, V)
         u = 1 - torch.rand(len(cdf), 1, device=cdf.device, generator=generator)
         ids = torch.searchsorted(cdf, u * cdf[:, -1:]).squeeze(-1)
@@ -347,7 +348,7 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 @torch.inference_mode()
 def decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, generator):
-    """Yield, at each step, [(row, token id, log-prob)] of the rows that still run."""
+    """Yield, at each step, [(row, token id, log-prob)] for the rows that are still running."""
     context = model.config.context_length
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
@@ -375,8 +376,8 @@ def decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, g
         yield [item for item in drawn if not done[item[0]]]
         for row, token, _ in drawn:
             done[row] = done[row] or token in eos_ids or step == limits[row]
-        # Dropping rows copies the cache, so wait until a quarter is done, but never let a row
-        # run past the context: it has no position left.
+        # Dropping rows copies the cache, so wait until a quarter of them are done, but never let a
+        # row run past the context: there is no position left for it.
         kept = [b for b, row in enumerate(rows) if not done[row]]
         if not kept:
             return
@@ -392,9 +393,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
              eos_ids=(), generator=None):
     """Continue every prompt (a list of id lists, any lengths) until one of eos_ids.
 
-    -> (id lists, with the end token if it came; lists of their log-probs, floats in nats, under
-    the very distribution sampled from: after temperature, top_k and top_p). temperature 0 is
-    greedy. A row also ends at max_new_tokens or when the context is full. `generator` lives on
+    -> (id lists, including the end token if it came; lists of their log-probs, floats in nats, under
+    the very distribution that was sampled from: after temperature, top_k and top_p). temperature 0 is
+    greedy. A row also ends at max_new_tokens or when the context is full. `generator` must be on
     the model's device. Raises ValueError for an empty prompt or one that fills the context.
     """
     answers, logprobs = [[] for _ in prompts], [[] for _ in prompts]
@@ -418,7 +419,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=Non
 
 
 def hf_layout(config, scalar):
-    """Our name -> {Hugging Face name: shape}; several names are stacked on top of each other."""
+    """Our name -> {Hugging Face name: shape}; if several, ours is theirs stacked along dim 0."""
     C, D, F_ = config.width, config.head_dim, config.ffn_width
     queries, keys = (config.heads * D, C), (config.kv_heads * D, C)
     layout = {"embed.weight": {"model.embed_tokens.weight": (config.vocab_size, C)}}
@@ -506,7 +507,7 @@ def hf_config(config, **extra):
 
 
 def config_from_hf(values):
-    """The dict of a `config.json` -> GPTConfig. Raises ValueError naming what we do not do."""
+    """The dict of a `config.json` -> GPTConfig. Raises ValueError naming what is not implemented."""
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     known = {
         "model_type": values.get("model_type") in ("llama", "qwen3"),

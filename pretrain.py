@@ -8,17 +8,17 @@ The loss is the mean negative log-likelihood of each token given those before it
     loss(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})
 
 (Foundations of LLMs, eqs. 2.13–2.14, which maximise the log-likelihood: this is minus that, per token),
-over documents packed end to end, each begun by <|endoftext|>. A window may start in the middle of a
-document and cross into the next one: simpler than padding, no token is wasted, and the model learns
-that <|endoftext|> cuts all ties. Attention is not masked at those borders.
+over documents packed end to end, each preceded by <|endoftext|>. A window may start in the middle of
+a document and cross into the next one: that is simpler than padding, wastes no token, and the model
+learns that nothing before <|endoftext|> matters after it. Attention is not masked at those borders.
 
-Held-out text is measured in nats per token and in bits per byte. The first depends on how long the
-tokens are; the second is what a compressor would need, and can be compared across tokenisers.
+The loss on held-out text is given in nats per token and in bits per byte. The first depends on how long
+the tokens are; the second is what a compressor would need, and can be compared across tokenisers.
 
-On several cores or cards: `torchrun --nproc_per_node N pretrain.py …`, where each process takes its share
-of every batch and the gradients are averaged; one process more or less changes only the rounding.
+On several cores or GPUs: `torchrun --nproc_per_node N pretrain.py …`. Each process takes its share of
+every batch and the gradients are averaged; the number of processes changes only the rounding.
 
-Left out: data mixing and filtering, models too large for one card.
+Left out: data mixing and filtering, models too large for one GPU.
 """
 
 import math
@@ -43,14 +43,15 @@ from training import (LOGITS, InputError, StopRequest, agree, autocast, check_fi
 @dataclass
 class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
-    out: str = flag("out/base", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
-    holdout: float = flag(0.05, "documents held out at the end: a fraction (of a few long ones, of their letters), or a "
-                           "count from 1 up")
-    stream: bool = flag(False, "text larger than memory (.txt): its tokens go to OUT/tokens.bin and are read from "
-                        "there as needed; stopped, it goes on where it was")
+    out: str = flag("out/base", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
+                    "continued if it is unfinished")
+    holdout: float = flag(0.05, "documents to hold out, from the end: a fraction (of the characters, if there are only "
+                           "a few long ones), or a count if 1 or more")
+    stream: bool = flag(False, "for text larger than memory (.txt): its tokens are written to OUT/tokens.bin and "
+                        "read from there as needed; if interrupted, the next run continues writing them")
     documents: int = flag(80000, "documents to generate (with --data world)")
     # the model
-    vocab_size: int = flag(4096, "tokens in the vocabulary, the 256 bytes and 4 special ones included; learned from "
+    vocab_size: int = flag(4096, "tokens in the vocabulary, including the 256 bytes and 4 special ones; learned from "
                            "the first 8,000 documents")
     context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
@@ -58,14 +59,14 @@ class Config:
     heads: int = flag(4, "attention heads; a divisor of --width")
     kv_heads: int = flag(4, "key/value heads, a divisor of --heads; fewer is grouped-query attention")
     ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
-    qk_norm: bool = flag(True, "normalise queries and keys (saves as Qwen3); --no-qk-norm: do not (as Llama)")
+    qk_norm: bool = flag(True, "normalise queries and keys (saved as Qwen3); --no-qk-norm: do not (saved as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
     # the run
     steps: int = flag(3200, "optimiser steps")
-    batch_size: int = flag(8, "windows per step, in all processes together")
+    batch_size: int = flag(8, "windows per step, over all processes together")
     micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
-                           "a third more time")
+    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
+                           "memory, a third more time")
     compile: bool = flag(False, "torch.compile forward and loss: a minute of compiling, then faster steps; for "
                          "long runs, above all on a GPU")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
@@ -73,20 +74,20 @@ class Config:
     head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
     warmup: int = flag(40, "steps of linear warm-up")
-    decay: float = flag(0.6, "share of the steps, at the end, over which the rate falls to 0")
+    decay: float = flag(0.6, "share of the steps, at the end, over which the learning rate falls to 0")
     weight_decay: float = flag(0.1, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
+    dtype: str = flag("auto", "precision of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, weights and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
 
 
 def shape_of(config, vocab_size):
-    """The GPTConfig that the flags ask for. InputError where its numbers do not fit together."""
+    """The GPTConfig that the flags ask for. InputError if its numbers do not fit together."""
     try:
         return GPTConfig(
             vocab_size=vocab_size, context_length=config.context_length, layers=config.layers, width=config.width,
@@ -99,8 +100,8 @@ def shape_of(config, vocab_size):
 def next_token_loss(network, inputs, targets):
     """Mean negative log-likelihood, in nats, of targets (B, T) after inputs (B, T): the loss above."""
     logits = network(inputs)  # (B, T, V)
-    # Autocast would copy logits in bf16, which are most of a small model's memory, into float32 first. Left as
-    # they are, the log-probs are as exact as the logits, and a tenth of a step is saved.
+    # Autocast would first copy the bf16 logits, which take most of a small model's memory, to float32. Without
+    # that the log-probs are as exact as the logits are, and a tenth of a step's time is saved.
     with torch.autocast(logits.device.type, enabled=False):
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return nats.float().mean()
@@ -110,9 +111,9 @@ def next_token_loss(network, inputs, targets):
 def heldout_loss(model, tokens, text_bytes, batch_size=None):
     """(nats per token, bits per byte) of a packed 1-D token tensor whose text has `text_bytes` bytes.
 
-    Windows follow each other without overlap, each without context from before it; every token after the
-    first is predicted once. Bits per byte = summed nats / (ln 2 · bytes): the cost of <|endoftext|> is in
-    the sum, its (zero) bytes are not.
+    Windows follow one another without overlap, and none sees the text before it; every token after the
+    first is predicted once. Bits per byte = summed nats / (ln 2 · bytes): <|endoftext|> adds nats to the
+    sum, but no bytes.
     """
     length = model.config.context_length
     most = max(1, LOGITS // model.config.vocab_size)  # positions whose logits are held at a time
@@ -218,10 +219,10 @@ def main():
             bar.close()
             leave(config)
     bar.close()
-    if processes > 1:  # before any of them ends, or its open connections may take it down at exit
+    if processes > 1:  # before any of them exits, or its open connections may crash it at exit
         torch.distributed.destroy_process_group()
     if rank > 0:
-        os._exit(0)  # at once: a thread of the group that wants a closing interpreter would abort it
+        os._exit(0)  # at once: a thread of the group that enters a closing interpreter would abort the process
 
     # 4. What it has learned, on text it has not seen.
     nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes)

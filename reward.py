@@ -67,7 +67,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, head and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one pair, [answer] tokens marked, then exit")
 
 

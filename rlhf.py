@@ -352,7 +352,7 @@ class DPOConfig:
     seed: int = flag(1, "random seed of data and batches")
     keep_every: int | None = flag(None, "steps between checkpoints kept in OUT/step_N")
     save_every: int = flag(100, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one pair, [supervised] tokens marked, then exit")
 
 
@@ -510,7 +510,7 @@ class RolloutConfig:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
     save_every: int = flag(20, "iterations between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one sampled episode, [response] tokens marked, then exit")
 
 

@@ -3,28 +3,28 @@
     python sft.py --init out/base --data world --out out/sft    # the embedded world, about a minute
     python sft.py --init out/base --data instructions.json --holdout 110 --out out/sft
 
-The same next-token loss as in pre-training, on conversations in the chat template, but summed over
-the assistant's tokens only (minus the log-likelihood that eqs. 4.1–4.2 of Foundations of LLMs maximise):
+The loss is that of pre-training, next-token prediction, on conversations in the chat template, but summed
+over the assistant's tokens only (minus the log-likelihood that eqs. 4.1–4.2 of Foundations of LLMs maximise):
 
     loss(θ) = − Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
 
 x is the prompt in the template, y the answer *and its end token* <|im_end|>: a model whose end
-token is never supervised never stops. Each batch holds conversations of like length, padded on the
-right to its own longest; causal attention keeps the padding from touching what comes before it.
+token is never supervised never stops. Each batch holds conversations of similar length, padded on
+the right to its longest one; causal attention keeps the padding from affecting what comes before it.
 The mean is taken over the supervised tokens of the batch, so a long answer weighs more than a
 short one.
 
-In a world of facts a few hundred steps on a few thousand answers would overwrite some of what
-pre-training taught. Three things prevent that:
+In the embedded world, which is full of facts, a few hundred steps on a few thousand answers would
+overwrite some of what pre-training taught. Three things prevent that:
 
 - Every step also reads a little raw text (--replay), from which the subjects that SFT holds out are removed (a sum
-  that it holds out may stand there); its mean next-token loss is added to that of the answers.
-- The optimisers are those of pre-training at a seventh to a fifth of their rates: SFT should teach how
-  to answer, and a higher rate unlearns what to answer.
-- The ε of Adam is large. Adam divides a gradient by its typical size, so a word that no answer holds
-  would be pushed down, by a tiny gradient of constant sign, as fast as the others learn: the head
-  would forget every name that SFT does not mention. (Of questions about unseen entities one base got
-  77 % right; after SFT 49 % with ε = 1e-8, 69 % with 1e-3.)
+  that it holds out may occur there); its mean next-token loss is added to that of the answers.
+- The optimisers are those of pre-training, at a seventh to a fifth of their learning rates: SFT should
+  teach how to answer, and at a higher rate the model unlearns what to answer.
+- The ε of Adam is large. Adam divides a gradient by its typical size, so a word that occurs in no answer
+  would be pushed down, by a tiny gradient of constant sign, as fast as the others are learned: the head
+  would forget every name that SFT does not mention. (One base model answered 77 % of the questions about
+  unseen entities correctly; after SFT 49 % with ε = 1e-8, 69 % with 1e-3.)
 
 Left out: packing several conversations into one row.
 """
@@ -48,41 +48,42 @@ from training import (StopRequest, autocast, check_finite, check_range, finish, 
 class Config:
     init: str = flag("out/base", "checkpoint to start from")
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
-    out: str = flag("out/sft", "folder of the checkpoint to write; a run that is there is replaced; with --resume an unfinished one goes on")
-    holdout: float = flag(0.05, "conversations held out at the end: a fraction, or a count from 1 up")
+    out: str = flag("out/sft", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
+                    "continued if it is unfinished")
+    holdout: float = flag(0.05, "conversations to hold out, from the end: a fraction, or a count if 1 or more")
     conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(16, "conversations per step")
     micro_batch: int | None = flag(None, "conversations read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "forget activations and compute them again for the gradient: much less memory, "
-                           "a third more time")
+    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
+                           "memory, a third more time")
     lr: float = flag(0.003, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.002, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
     warmup: int = flag(20, "steps of linear warm-up")
-    adam_eps: float = flag(1e-3, "ε of AdamW, large, so that words which no answer holds stay where they are "
+    adam_eps: float = flag(1e-3, "ε of AdamW; large, so that words which occur in no answer stay where they are "
                            "(usual: 1e-8)")
     weight_decay: float = flag(0.0, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     replay: int = flag(1, "windows of pre-training text mixed into every step, so that less of it is "
                        "forgotten (with --data world)")
-    from_scratch: bool = flag(False, "start from random weights; of --init take shape and tokeniser only")
-    dtype: str = flag("auto", "arithmetic of the forward pass; auto takes bfloat16 where it is faster",
+    from_scratch: bool = flag(False, "start from random weights; take only shape and tokeniser from --init")
+    dtype: str = flag("auto", "precision of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
-    resume: bool = flag(False, "go on from the last save in --out; where there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
 
 
 def answer_loss(model, inputs, targets, total=None):
-    """Mean −log p of the supervised targets. inputs, targets (B, T); target −100 counts nothing.
-    `total`: divide by this instead: the whole batch's targets, when these are some of its rows.
+    """Mean −log p of the supervised targets. inputs, targets (B, T); a target of −100 is ignored.
+    `total`: divide by this instead, the whole batch's supervised targets, if these are only some of its rows.
 
-    The vocabulary projection, the costliest part of a small model, runs at supervised places only.
+    The vocabulary projection, the costliest part of a small model, runs at supervised positions only.
     """
     hidden = model.hidden(inputs)  # (B, T, C)
     supervised = targets != data.IGNORE  # (B, T)
@@ -97,7 +98,7 @@ def load_replay(source, tokenizer, seed, documents=3000):
 
 
 def replay_loss(model, tokens, windows, generator):
-    """The loss of pre-training on windows of `tokens`, to be added to that of a later stage, so that less is
+    """The pre-training loss on random windows of `tokens`, to be added to a later stage's loss, so that less is
     forgotten (InstructGPT's PPO-ptx, arXiv 2203.02155, eq. 2, with a γ of 1)."""
     text = data.random_windows(tokens, windows, model.config.context_length, generator)
     device = next(model.parameters()).device
@@ -141,7 +142,7 @@ def main():
     model.recompute = config.recompute
     replayed = None
     if config.replay and config.data == ["world"]:
-        # Enough of them that few tokens are drawn twice, and never less than a window.
+        # Enough documents that few tokens are drawn twice, and never less than a window of them.
         replayed = load_replay(["world"], tokenizer, config.seed, max(1000, config.conversations))
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay, config.adam_eps)

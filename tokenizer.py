@@ -1,8 +1,8 @@
 """Byte-level BPE: train it, encode and decode with it, and render chats.
 
-Training is ours and in plain Python. Encoding is done by `tiktoken`, built from our merges and so
-offline. Files are Hugging Face's `tokenizer.json`; byte-level ones of other models (Llama 3, Qwen,
-SmolLM) open too.
+Training is our own code, in plain Python. Encoding is done by `tiktoken`, built from our merges, so
+it downloads nothing. Files are in Hugging Face's `tokenizer.json` format; byte-level ones of other
+models (Llama 3, Qwen, SmolLM) open too.
 
     python -c "import tokenizer; tokenizer.train_bpe([open('book.txt').read()], 4096).save('out')"
 
@@ -25,9 +25,9 @@ ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (ENDOFTEXT, IM_START, IM_END, PAD)
 ROLES = ("system", "user", "assistant")
 
-# No merge crosses the border of a chunk. A word takes the space before it along, so that "cat" is
-# nearly always one and the same token. Digits stand alone: 1234 then has one spelling, whatever is
-# frequent. A newline stands alone too: a chat's header ends with one, and its ids must not depend
+# No merge crosses the border of a chunk. A word includes the space before it, so that "cat" is
+# nearly always the same token. Each digit is a chunk: 1234 is always the same four tokens, whatever
+# is frequent. So is a newline: a chat's header ends with one, and the header's ids must not depend
 # on what comes next. Runs of spaces are bounded because tiktoken fails on a megabyte of them.
 PATTERN = (
     r"['’](?:s|t|re|ve|m|ll|d)(?!\p{L})"  # it's, they've, but not 'tis
@@ -104,8 +104,8 @@ class Tokenizer:
         return [i for i in ids if i < self.vocab_size] if self._lossy else ids
 
     def decode(self, ids):
-        """Ids -> text. Bytes that are not UTF-8 become U+FFFD. Ids from vocab_size on have no text: a model
-        may have more rows than its tokenizer has tokens, and draw one."""
+        """Ids -> text. Bytes that are not UTF-8 become U+FFFD. Ids from vocab_size on have no text and are
+        skipped: a model may have more rows than its tokenizer has tokens, so it may sample an unused one."""
         return self.encoding.decode([i for i in ids if i < self.vocab_size], errors="replace")
 
     def special_id(self, name):
@@ -139,7 +139,7 @@ class Tokenizer:
                       "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated",
                  "invert": False}
-        # The special tokens stand in the vocabulary too, or Hugging Face would number them anew.
+        # The special tokens must be in the vocabulary too, or Hugging Face would give them new ids.
         vocab = {_to_chars(token): i for token, i in self.ranks.items()} | self.specials
         merges = [[_to_chars(left), _to_chars(right)] for left, right in self.merges]
         spec = {
@@ -166,7 +166,7 @@ class Tokenizer:
     def load(cls, folder):
         """Reads a folder's `tokenizer.json`: ours, or another byte-level BPE.
 
-        Special tokens that it lacks only matter when they are asked for: a Llama base model
+        Missing special tokens matter only when they are asked for: a Llama base model's tokenizer
         encodes text, but `render_chat` refuses it. ValueError names what is not implemented.
         """
         path = Path(folder) / "tokenizer.json"
@@ -191,7 +191,7 @@ class Tokenizer:
 
         vocab = model["vocab"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        # tiktoken merges by the id of the result, Hugging Face by the place in the list.
+        # tiktoken merges in the order of the results' ids, Hugging Face in the order of the list.
         merged = [vocab[left + right] for left, right in merges]
         require(merged == sorted(merged), "a vocabulary in another order than its merges")
         specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
@@ -234,7 +234,7 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
 
     texts: an iterable of str. vocab_size: 256 bytes + merges + special tokens; when every chunk
     has become one token there is nothing left to merge, and the vocabulary stays smaller.
-    Ids: the bytes in the order of GPT-2's alphabet, the merges as learned, the special tokens.
+    Ids: the bytes in the order of GPT-2's alphabet, then the merges as learned, then the specials.
     The most frequent pair is merged first; among equals the one with the lowest left id, then
     the lowest right id. That is also what Hugging Face's trainer does.
     ValueError if vocab_size does not even hold the bytes and the special tokens.
@@ -250,12 +250,12 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
     chunks, find_chunks = Counter(), regex.compile(PATTERN).findall
     for text in texts:
         chunks.update(find_chunks(text))
-    # "replace": half a surrogate pair, which JSON can hold, has no bytes.
+    # "replace": half a surrogate pair, which JSON can hold, has no UTF-8 bytes.
     words = [[byte_ids[b] for b in chunk.encode("utf-8", "replace")] for chunk in chunks]
     frequency = list(chunks.values())
 
-    counts = defaultdict(int)  # pair -> how often it stands in the text
-    holders = defaultdict(set)  # pair -> the words that hold it, or once did
+    counts = defaultdict(int)  # pair -> how often it occurs in the text
+    holders = defaultdict(set)  # pair -> the words that contain it, or once did
     for w, word in enumerate(words):
         for pair in zip(word, word[1:]):
             counts[pair] += frequency[w]
@@ -267,8 +267,8 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
     while heap and len(merges) < merge_count:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:
-            # The heap is not told when a count falls. An old pair's count never rises again, so
-            # an outdated entry is always too high: it surfaces in time to be put right.
+            # Entries of the heap are not updated when a count falls. An old pair's count never rises
+            # again, so an outdated entry is always too high: it is popped in time to be corrected.
             if counts[pair]:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
@@ -295,7 +295,7 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
                         born.add((new, after))
                 i += 1
         for pair in born:
-            if counts[pair]:  # in aaaa, (aa, a) is born by the first merge and dies by the second
+            if counts[pair]:  # in aaaa, merging aa once creates (aa, a), merging it again removes it
                 heapq.heappush(heap, (-counts[pair], pair))
 
     ranks = {token: i for i, token in enumerate(vocab)}
@@ -309,7 +309,7 @@ def same_tokens(a, b):
 
 
 def render_chat(tokenizer, messages, generation_prompt=False):
-    """The chat template (ChatML), the only one in this project -> (ids, mask), equally long.
+    """The chat template (ChatML), the only one in this project -> (ids, mask), of equal length.
 
     messages: a list of {"role": "system" | "user" | "assistant", "content": str}, rendered as
     `<|im_start|>role⏎content<|im_end|>⏎`. mask[i] is 1 where ids[i] is to be learned: the
@@ -323,7 +323,7 @@ def render_chat(tokenizer, messages, generation_prompt=False):
         ids.extend(tokens)
         mask.extend([supervised] * len(tokens))
 
-    # Header and content are encoded apart, so that no merge crosses the border: the ids of a
+    # Header and content are encoded separately, so that no merge crosses the border: the ids of a
     # prompt are then exactly the first ids of the whole conversation, which is what training saw.
     def header(role):
         return [tokenizer.im_start_id, *tokenizer.encode(role + "\n")]

@@ -1,15 +1,15 @@
 """What every training loop needs exactly once: flags, devices, optimiser, schedule, checkpoints, logs.
 
-Nothing here is a trainer. Each stage writes out its own loop; this file holds the parts where two
-copies that disagree would be a silent bug. In the order a stage uses them:
+There is no trainer class. Each stage writes out its own loop; this file holds the parts where two
+diverging copies would be a silent bug. In the order in which a stage uses them:
 
     flag, parse_args, run          command line from a dataclass, errors as one clear line
-    keep_freed_memory              a tenth of the time on a CPU, for the asking
+    keep_freed_memory              saves a tenth of the time on a CPU
     pick_device, autocast, compiled, seed_everything, join_processes
-    adamw, Muon, muon_and_adam     their learning_rate: warm-up, flat, linear decay
+    adamw, Muon, muon_and_adam     optimisers; learning_rate: warm-up, flat, linear decay
     micro_batches                  a batch in parts that fit into memory
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
-    start_run, save_state, restore   one file with everything a stopped run needs to go on
+    start_run, save_state, restore   one file with everything a stopped run needs to continue
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
 """
 
@@ -50,7 +50,7 @@ class InputError(Exception):
 def run(main):
     """Call `main()`; bad input becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal does not have is no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot show is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
@@ -66,13 +66,13 @@ def run(main):
 
 
 def keep_freed_memory():
-    """Ask malloc to keep what is freed. The logits of a step take megabytes; given back to the
-    system and fetched again at every step, their pages are cleared anew, a tenth of the time of
-    pre-training on a CPU. Only Linux's glibc can be asked; elsewhere nothing happens."""
+    """Ask malloc to keep freed memory. The logits of a step take megabytes; if they were returned to the
+    system and allocated again at every step, the kernel would clear their pages each time, a tenth of the
+    time of pre-training on a CPU. Only Linux's glibc can be asked; elsewhere nothing happens."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MB, the most it takes, from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not cut back
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MB, its maximum, come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which never shrinks
         mallopt(-2, 2**28)  # M_TOP_PAD: and grows by 256 MB at a time (unused pages cost nothing)
 
 
@@ -130,7 +130,7 @@ def parse_args(Config, argv=None, description=None, prog=None):
     return Config(**vars(parser.parse_args(argv)))
 
 
-# What flags may be, wherever they occur: counts from 1, rates from 0.
+# Allowed values of flags, in whichever stage they occur: counts from 1, rates from 0.
 RANGES = {
     **dict.fromkeys(("steps", "epochs", "batch_size", "context_length", "documents", "conversations",
                      "prompts", "eval_prompts", "iterations", "episodes", "max_new_tokens", "layers",
@@ -143,8 +143,8 @@ RANGES = {
 
 
 def check_range(config, **bounds):
-    """Refuse a flag outside its [low, high]: those of RANGES that `config` has, and those given here, as in
-    `beta=(0, 9)`."""
+    """InputError for a flag outside its [low, high]. Checks the flags of RANGES that `config` has, and those in
+    `bounds`, such as `beta=(0, 9)`."""
     for name, (low, high) in (RANGES | bounds).items():
         value = getattr(config, name, None)
         if value is not None and not low <= value <= high:
@@ -169,8 +169,8 @@ def pick_device(name):
 
 
 def join_processes(device):
-    """(rank, how many) of the processes that `torchrun --nproc_per_node N` started, joined in a group
-    (gloo on CPUs, nccl on GPUs, one each); (0, 1) for one that stands alone."""
+    """Form one group of the processes that `torchrun --nproc_per_node N` started (gloo on CPUs; nccl on GPUs,
+    one GPU each). Returns (rank, number of processes); (0, 1) without torchrun."""
     if "RANK" not in os.environ:
         return 0, 1
     if device.type == "cuda":
@@ -179,7 +179,7 @@ def join_processes(device):
                              "give --device cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                         timeout=timedelta(days=1))  # of `first_alone`, on much text
+                                         timeout=timedelta(days=1))  # `first_alone` may make them wait long
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -194,8 +194,8 @@ def first_alone(rank, processes):
 
 
 def agree(loss, stop, processes):
-    """(mean loss of all processes, whether any of them was asked to stop): if one left the loop alone,
-    the others would wait for it for ever."""
+    """(mean loss of all processes, whether any of them was asked to stop): if only one left the loop,
+    the others would wait for it forever."""
     if processes == 1:
         return loss, bool(stop)
     both = torch.stack([loss.float(), torch.tensor(float(bool(stop)), device=loss.device)])
@@ -213,8 +213,8 @@ def autocast(device, dtype="auto"):
 
 
 def bfloat16_is_fast(device):
-    """Times both in turn and compares the best of ten, so that other work on the machine does not decide:
-    the same command has to take the same precision each time."""
+    """Times both precisions in turn and compares the best of ten runs each, so that other load on the machine
+    does not decide: the same command must choose the same precision each time."""
     side = 1024 if device.type == "cuda" else 384
     matrices = [torch.ones(side, side, device=device, dtype=kind) for kind in (torch.float32, torch.bfloat16)]
     best = [math.inf, math.inf]
@@ -223,31 +223,31 @@ def bfloat16_is_fast(device):
             start = time.perf_counter()
             (x @ x)[0, 0].item()
             best[i] = min(best[i], time.perf_counter() - start)
-        if turn > 0 and best[1] > 0.1:  # seconds: emulated, and eight more turns would tell nothing new
+        if turn > 0 and best[1] > 0.1:  # seconds: bfloat16 is emulated, and eight more turns would tell nothing new
             break
     fast = torch.tensor(float(best[0] > 1.3 * best[1]), device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # all processes as the first, or their weights would part
+        # all processes do as the first, or their weights would diverge
         torch.distributed.broadcast(fast, 0)
     return bool(fast)
 
 
 def compiled(function, wanted, device):
     """`torch.compile(function)` if it is wanted and works here (a CPU needs a C++ compiler); else the
-    function itself, with a message. The first steps then take long: up to a minute of compiling."""
+    function itself, with a message if it was wanted. Compiling makes the first steps slow: up to a minute."""
     if not wanted:
         return function
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
-    except Exception as error:  # whatever its backend meets
+    except Exception as error:  # whatever its backend raises
         print(f"--compile: torch.compile does not work here ({type(error).__name__}); going on without it")
         return function
     return torch.compile(function)
 
 
 def seed_everything(seed):
-    """Seed torch, and Python and numpy for reward functions of one's own; return a CPU generator for
-    everything the stage draws itself."""
+    """Seed torch, and Python's and numpy's generators for reward functions that users write; return a CPU
+    generator for everything that the stage itself draws."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -258,8 +258,8 @@ def seed_everything(seed):
 # Optimiser and schedule
 
 
-# torch's optimisers import its compiler at their first use, to tell it where not to look: 2 to 7
-# seconds of every stage, and nothing here compiles an optimiser. The functions themselves do without.
+# torch's optimisers import its compiler at their first use, only to exclude themselves from it: 2 to 7
+# seconds of every stage, and nothing here compiles an optimiser. The unwrapped functions do without.
 for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
     setattr(torch.optim.Optimizer, _name, inspect.unwrap(getattr(torch.optim.Optimizer, _name)))
 torch.optim.Adam.step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
@@ -276,17 +276,18 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is made orthogonal (Jordan et al. 2024, "Muon").
+    """SGD with momentum, every update orthogonalised (Jordan et al. 2024, "Muon").
 
-    The momentum of a matrix is mostly a few large directions. Newton-Schulz iterations, which are
-    matrix products alone, push all its singular values towards 1, so that the rare directions are
-    learned as fast as the common ones. For the matrices inside the blocks; embeddings, head and
-    gains go to AdamW. To the same loss it needs six tenths of AdamW's time here.
+    The momentum of a matrix is dominated by a few directions. Newton-Schulz iterations, which need only
+    matrix products, push all its singular values towards 1, so that the rare directions are learned as
+    fast as the common ones. Muon is for the matrices inside the blocks; embeddings, head and gains go
+    to AdamW. Here it reaches the same loss in six tenths of AdamW's time.
 
-    A matrix is taken in square blocks, so that the stacked q, k and v (gate and up) do not share a step
-    where their sizes are multiples of the side. `with precision: muon.step()` iterates in bfloat16 where that is
-    fast: exact enough for values near 1. (torch.optim.Muon always does; CPUs without bf16 units emulate that at a
-    hundredth of the speed.) Left out: scaling the step by the matrix's shape, which square blocks do not need.
+    A matrix is split into square blocks, each orthogonalised by itself, so that the stacked q, k and v (gate and
+    up) stay separate where their sizes are multiples of the side. `with precision: muon.step()` iterates in bfloat16
+    where that is fast: exact enough for values near 1. (torch.optim.Muon always does; CPUs without bf16 units
+    emulate that at a hundredth of the speed.) Left out: scaling the step by the matrix's shape, which square
+    blocks do not need.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.1):
@@ -309,11 +310,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_blocks(matrices, iterations=3):
-    """[(R, C)] -> [(R, C)] in which each square block of side min(R, C) has singular values near 1, but
+    """[(R, C)] -> [(R, C)] in which each square block of side min(R, C) has singular values near 1, except
     for the smallest, which three iterations leave small.
 
-    Blocks of one side go through the iterations together, in one product a step, which keeps all
-    cores busy with small matrices. Five iterations bring the values closer to 1 and train no better.
+    Blocks of the same side are iterated together, in batched products, which keeps all cores busy
+    even with small matrices. Five iterations bring the values closer to 1 but train no better.
     """
     by_side, found = {}, [None] * len(matrices)
     for i, matrix in enumerate(matrices):
@@ -337,15 +338,15 @@ def orthogonal_blocks(matrices, iterations=3):
 
 def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     """Muon for the matrices in the blocks, AdamW for embeddings, head and gains, each with the peak
-    learning rate that suits it: an embedding sees its token rarely, so it may move fast. Gradients
+    learning rate that suits it: the embedding of a token is rarely used, so it may move fast. Gradients
     well below `eps` hardly move anything.
 
     β₂ is 0.99, not the usual 0.95, because batches are small. At 0.95 Adam has forgotten after
-    twenty steps how large the gradient of a rare word was; then the tiny ones of its absence,
-    divided by their own size, push its row down. A word of one step in 200, whose gradients add up
-    to nothing, sinks at a third of the full rate; at 0.99 at a thirtieth. (2,400 steps of 5 windows:
-    held-out text went from 0.307 to 0.291 bits per byte, and of SFT's samples, on other prompts of
-    training, 45 % were right in place of 36.)
+    twenty steps how large the gradient of a rare word was; then the tiny ones of steps without the
+    word, divided by their own size, push its row down. The row of a word that occurs in one step in 200,
+    if its gradients add up to zero, sinks at a third of the full rate; at 0.99, at a thirtieth. (2,400
+    steps of 5 windows: held-out text went from 0.307 to 0.291 bits per byte, and 45 % instead of 36 % of
+    SFT's samples, on other training prompts, were right.)
     """
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
@@ -359,7 +360,7 @@ def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
 
 
 def set_share(share, *optimisers):
-    """Every group of parameters at this share of its own peak learning rate."""
+    """Set every parameter group to this share of its own peak learning rate."""
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = share * group["peak"]
@@ -394,23 +395,23 @@ def micro_batches(batch, size):
 
 @contextlib.contextmanager
 def writing(what):
-    """Inside it, whatever a full disk does to `what` becomes one InputError."""
+    """A context in which a failure to write `what`, such as a full disk, becomes one InputError."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{what}: could not be written ({error.strerror or error})") from error
-    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save say it
+    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report it
         raise InputError(f"{what}: could not be written ({str(error).splitlines()[0]})") from error
 
 
 def sync(path):
-    """Wait until the file is on the disk: a rename may reach it before the contents do."""
+    """Wait until the file is on the disk: otherwise a rename may get there before the contents do."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def write_atomic(path, write):
-    """`write(temporary_path)`, then rename over `path`: a reader sees the old file or the new one,
+    """Call `write(temporary_path)`, then rename that to `path`: a reader sees the old file or the new one,
     never half of one. A failed write (a full disk, say) leaves the old file as it was."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -428,11 +429,11 @@ def write_atomic(path, write):
 def save_checkpoint(folder, model, tokenizer, **extra):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
-    `extra` goes into config.json (the reward model's shift and scale, the stage's name). transformers reads
-    a reward at the last token that is no padding, so where <|im_end|> pads, as in some models of others, a
-    reward model's folder names no padding, and batches are refused there rather than misread. All or none:
-    the files are made beside the folder's own and moved in when they are whole. A reader needs config.json,
-    which goes first and comes last, so it never mixes two checkpoints."""
+    `extra` goes into config.json (the reward model's shift and scale, the stage's name). transformers reads a
+    reward at the last token that is not padding. So if <|im_end|> is also the padding token, as in some models
+    from elsewhere, a reward model's config names none, and transformers refuses batches rather than misread
+    them. All files or none: they are written to a subfolder and moved when all are complete. A reader
+    needs config.json, which is deleted first and moved last, so it never mixes two checkpoints."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
@@ -449,11 +450,11 @@ def save_checkpoint(folder, model, tokenizer, **extra):
             save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
             for name, value in (("generation_config.json", ends), ("config.json", config)):
                 (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-            shutil.copymode(part / "config.json", part / "model.safetensors")  # safetensors writes for the owner alone
+            shutil.copymode(part / "config.json", part / "model.safetensors")  # else only its owner could read it
             made = sorted(part.iterdir(), key=lambda path: path.name == "config.json")
             for path in made:
                 sync(path)
-            # Of a model of others that lay here, what a reader would take before ours goes too.
+            # Besides config.json: files of someone else's model, if one was here, that readers prefer to ours.
             for old in ("config.json", "model.safetensors.index.json", "chat_template.jinja"):
                 (folder / old).unlink(missing_ok=True)
             for path in made:
@@ -463,7 +464,7 @@ def save_checkpoint(folder, model, tokenizer, **extra):
 
 
 def load_checkpoint(folder, device="cpu"):
-    """Read a folder of `save_checkpoint`, or a Llama / Qwen3 folder of Hugging Face.
+    """Read a folder written by `save_checkpoint`, or a Hugging Face folder of a Llama or Qwen3 model.
 
     Returns (model, tokenizer, config dict); the model is a GPT, or a ScalarModel where the folder
     holds a reward model. Strict: a missing, surplus or misshapen tensor is an InputError."""
@@ -524,15 +525,15 @@ STATE = "training_state.pt"
 
 
 def settings_of(config):
-    """What must be equal for a resumed run to be the same run."""
+    """The settings that must be equal for a resumed run to be the same run."""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
             "compile")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
 def read_by(config):
-    """The files that a run reads; of a checkpoint, its weights; of the world, what makes it; of
-    `score.py:function`, the file."""
+    """The files that a run reads: data, the weights of a checkpoint, the sources of the world, and the Python
+    file of `score.py:function`."""
     here = Path(__file__).parent
     for name in ("init", "reward", "data", "replay_data"):
         given = getattr(config, name, None) or []
@@ -547,11 +548,11 @@ def read_by(config):
 
 
 def start_run(config, stage, first=True):
-    """Prepare the output folder. Returns the saved state to go on from, or None for a fresh start.
+    """Prepare the output folder. Returns the saved state to continue from, or None for a fresh start.
     Of several processes only the `first` changes files.
 
-    Without --resume, or with no state to resume, old results go, so that two runs are not mixed; an
-    old checkpoint stays until the new one is whole."""
+    Without --resume, or with no state to resume from, old results are deleted, so that two runs are not
+    mixed; an old checkpoint stays until the new one is complete."""
     if stage != "pretrain" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(f"{stage}: found {os.environ['WORLD_SIZE']} processes, expected one; only pretrain.py shares "
                          "its work under torchrun")
@@ -561,14 +562,14 @@ def start_run(config, stage, first=True):
         try:
             saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
             settings = saved["settings"]
-        except Exception as error:  # whatever a damaged file does to its reader
+        except Exception as error:  # whatever torch.load raises on a damaged file
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
         if saved["stage"] != stage:
             raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
         for path in read_by(config):
             if path.stat().st_mtime > state.stat().st_mtime:
-                raise InputError(f"--resume: {path} is younger than {state}, which was made from another; "
+                raise InputError(f"--resume: {path} is younger than {state}, which was made from an older version; "
                                  "start without --resume, or delete the state")
         mine = settings_of(config)
         for name in sorted(set(mine) | set(settings)):
@@ -591,8 +592,8 @@ def start_run(config, stage, first=True):
 
 
 def save_state(config, stage, position, seconds, generator, modules, **extra):
-    """Everything a stopped run needs, in one file. `position` is the number of finished steps;
-    `modules` maps names to what has a state_dict (models and optimisers)."""
+    """Save everything a stopped run needs, in one file. `position` is the number of finished steps;
+    `modules` maps names to objects with a state_dict (models and optimisers)."""
     state = {"stage": stage, "settings": settings_of(config), "position": position,
              "seconds": seconds, "generator": generator.get_state(),
              "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
@@ -602,13 +603,13 @@ def save_state(config, stage, position, seconds, generator, modules, **extra):
 
 
 def restore(saved, generator, modules):
-    """Put a state of `start_run` back; returns (position, seconds spent so far)."""
+    """Restore a state from `start_run`; returns (position, seconds spent so far)."""
     for name, module in modules.items():
         module.load_state_dict(saved["modules"][name])
     try:
         generator.set_state(saved["generator"])
     except RuntimeError as error:  # PPO and GRPO draw on the device
-        raise InputError("--resume: the save is of another kind of --device, whose random numbers are others; give "
+        raise InputError("--resume: the save is of another kind of --device, whose random numbers differ; give "
                          "that device, or start without --resume") from error
     torch.set_rng_state(saved["torch_rng"])
     if "python_rng" in saved:  # what a reward function of one's own may draw from
@@ -618,8 +619,8 @@ def restore(saved, generator, modules):
 
 
 class StopRequest:
-    """True once Ctrl-C (or SIGTERM) was pressed, so that a loop can finish its step, save and say
-    how to go on. A second Ctrl-C stops at once; within a second it is torchrun that hands on the first."""
+    """True after Ctrl-C (or SIGTERM), so that a loop can finish its step, save and say how to continue. A
+    second Ctrl-C stops at once, but within a second it is ignored: it is torchrun passing on the first."""
 
     def __init__(self):
         self.asked = None  # when
@@ -645,7 +646,7 @@ def leave(config):
 
 
 # ---------------------------------------------------------------------------------------------
-# What a run tells
+# What a run reports
 
 
 def progress(total, start, what, hidden=False):
@@ -665,7 +666,7 @@ def log(folder, step, **metrics):
 
 
 def cut_metrics(folder, position):
-    """On resume, forget the metrics of steps after the last save: they will be made again."""
+    """On resume, drop the metrics of steps after the last save: those steps are run again."""
     path = Path(folder) / "metrics.jsonl"
     if path.exists():
         rows = [r for r in path.read_text(encoding="utf-8").splitlines(True) if r.endswith("\n")]
@@ -679,11 +680,11 @@ def finish(folder, stage, seconds, **summary):
     folder = Path(folder)
     done = {"stage": stage, "seconds": round(seconds, 1), **summary}
     write_atomic(folder / "done", lambda path: path.write_text(json.dumps(done) + "\n"))
-    (folder / STATE).unlink(missing_ok=True)  # last: killed in between, the run is still finished
+    (folder / STATE).unlink(missing_ok=True)  # last: if killed before this, the run still counts as finished
 
 
 def check_finite(step, config, **numbers):
-    """A loss or gradient that is not a number poisons every weight: stop before the update."""
+    """A loss or gradient that is not finite would ruin every weight: stop before the update."""
     for name, value in numbers.items():
         if not torch.isfinite(value):
             state = Path(config.out) / STATE

