@@ -240,15 +240,15 @@ def core_of(report):
 
 
 ABLATIONS = {  # what each row is
-    "base": "zero-shot", "base_few_shot": "few-shot", "sft_scratch": "SFT without pre-training", "sft": "SFT",
+    "base": "base, zero-shot", "base_few_shot": "base, few-shot", "sft_scratch": "SFT without pre-training", "sft": "SFT",
     "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16",
-    "rejection": "SFT again, on its best of 8", "dpo": "DPO", "dpo_no_nll": "DPO without the chosen answers' own loss",
-    "grpo": "GRPO",
-    "grpo_right": "GRPO, paid for right answers (arithmetic and rewriting)", "ppo": "PPO",
+    "rejection": "SFT continued on its own best of 8", "dpo": "DPO",
+    "dpo_no_nll": "DPO without the chosen answers' own loss", "grpo": "GRPO",
+    "grpo_right": "GRPO, rewarded for right answers (arithmetic and rewriting)", "ppo": "PPO",
     "ppo_no_kl": "PPO without KL", "ppo_no_replay": "PPO without pre-training text",
     "ppo_no_sharpness": "PPO without learned sharpness",
-    "ppo_no_eos_score": "PPO without a bad score for no end",
-    "ppo_no_whitening": "PPO without whitening", "ppo_no_critic": "PPO without a value function",
+    "ppo_no_eos_score": "PPO without a penalty for unfinished answers",
+    "ppo_no_whitening": "PPO without whitening", "ppo_no_critic": "PPO without a critic",
     "ppo_hacked": "PPO without KL, longer, against a weak reward model"}
 
 
