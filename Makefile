@@ -22,7 +22,8 @@ OUT    ?= out
 ifneq ($(words $(OUT)),1)
 $(error OUT='$(OUT)': expected one folder without spaces)
 endif
-own    = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
+# quick and long have folders of their own, unless OUT was given.
+own = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
 
 # Settings of each stage; override on the command line: make PRETRAIN='--steps 2000'
 PRETRAIN ?=

@@ -45,7 +45,7 @@ from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat, same_
 from training import (InputError, check_range, flag, load_checkpoint, load_reward, parse_args,
                       pick_device, run, writing)
 
-HELP = """/compare [QUESTION]  put it (or the last question) to every model beside this one
+HELP = """/compare [QUESTION]  put this question (or the last one) to every model beside this one
 /best N [QUESTION]   list N answers to it, the best first: reward, log-prob, answer
 /reset               forget the conversation
 /seed N              restart the sampling from seed N
@@ -295,7 +295,7 @@ def questions(prompt):
 def models_beside(folder, device, raw):
     """The language models beside `folder`, itself included, in the order in which they were made."""
     found = []
-    for path in sorted(Path(folder).resolve().parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
+    for path in sorted(Path(os.path.abspath(folder)).parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
         try:
             found.append(open_speaker(path.parent, device, raw))
         except InputError:  # a reward model, or no model at all
@@ -319,7 +319,7 @@ def compare(question, config, sampling, device):
 
 def candidates(question, n, speaker, config, sampling, device):
     """Print n answers to the question, the best first, with reward and log-prob; equal ones once."""
-    folder = config.reward or Path(config.checkpoints[0]).resolve().parent / "reward"
+    folder = config.reward or Path(os.path.abspath(config.checkpoints[0])).parent / "reward"
     model, tokenizer, shift, _ = load_reward(folder, device)
     check_same(speaker, model, tokenizer, folder)
     ids, _ = speaker.fit(question, examples_like(question, config), config)
@@ -357,7 +357,7 @@ def converse(speakers, config, sampling, reward, device):
                 asked = question.strip() or asked
                 candidates(asked, int(number), speakers[0], config, sampling, device)
             elif command in ("/compare", "/best"):
-                print("(ask something first, or write it after the command; /best needs a number, as in /best 16)")
+                print("(ask something first, or write it after the command; /best needs a number up to 9999, as in /best 16)")
             elif command == "/reset":
                 histories = [[] for _ in speakers]
                 print("(forgotten)")

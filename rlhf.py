@@ -351,7 +351,7 @@ class DPOConfig:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
     keep_every: int | None = flag(None, "steps between checkpoints kept in OUT/step_N")
-    save_every: int = flag(100, "steps between saves of the state that --resume goes on from")
+    save_every: int = flag(100, "steps between saves of the state that --resume continues from")
     resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one pair, [supervised] tokens marked, then exit")
 
@@ -509,7 +509,7 @@ class RolloutConfig:
     keep_every: int | None = flag(None, "iterations between checkpoints kept in OUT/step_N")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
-    save_every: int = flag(20, "iterations between saves of the state that --resume goes on from")
+    save_every: int = flag(20, "iterations between saves of the state that --resume continues from")
     resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one sampled episode, [response] tokens marked, then exit")
 
@@ -554,10 +554,14 @@ def load_prompts(config, tokenizer, context_length):
     else:
         if config.families:
             raise InputError("--families: only the prompts of --data world have families")
+        data.check_holdout(config.holdout)
         rows = data.load_prompts(config.data)
         messages, heldout = ([prompt for prompt, marked in rows if marked == wanted] for wanted in (False, True))
-        if not messages or not heldout:
-            messages, heldout = data.split_holdout([prompt for prompt, _ in rows], config.holdout)
+        if not heldout:
+            messages, heldout = data.split_holdout(messages, config.holdout)
+        if not messages:
+            raise InputError(f"{' '.join(config.data)}: every row has a 'p', which marks it as held out; "
+                             "expected some rows without one to train on")
     heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
     room = context_length - config.max_new_tokens
     found = []
@@ -608,7 +612,7 @@ def load_function(path, name):
     try:
         module_spec = importlib.util.spec_from_file_location("reward_function", path)
         module = sys.modules["reward_function"] = importlib.util.module_from_spec(module_spec)
-        sys.path.append(str(Path(path).resolve().parent))  # for what lies beside it
+        sys.path.append(str(Path(path).resolve().parent))  # so that the file can import its neighbours
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:  # whatever the file does wrong

@@ -74,7 +74,7 @@ class Config:
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
-    save_every: int = flag(200, "steps between saves of the state that --resume goes on from")
+    save_every: int = flag(200, "steps between saves of the state that --resume continues from")
     resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
 

@@ -378,7 +378,7 @@ def learning_rate(step, steps, peak, warmup=0, decay=None):
     return peak * max(0.0, min(1.0, rising, falling))
 
 
-LOGITS = 2**26  # the most computed at once where nothing is trained: 256 MB in float32
+LOGITS = 2**26  # the most that are computed at a time where nothing is trained: 256 MB in float32
 
 
 def micro_batches(batch, size):
@@ -553,7 +553,7 @@ def start_run(config, stage, first=True):
 
     Without --resume, or with no state to resume from, old results are deleted, so that two runs are not
     mixed; an old checkpoint stays until the new one is complete."""
-    if stage != "pretrain" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if stage != "pretrain" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(f"{stage}: found {os.environ['WORLD_SIZE']} processes, expected one; only pretrain.py shares "
                          "its work under torchrun")
     folder = Path(config.out)

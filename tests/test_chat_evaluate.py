@@ -275,6 +275,8 @@ def test_compare_asks_every_model_beside_it(folders, monkeypatch, capsys):
 def test_compare_goes_on_after_a_model_that_cannot_answer(folders, tokenizer, monkeypatch, capsys, tmp_path):
     for name, length in (("a", 512), ("b", 100), ("c", 512)):
         save_checkpoint(tmp_path / name, tiny(tokenizer, 1, length), tokenizer)
+    (tmp_path / "a").rename(tmp_path.parent / "elsewhere")
+    (tmp_path / "a").symlink_to(tmp_path.parent / "elsewhere")  # its neighbours are those of the link
     out = run_chat(monkeypatch, capsys, [tmp_path / "a", "--temperature", 0], f"/compare {'word ' * 50}\n/seed {'9' * 5000}\n"
                    f"/best {'9' * 5000}\n")
     assert re.findall(r"^(\w)> ", out, re.M) == ["a", "c"] and "(b: found a prompt of" in out

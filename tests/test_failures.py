@@ -591,7 +591,8 @@ def bad_commands(files):
     yield say("sft", out, "--data", files / "preferences.jsonl"), "this is a row of preferences"
     yield say("reward", out, "--data", files / "conversations.jsonl"), "expected \"chosen\" and \"rejected\""
     yield say("dpo", out, "--data", files / "p.jsonl"), "expected a probability"
-    yield say("reward", out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
+    for stage in ("reward", "ppo"):
+        yield say(stage, out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
     yield say("sft", out, "--holdout", 60), "expected some rows left"
     yield say("sft", out, "--data", files / "same.jsonl"), "found the prompts of all 3 held-out rows in training"
     yield say("sft", out, "--holdout", 0), "expected a fraction or a count above 0"

@@ -151,6 +151,8 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     shutil.copy(NOTEBOOKS / "solved" / "00_the_method.ipynb", tmp_path / "00_the_method (1).ipynb")
     found = grade(tmp_path / "00_the_method (1).ipynb")[1]
     assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "–"
+    found = grade(tmp_path)[1]
+    assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "✗"  # the one in solutions.py
     file.write_text("def noise_ceiling(:\n")
     assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
     assert "expected one folder of notebooks" in grade(tmp_path / "nothing")[0].stderr
