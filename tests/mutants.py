@@ -325,6 +325,15 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_failures.py"),
     ("/compare leaves the conversation's random numbers elsewhere", "chat.py", "sampling | {\"generator\": alike}",
      "sampling", "test_chat_evaluate.py"),
+    ("PPO practises on rows marked as held out", "rlhf.py", "for wanted in (False, True))", "for wanted in (True, False))",
+     "test_rlhf.py"),
+    ("a reward function's random numbers begin anew on --resume", "training.py", 'random.setstate(saved["python_rng"])',
+     "pass", "test_training.py"),
+    ("the held-out loss holds all logits at once", "pretrain.py", "max(1, LOGITS // model.config.vocab_size)", "10**9",
+     "test_pretrain.py"),
+    ("the end token of others' base models is text", "chat.py",
+     "return token in self.end_ids and (not self.raw or token in self.tokenizer.specials.values())",
+     "return token in self.end_ids and not self.raw", "test_chat_evaluate.py"),
 )
 
 
