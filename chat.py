@@ -162,8 +162,9 @@ def open_speaker(folder, device="cpu", raw=False):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    ends = read_json(folder / "generation_config.json").get("eos_token_id") or []
-    ends = {*(ends if isinstance(ends, list) else [ends]), *special(tokenizer, ENDOFTEXT)}
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")  # it may be 0
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = {*ends, *special(tokenizer, ENDOFTEXT)}
     if raw or info.get("stage") == "pretrain" or not template:
         return Speaker(name, model, tokenizer, True, None, {*newline_ids(tokenizer), *ends})
     missing = [token for token in (IM_START, IM_END) if token not in tokenizer.specials]
@@ -254,7 +255,7 @@ def speak(speaker, ids, max_new_tokens, sampling):
     when all of its bytes are there."""
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for token in stream(speaker.model, ids, max_new_tokens, eos_ids=speaker.end_ids, **sampling):
-        if token >= speaker.tokenizer.vocab_size or speaker.is_end(token):
+        if token not in speaker.tokenizer.known or speaker.is_end(token):
             continue
         piece = decoder.decode(speaker.tokenizer.encoding.decode_single_token_bytes(token))
         if speaker.raw:
@@ -398,6 +399,8 @@ def reply(line, speakers, histories, config, sampling, reward):
 def label(speakers, config, sampling, reward):
     """Show two answers to each question, from the first and the last model in random order (so that
     the judge is blind); the choice becomes one line of a preference file."""
+    with writing(config.label):  # now, not after the first judgement
+        Path(config.label).parent.mkdir(parents=True, exist_ok=True)
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
         shots, two = examples_like(question, config), (speakers[0], speakers[-1])
         try:

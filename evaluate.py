@@ -58,7 +58,7 @@ class Config:
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in that choice, see chat.py; 0: reward alone")
     best_of_per_family: int = flag(16, "prompts of each family that best-of-n is measured on")
-    per_family: int = flag(160, "held-out prompts of each family that the rest is measured on")
+    per_family: int = flag(160, "held-out prompts of each family that the rest is measured on; at most 160")
     accuracy_decode: str = flag("greedy", "which answers the column *right* is computed from",
                                 choices=["greedy", "sample"])
     system: str | None = flag(None, "instruction put before every prompt")
@@ -337,7 +337,7 @@ def rounded(value):
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
     check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_beta=(0, 1e6), best_of_per_family=(1, 10**6),
-                per_family=(1, 10**6))
+                per_family=(1, 160))  # heldout_tasks has no more
     started = time.perf_counter()
     device = pick_device(config.device)
 

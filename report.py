@@ -215,7 +215,7 @@ def build_markdown(report, study=None):
     studied = [part for heading, lines, tables, _ in study_sections(report, study)
                for part in (f"## {heading}", *map(markdown_text, lines), *(markdown_table(*table) for table in tables))]
     return "\n\n".join([
-        "# Report", markdown_table(*main_rows(core)), "\n".join(f"- {note}" for note in notes(report)),
+        "# Report", markdown_table(*main_rows(core)), "\n".join(f"- {markdown_text(note)}" for note in notes(report)),
         "## Answers", *answers(True), *studied, "## Parts", markdown_table(*part_rows(report)),
         "## Families", markdown_table(*family_rows(core)), "## Glossary", markdown_table(*glossary_rows()),
         "## More answers", *answers(False)]) + "\n"

@@ -397,7 +397,7 @@ def dpo(argv=None):
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
     sharpness = learn_sharpness(optimiser, config.sharpness_lr, device)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed, model.config.context_length)
 
     # 3. The loop.
     per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
@@ -528,6 +528,8 @@ class PPOConfig(RolloutConfig):
 
 def check_rollout_flags(config):
     check_range(config, minibatches=(1, config.episodes), temperature=(0.01, 100), replay=(1, 10**6))
+    if math.isinf(config.no_eos_score):
+        raise InputError(f"--no-eos-score {config.no_eos_score}: expected a finite number, or nan")
     if math.isnan(config.no_eos_score):
         config.no_eos_score = None
 
@@ -743,7 +745,7 @@ def ppo(argv=None):
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = learn_sharpness(policy_optimiser, config.sharpness_lr, device)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed, policy.config.context_length)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
@@ -901,7 +903,7 @@ def grpo(argv=None):
     precision = autocast(device, config.dtype)
     optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = learn_sharpness(optimiser, config.sharpness_lr, device)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed, policy.config.context_length)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,

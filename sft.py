@@ -91,10 +91,13 @@ def answer_loss(model, inputs, targets, total=None):
     return F.cross_entropy(logits, targets[supervised], reduction="sum") / (total or len(logits))
 
 
-def load_replay(source, tokenizer, seed, documents=3000):
-    """Pre-training text to read again, as one long row of tokens: ["world"], or paths of text files."""
+def load_replay(source, tokenizer, seed, length, documents=3000):
+    """Pre-training text to read again, as one long row of tokens: ["world"], or paths of text files.
+    InputError if it has no window of `length` tokens."""
     texts = world.replay_documents(documents, seed) if source == ["world"] else data.load_texts(source)
-    return data.pack_documents(texts, tokenizer)[0]
+    tokens, _ = data.pack_documents(texts, tokenizer)
+    data.check_long_enough(tokens, length)
+    return tokens
 
 
 def replay_loss(model, tokens, windows, generator):
@@ -143,7 +146,7 @@ def main():
     replayed = None
     if config.replay and config.data == ["world"]:
         # Enough documents that few tokens are drawn twice, and never less than a window of them.
-        replayed = load_replay(["world"], tokenizer, config.seed, max(1000, config.conversations))
+        replayed = load_replay(["world"], tokenizer, config.seed, model.config.context_length, max(1000, config.conversations))
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay, config.adam_eps)
     precision = autocast(device, config.dtype)

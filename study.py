@@ -125,7 +125,8 @@ def train(config):
         if fresh(config, folder / "done", *code) and known == command:
             continue
         print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
-        same = known == command and fresh(config, asked, *code)  # if so, --resume; otherwise start anew
+        # If so, --resume; otherwise start anew. A save that is older than the world could not be resumed from.
+        same = known == command and fresh(config, asked, world.__file__, HERE / "world_facts.txt", *code)
         folder.mkdir(parents=True, exist_ok=True)
         # If this run stops in its first seconds, an old result or another command's save must not pass for its own.
         for old in ("done", STATE)[:1 if same else 2]:
@@ -164,6 +165,16 @@ def write_subsets(config):
         path = Path(config.out) / f"pairs_{n}.jsonl"
         if not fresh(config, path):
             write_rows(path, [row for row in rows if "p" not in row][:n] + heldout)
+
+
+def forget_others(config):
+    """Delete data files made from other --runs: if these are older than the files, `fresh` takes them for ours."""
+    note, runs = Path(config.out) / "runs", str(Path(config.runs).resolve())
+    if note.exists() and note.read_text(encoding="utf-8") != runs:
+        for name in ("pairs", "rejection", "heldout_pairs"):
+            for old in Path(config.out).glob(f"{name}_*.jsonl"):
+                old.unlink()
+    write_atomic(note, lambda path: path.write_text(runs, encoding="utf-8"))
 
 
 def sized(config, name, n):
@@ -503,6 +514,7 @@ def main():
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
 
+    forget_others(config)
     write_subsets(config)
     write_rejection(config, device)
     train(config)

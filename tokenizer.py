@@ -82,9 +82,11 @@ class Tokenizer:
     specials: dict  # name -> id
     pad_token: str = PAD
     nfc: bool = False  # compose accents first (Qwen)
+    plain: frozenset = frozenset()  # of the specials, those that are text, not control (Qwen's <think>)
 
     def __post_init__(self):
-        self.vocab_size = max([*self.ranks.values(), *self.specials.values()]) + 1
+        self.known = {*self.ranks.values(), *self.specials.values()}  # the ids may have gaps
+        self.vocab_size = max(self.known) + 1
         # Some vocabularies (SmolLM's) lack rare bytes. tiktoken needs them all, so they get ids
         # past the end, and `encode` drops those: Hugging Face drops such bytes, too.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in self.ranks]
@@ -104,9 +106,9 @@ class Tokenizer:
         return [i for i in ids if i < self.vocab_size] if self._lossy else ids
 
     def decode(self, ids):
-        """Ids -> text. Bytes that are not UTF-8 become U+FFFD. Ids from vocab_size on have no text and are
-        skipped: a model may have more rows than its tokenizer has tokens, so it may sample an unused one."""
-        return self.encoding.decode([i for i in ids if i < self.vocab_size], errors="replace")
+        """Ids -> text. Bytes that are not UTF-8 become U+FFFD. Ids that no token has are skipped: a model may
+        have more rows than its tokenizer has tokens, so it may sample an unused one."""
+        return self.encoding.decode([i for i in ids if i in self.known], errors="replace")
 
     def special_id(self, name):
         """The id of a special token. ValueError if this vocabulary has none of that name."""
@@ -133,7 +135,7 @@ class Tokenizer:
     def save(self, folder):
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers` reads too."""
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added = [{"id": i, "content": name, "special": True, **flags}
+        added = [{"id": i, "content": name, "special": name not in self.plain, **flags}
                  for name, i in sorted(self.specials.items(), key=lambda item: item[1])]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                       "use_regex": False}
@@ -210,6 +212,8 @@ class Tokenizer:
             specials,
             pad_token=pad["content"] if isinstance(pad, dict) else pad,
             nfc=normalizer is not None,
+            plain=frozenset(token["content"] for token in spec.get("added_tokens") or []
+                            if not token.get("special", True)),
         )
 
 

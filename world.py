@@ -1617,7 +1617,7 @@ def main():
 
     from tqdm import tqdm
 
-    from training import (check_range, flag, load_policy, parse_args, pick_device,
+    from training import (InputError, check_range, flag, load_policy, parse_args, pick_device,
                           write_atomic)
 
     @dataclass
@@ -1644,11 +1644,14 @@ def main():
     with tqdm(total=config.pairs, desc="pairs", unit="pair") as bar:
         rows = sample_pairs(model, tokenizer, config.pairs, config.holdout, config.seed,
                             config.max_new_tokens, tell=lambda done: bar.update(done - bar.n))
+    if not rows:
+        raise InputError("found no two answers of which one is better, expected some pairs; the file was not written")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(config.out, lambda path: path.write_text(text, encoding="utf-8"))
-    ceiling = sum(max(r["p"], 1 - r["p"]) for r in rows if "p" in r) / max(1, sum("p" in r for r in rows))
+    best = [max(r["p"], 1 - r["p"]) for r in rows if "p" in r]
+    ceiling = f"; noise ceiling {sum(best) / len(best):.3f}" if best else ""
     print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal, or do not fit the context), "
-          f"{sum('p' in r for r in rows)} with held-out prompts; noise ceiling {ceiling:.3f}; "
+          f"{len(best)} with held-out prompts{ceiling}; "
           f"{time.perf_counter() - started:.0f} s; wrote {config.out}")
 
 

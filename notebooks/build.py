@@ -75,7 +75,7 @@ def tidy(kind, text, i, outputs=()):
 
 
 def read(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
 
 
 def write(path, notebook):

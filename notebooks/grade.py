@@ -33,7 +33,7 @@ class Task(NamedTuple):
 def cells(path):
     """[(number of the cell's exercise or None, its code)] of a notebook, or of a Python file as one cell."""
     if path.suffix == ".py":
-        return [(None, path.read_text(encoding="utf-8"))]
+        return [(None, path.read_text(encoding="utf-8-sig"))]  # Windows' editors may begin with a BOM
     codes = [build.source_of(cell) for cell in build.read(path)["cells"] if cell["cell_type"] == "code"]
     return [(number[1] if (number := re.search(r"# EXERCISE ([\d.]+)", code)) else None, code) for code in codes]
 

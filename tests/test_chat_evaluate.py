@@ -90,6 +90,8 @@ def test_a_base_model_of_others_ends_where_it_says(tokenizer, some_tasks, monkey
     monkeypatch.setattr(chat, "load_checkpoint", lambda *_: (tiny(tokenizer), theirs, {"stage": "pretrain"}))
     speaker = chat.open_speaker(tmp_path)
     assert theirs.specials["<|the_end|>"] in speaker.end_ids
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert 0 in chat.open_speaker(tmp_path).end_ids
     assert speaker.text([*tokenizer.encode("Paris."), theirs.specials["<|the_end|>"]]) == "Paris."
     monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
     monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
@@ -355,7 +357,7 @@ def test_label_shows_answers_in_either_order(folders, monkeypatch, capsys, tmp_p
 
 
 def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
-    path = tmp_path / "mine.jsonl"
+    path = tmp_path / "new" / "mine.jsonl"
     for choice in "ab":
         run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1],
                  f"Hi?\n{choice}\nHi?\ns\n")
@@ -646,6 +648,8 @@ def test_unknown_reference_and_equal_names_are_refused(folders):
         evaluate.main([str(folders / "sft"), "--data", "pairs.jsonl"])
     with pytest.raises(InputError, match="same name"):
         evaluate.main([str(folders / "sft"), str(folders / "sft")])
+    with pytest.raises(InputError, match="per-family"):
+        evaluate.main([str(folders / "sft"), "--per-family", "161"])
     for name in ("best_of_4", "sft_few_shot"):
         with pytest.raises(InputError, match=f"checkpoint called {name}"):
             evaluate.main([str(folders / "sft"), str(folders / name), "--best-of", "4"])
@@ -672,6 +676,7 @@ def test_hostile_text_stays_text(written):
             answer["text"] = HOSTILE
     rows = found["checkpoints"]
     rows["<i>evil</i> $x_"] = rows.pop("ppo")
+    found["seconds"]["<i>evil</i> $x_"] = 1.0
     page, notes = report.build_html(found, written), report.build_markdown(found)
     tags = set(re.findall(r"<(/?[a-z][a-z0-9]*)", page, re.I))
     assert tags.isdisjoint({"script", "/script", "img", "i", "b"})

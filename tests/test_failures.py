@@ -609,6 +609,7 @@ def bad_commands(files):
     yield say("sft", out, "--init", files / "no_tokens"), "no_tokens: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "plain"), "its tokenizer has no <|im_start|>"
     yield say("ppo", out, "--reward", files / "short"), "reads 32 tokens, --init 64"
+    yield say("ppo", out, "--no-eos-score", "inf"), "expected a finite number, or nan"
     yield say("sft", out, "--init", files / "wide"), "wide: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "reward"), "reward: a reward model; expected a language model"
     yield say("reward", out, "--init", files / "reward"), "expected a language model"

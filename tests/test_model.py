@@ -210,6 +210,13 @@ def test_cached_equals_uncached(padded):
 PROMPTS = [random_ids(length, seed=length).tolist() for length in (3, 8, 5, 1, 6)]
 
 
+def test_a_temperature_that_cannot_divide_is_greedy():
+    logits = 50 * torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    for temperature in (1e-37, 1e-40):
+        ids, logprobs = sample(logits, temperature, None, None, None)
+        assert torch.equal(ids, logits.argmax(-1)) and torch.equal(logprobs, logits.log_softmax(-1).amax(-1))
+
+
 def test_greedy_is_argmax_of_the_full_forward():
     model = tiny()
     answers, logprobs = generate(model, PROMPTS, 10, temperature=0)

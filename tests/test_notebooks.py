@@ -153,6 +153,8 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "–"
     found = grade(tmp_path)[1]
     assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "✗"  # the one in solutions.py
+    file.write_text("def best_of_n_kl(n):\n    import math\n    return math.log(n) - (n - 1) / n\n", encoding="utf-8-sig")
+    assert grade(file)[1]["9.3 best_of_n_kl"] == "✓"  # Windows' editors begin with a BOM
     file.write_text("def noise_ceiling(:\n")
     assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
     assert "expected one folder of notebooks" in grade(tmp_path / "nothing")[0].stderr

@@ -685,7 +685,9 @@ def test_text_of_pretraining_is_read_again_on_the_side(stage, monkeypatch, tmp_p
     """With --replay-data a text is known better than before, and the stage still learns."""
     text = tmp_path / "old.txt"
     text.write_text("the dog sat on the log and the cat sat on the mat and " * 20)
-    tokens = load_replay([text], tokenizer, seed=1)
+    tokens = load_replay([text], tokenizer, 1, 24)
+    with pytest.raises(InputError, match="expected more than the context of 9999"):  # not first in an update
+        load_replay([text], tokenizer, 1, 9999)
     replay = ["--replay-data", text, "--replay", 2]
     if stage == "dpo":
         done, _ = toy_dpo(monkeypatch, tmp_path, tokenizer, *replay)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +111,44 @@ def test_what_another_command_left_is_gone_before_the_script_starts(tmp_path, mo
         assert not (first / "done").exists() and (first / STATE).exists() is resumes
         assert ("--resume" in commands.pop()) is resumes
         (first / STATE).touch()  # the second time the same command goes on from its own save
+
+
+def test_a_save_older_than_the_world_is_not_gone_on_from(tmp_path, monkeypatch):
+    """start_run would refuse it, each time."""
+    config = study.Config(runs=str(tmp_path / "runs"), out=str(tmp_path / "study"))
+    for name in ("base", "sft", "reward"):
+        finish(tmp_path / "runs" / name, name, 1.0)
+    (tmp_path / "world.py").touch()
+    monkeypatch.setattr(study, "world", SimpleNamespace(__file__=str(tmp_path / "world.py")))
+    commands = []
+
+    def stopped(command):
+        commands.append(command)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(study, "call", stopped)
+    for newer in (None, -60, 60):
+        if newer is not None:
+            os.utime(tmp_path / "world.py", (time.time() + newer,) * 2)
+        with pytest.raises(KeyboardInterrupt):
+            study.train(config)
+    assert ["--resume" in command for command in commands] == [False, True, False]
+
+
+def test_what_was_made_from_other_runs_is_forgotten(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pairs.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+        finish(tmp_path / name / "sft", "sft", 1.0)
+    out = tmp_path / "study"
+    out.mkdir()
+    for name in "aba":  # all older than what the study writes
+        config = study.Config(runs=str(tmp_path / name), out=str(out))
+        study.forget_others(config)
+        study.write_subsets(config)
+        assert json.loads((out / "pairs_750.jsonl").read_text())["prompt"] == name
+    (out / "rejection_40_seed1.jsonl").touch()
+    study.forget_others(config)
+    assert (out / "rejection_40_seed1.jsonl").exists()
 
 
 def test_best_of_groups_takes_the_best_of_each_group():

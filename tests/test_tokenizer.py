@@ -269,6 +269,21 @@ def test_save_and_load(tokenizer, tmp_path):
         assert (tmp_path / "twice" / name).read_text("utf-8") == (tmp_path / "new" / name).read_text("utf-8")
 
 
+def test_added_tokens_that_are_text_stay_text_and_gaps_have_none(tokenizer, tmp_path):
+    """Qwen3's <think> is no control token: what others print without special tokens still shows it."""
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text("utf-8"))
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": tokenizer.vocab_size + 3, "content": "<think>", "special": False})
+    path.write_text(json.dumps(spec))
+    for _ in range(2):  # as it came, and as we save it
+        loaded = Tokenizer.load(tmp_path)
+        loaded.save(tmp_path)
+        flags = {token["content"]: token["special"] for token in json.loads(path.read_text("utf-8"))["added_tokens"]}
+        assert flags == {name: name != "<think>" for name in loaded.specials}
+    assert loaded.decode([tokenizer.vocab_size + 3, tokenizer.vocab_size + 1]) == "<think>"
+
+
 def test_hugging_face_chat_template_agrees(tokenizer, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     sandbox = pytest.importorskip("jinja2.sandbox")

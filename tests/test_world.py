@@ -3,12 +3,15 @@
 import hashlib
 import random
 import re
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
+import training
 import world
+from training import InputError
 
 NONSENSE = "Bananas sing at midnight."
 HOLDS = world.HOLDOUTS
@@ -407,3 +410,14 @@ def test_right_is_the_checker_as_a_reward():
         assert world.right(task.prompt, "Perhaps.") == 0
     with pytest.raises(ValueError, match="not a prompt of training"):
         world.right(world.heldout_tasks()[0].prompt, "yes")
+
+
+def test_no_pairs_leave_the_file_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_policy", lambda *_: (None, None))
+    monkeypatch.setattr(world, "sample_pairs", lambda *_, **__: [])
+    out = tmp_path / "pairs.jsonl"
+    out.write_text("kept")
+    monkeypatch.setattr(sys, "argv", ["world.py", "pairs", "--init", "sft", "--out", str(out)])
+    with pytest.raises(InputError, match="not written"):
+        world.main()
+    assert out.read_text() == "kept"

@@ -97,7 +97,8 @@ def export(folder, path, kind="f16"):
     # A model may have more rows than its tokenizer has tokens; llama.cpp wants a name for each.
     words = {i: (f"[unused {i}]", gguf.TokenType.UNUSED) for i in range(c.vocab_size)}
     words |= {i: (_to_chars(token), gguf.TokenType.NORMAL) for token, i in tokenizer.ranks.items()}
-    words |= {i: (name, gguf.TokenType.CONTROL) for name, i in tokenizer.specials.items()}
+    words |= {i: (name, gguf.TokenType.USER_DEFINED if name in tokenizer.plain else gguf.TokenType.CONTROL)
+              for name, i in tokenizer.specials.items()}
     writer.add_tokenizer_model("gpt2")  # its name for byte-level BPE
     writer.add_tokenizer_pre(RULES[tokenizer.pattern])
     writer.add_token_list([words[i][0] for i in range(c.vocab_size)])
