@@ -19,7 +19,7 @@
 PYTHON ?= python3
 PY     := .venv/bin/python
 OUT    ?= out
-ifneq ($(words $(OUT)),1)
+ifneq ($(words $(OUT)) $(OUT),1 $(firstword $(OUT)))
 $(error OUT='$(OUT)': expected one folder without spaces)
 endif
 # quick and long have folders of their own, unless OUT was given.

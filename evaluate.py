@@ -346,11 +346,12 @@ def main(argv=None):
     if len(folders) < len(config.checkpoints):
         raise InputError("found two checkpoints of the same name, expected different folder names, "
                          "because these name the rows of the report")
-    taken = {f"best_of_{config.best_of}", *(f"{name}_few_shot" for name in folders)} & set(folders)
+    speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
+    taken = {f"best_of_{config.best_of}" if config.best_of > 1 else "",
+             *(f"{name}_few_shot" for name, speaker in speakers.items() if speaker.raw and config.few_shot)} & set(folders)
     if taken:
         raise InputError(f"found a checkpoint called {', '.join(sorted(taken))}, the name of another row of the "
                          "report; expected a different one")
-    speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
     reference = speakers.get(config.reference)
     if reference is None and config.reference != Config.reference:
         raise InputError(f"--reference {config.reference}: found {', '.join(speakers)}; "

@@ -328,7 +328,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> token ids (B,) and their log-probs (B,) under the sampling distribution.
 
     Temperature 0 takes the likeliest token; its log-prob is then the one at temperature 1. So does any below 1e-6,
-    by which logits could not be divided: they would overflow.
+    where sampling would do the same and, for the tiniest, the division would overflow.
     """
     logits = logits.float()
     if temperature < 1e-6:

@@ -612,8 +612,8 @@ def load_reward_source(spec, policy, tokenizer, device):
 def load_function(path, name):
     """The function `name` of the Python file `path`, which is run: it is the user's own code."""
     try:
-        module_spec = importlib.util.spec_from_file_location("reward_function", path)
-        module = sys.modules["reward_function"] = importlib.util.module_from_spec(module_spec)
+        module_spec = importlib.util.spec_from_file_location("__reward_function__", path)
+        module = sys.modules["__reward_function__"] = importlib.util.module_from_spec(module_spec)
         sys.path.append(str(Path(path).resolve().parent))  # so that the file can import its neighbours
         module_spec.loader.exec_module(module)
         function = getattr(module, name)

@@ -168,11 +168,12 @@ def write_subsets(config):
 
 
 def forget_others(config):
-    """Delete data files made from other --runs: if these are older than the files, `fresh` takes them for ours."""
-    note, runs = Path(config.out) / "runs", str(Path(config.runs).resolve())
+    """Delete what was made from other --runs: if these are older than it, `fresh` takes it for ours."""
+    note = Path(config.out) / "made_from"
+    runs = "".join((Path(config.runs) / name / "done").read_text(encoding="utf-8") for name in ("base", "sft", "reward"))
     if note.exists() and note.read_text(encoding="utf-8") != runs:
-        for name in ("pairs", "rejection", "heldout_pairs"):
-            for old in Path(config.out).glob(f"{name}_*.jsonl"):
+        for pattern in ("pairs_*.jsonl", "rejection_*.jsonl", "heldout_pairs_*.jsonl", "*/command"):
+            for old in Path(config.out).glob(pattern):
                 old.unlink()
     write_atomic(note, lambda path: path.write_text(runs, encoding="utf-8"))
 

@@ -108,7 +108,7 @@ class Tokenizer:
     def decode(self, ids):
         """Ids -> text. Bytes that are not UTF-8 become U+FFFD. Ids that no token has are skipped: a model may
         have more rows than its tokenizer has tokens, so it may sample an unused one."""
-        return self.encoding.decode([i for i in ids if i in self.known], errors="replace")
+        return self.encoding.decode([i for i in map(int, ids) if i in self.known], errors="replace")
 
     def special_id(self, name):
         """The id of a special token. ValueError if this vocabulary has none of that name."""

@@ -641,7 +641,7 @@ def test_what_has_nothing_to_compare_with_says_so(folders, some_tasks, monkeypat
         assert ("none of them is called sft, so no win rate" in capsys.readouterr().out) == said
 
 
-def test_unknown_reference_and_equal_names_are_refused(folders):
+def test_unknown_reference_and_equal_names_are_refused(folders, tmp_path):
     with pytest.raises(InputError, match="--reference dpo"):
         evaluate.main([str(folders / "sft"), "--reference", "dpo"])
     with pytest.raises(InputError, match="--data is what --reward"):
@@ -650,9 +650,10 @@ def test_unknown_reference_and_equal_names_are_refused(folders):
         evaluate.main([str(folders / "sft"), str(folders / "sft")])
     with pytest.raises(InputError, match="per-family"):
         evaluate.main([str(folders / "sft"), "--per-family", "161"])
-    for name in ("best_of_4", "sft_few_shot"):
+    for first, name in (("sft", "best_of_4"), ("base", "base_few_shot")):
+        (tmp_path / name).symlink_to(folders / "ppo")
         with pytest.raises(InputError, match=f"checkpoint called {name}"):
-            evaluate.main([str(folders / "sft"), str(folders / name), "--best-of", "4"])
+            evaluate.main([str(folders / first), str(tmp_path / name), "--best-of", "4"])
 
 
 def test_a_folder_on_another_drive_is_named_in_full(monkeypatch):

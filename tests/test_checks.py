@@ -594,6 +594,7 @@ TABLE = {
         (lambda x, W, A, B, alpha: x @ W.T, "W x alone"),
         (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B, alpha * len(A) / A.size(1)), "columns of A"),
         (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B.detach(), alpha), "its gradient for `B`"),
+        (lambda x, W, A, B, alpha: x.numpy() @ (W.numpy() + alpha / len(A) * B.numpy() @ A.numpy()).T, "no gradient can flow"),
         (lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * x @ (A @ B).T, None)]),
     "preference_loss": ([preference_loss, reward.preference_loss], [
         (lambda c, r: preference_loss(r, c), "sign of the margin"),

@@ -152,6 +152,6 @@ def test_clean_forgets_the_folder_it_is_told(make, tmp_path):
     assert not (tmp_path / "out").exists()
     for folder in ("my", "runs", "my runs"):
         (tmp_path / folder).mkdir()
-    for out in ("my runs", "", " "):
+    for out in ("my runs", "", " ", "my "):
         assert make("clean", f"OUT={out}", status=2) == make(f"OUT={out}", status=2) == []
     assert all((tmp_path / folder).exists() for folder in ("my", "runs", "my runs"))

@@ -138,7 +138,8 @@ def test_what_was_made_from_other_runs_is_forgotten(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "pairs.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
-        finish(tmp_path / name / "sft", "sft", 1.0)
+        for stage in ("base", "sft", "reward"):
+            finish(tmp_path / name / stage, stage, float(ord(name)))
     out = tmp_path / "study"
     out.mkdir()
     for name in "aba":  # all older than what the study writes
@@ -146,9 +147,15 @@ def test_what_was_made_from_other_runs_is_forgotten(tmp_path):
         study.forget_others(config)
         study.write_subsets(config)
         assert json.loads((out / "pairs_750.jsonl").read_text())["prompt"] == name
-    (out / "rejection_40_seed1.jsonl").touch()
-    study.forget_others(config)
-    assert (out / "rejection_40_seed1.jsonl").exists()
+    (out / "ppo").mkdir()
+    made = [out / "rejection_40_seed1.jsonl", out / "ppo" / "command"]
+    for path in made:
+        path.touch()
+    (tmp_path / "a").rename(tmp_path / "moved")  # the same runs under another name
+    study.forget_others(study.Config(runs=str(tmp_path / "moved"), out=str(out)))
+    assert all(path.exists() for path in made)
+    study.forget_others(study.Config(runs=str(tmp_path / "b"), out=str(out)))
+    assert not any(path.exists() for path in made)
 
 
 def test_best_of_groups_takes_the_best_of_each_group():

@@ -4,8 +4,10 @@ import json
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import regex
+import torch
 
 import tokenizer as tok
 from tokenizer import PATTERN, SPECIALS, Tokenizer, render_chat, same_tokens, train_bpe
@@ -281,7 +283,8 @@ def test_added_tokens_that_are_text_stay_text_and_gaps_have_none(tokenizer, tmp_
         loaded.save(tmp_path)
         flags = {token["content"]: token["special"] for token in json.loads(path.read_text("utf-8"))["added_tokens"]}
         assert flags == {name: name != "<think>" for name in loaded.specials}
-    assert loaded.decode([tokenizer.vocab_size + 3, tokenizer.vocab_size + 1]) == "<think>"
+    ids = [tokenizer.vocab_size + 3, tokenizer.vocab_size + 1]
+    assert loaded.decode(ids) == loaded.decode(torch.tensor(ids)) == loaded.decode(np.array(ids)) == "<think>"
 
 
 def test_hugging_face_chat_template_agrees(tokenizer, tmp_path):
