@@ -358,7 +358,8 @@ def converse(speakers, config, sampling, reward, device):
                 asked = question.strip() or asked
                 candidates(asked, int(number), speakers[0], config, sampling, device)
             elif command in ("/compare", "/best"):
-                print("(ask something first, or write it after the command; /best needs a number up to 9999, as in /best 16)")
+                print("(ask something first, or write it after the command; /best needs a number up to 9999, "
+                      "as in /best 16)")
             elif command == "/reset":
                 histories = [[] for _ in speakers]
                 print("(forgotten)")

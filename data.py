@@ -322,6 +322,19 @@ def split_holdout(rows, holdout):
     return rows[:cut], rows[cut:]
 
 
+def split_marked(rows, marked, holdout, paths):
+    """(train, heldout): held out are the rows whose entry in `marked` is true, as those of a preference file
+    that have a p are; if there are none, the last ones, as in `split_holdout`. InputError if all rows are marked."""
+    check_holdout(holdout)
+    train, heldout = ([row for row, mark in zip(rows, marked, strict=True) if mark == wanted] for wanted in (False, True))
+    if not heldout:
+        return split_holdout(rows, holdout)
+    if not train:
+        raise InputError(f"{' '.join(paths)}: every row has a 'p', which marks it as held out; "
+                         "expected some rows without one to train on")
+    return train, heldout
+
+
 def drop_seen(heldout, train, key):
     """The held-out rows whose key(row), e.g. their prompt, is new. InputError when none is."""
     seen = {json.dumps(key(row), sort_keys=True) for row in train}
@@ -413,7 +426,8 @@ def read_pieces(paths, start=0, stop=None, size=2**22):
                                      f"{position + error.start:,}, expected UTF-8 text")
                 text = text if position else text.removeprefix("\ufeff")
                 if "\0" in text:
-                    raise InputError(f"{path}: found a zero byte at byte offset {position + piece.index(0):,}, expected text")
+                    raise InputError(f"{path}: found a zero byte at byte offset {position + piece.index(0):,}, "
+                                     "expected text")
                 position += len(piece)
                 yield before + position, text, begun, position < length and not text.endswith(SEPARATOR)
         before += length

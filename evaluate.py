@@ -347,8 +347,8 @@ def main(argv=None):
         raise InputError("found two checkpoints of the same name, expected different folder names, "
                          "because these name the rows of the report")
     speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
-    taken = {f"best_of_{config.best_of}" if config.best_of > 1 else "",
-             *(f"{name}_few_shot" for name, speaker in speakers.items() if speaker.raw and config.few_shot)} & set(folders)
+    few_shot = {f"{name}_few_shot" for name, speaker in speakers.items() if speaker.raw and config.few_shot}
+    taken = (few_shot | ({f"best_of_{config.best_of}"} if config.best_of > 1 else set())) & set(folders)
     if taken:
         raise InputError(f"found a checkpoint called {', '.join(sorted(taken))}, the name of another row of the "
                          "report; expected a different one")

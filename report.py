@@ -240,8 +240,8 @@ def core_of(report):
 
 
 ABLATIONS = {  # what each row is
-    "base": "base, zero-shot", "base_few_shot": "base, few-shot", "sft_scratch": "SFT without pre-training", "sft": "SFT",
-    "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16",
+    "base": "base, zero-shot", "base_few_shot": "base, few-shot", "sft_scratch": "SFT without pre-training",
+    "sft": "SFT", "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16",
     "rejection": "SFT continued on its own best of 8", "dpo": "DPO",
     "dpo_no_nll": "DPO without the chosen answers' own loss", "grpo": "GRPO",
     "grpo_right": "GRPO, rewarded for right answers (arithmetic and rewriting)", "ppo": "PPO",

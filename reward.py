@@ -142,13 +142,7 @@ def load_pairs(config, policy, tokenizer):
                            row["rejected"], row.get("p")) for row in rows]
     else:
         pairs = data.load_preferences(config.data)
-    train = [pair for pair in pairs if pair.p is None]
-    heldout = [pair for pair in pairs if pair.p is not None]
-    if not heldout:
-        train, heldout = data.split_holdout(pairs, config.holdout)
-    if not train:
-        raise InputError(f"{' '.join(config.data)}: every row has a 'p', which marks it as held out; "
-                         "expected some rows without one to train on")
+    train, heldout = data.split_marked(pairs, [pair.p is not None for pair in pairs], config.holdout, config.data)
     heldout = data.drop_seen(heldout, train, key=lambda pair: pair.prompt)
     return [data.encode_pairs(part, tokenizer, policy.config.context_length)
             for part in (train, heldout)]

@@ -397,7 +397,8 @@ def dpo(argv=None):
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
     sharpness = learn_sharpness(optimiser, config.sharpness_lr, device)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed, model.config.context_length)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
+                                                  model.config.context_length)
 
     # 3. The loop.
     per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
@@ -556,14 +557,8 @@ def load_prompts(config, tokenizer, context_length):
     else:
         if config.families:
             raise InputError("--families: only the prompts of --data world have families")
-        data.check_holdout(config.holdout)
-        rows = data.load_prompts(config.data)
-        messages, heldout = ([prompt for prompt, marked in rows if marked == wanted] for wanted in (False, True))
-        if not heldout:
-            messages, heldout = data.split_holdout(messages, config.holdout)
-        if not messages:
-            raise InputError(f"{' '.join(config.data)}: every row has a 'p', which marks it as held out; "
-                             "expected some rows without one to train on")
+        prompts, marked = zip(*data.load_prompts(config.data))
+        messages, heldout = data.split_marked(list(prompts), marked, config.holdout, config.data)
     heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
     room = context_length - config.max_new_tokens
     found = []
@@ -745,7 +740,8 @@ def ppo(argv=None):
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = learn_sharpness(policy_optimiser, config.sharpness_lr, device)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed, policy.config.context_length)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
+                                                  policy.config.context_length)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
@@ -903,7 +899,8 @@ def grpo(argv=None):
     precision = autocast(device, config.dtype)
     optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = learn_sharpness(optimiser, config.sharpness_lr, device)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed, policy.config.context_length)
+    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
+                                                  policy.config.context_length)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,

@@ -145,8 +145,9 @@ def main():
     model.recompute = config.recompute
     replayed = None
     if config.replay and config.data == ["world"]:
-        # Enough documents that few tokens are drawn twice, and not less than a window of them (a very long context may need --replay 0).
-        replayed = load_replay(["world"], tokenizer, config.seed, model.config.context_length, max(1000, config.conversations))
+        # Enough documents that few tokens are drawn twice (a very long context may still need --replay 0).
+        replayed = load_replay(["world"], tokenizer, config.seed, model.config.context_length,
+                               max(1000, config.conversations))
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
                                config.weight_decay, config.adam_eps)
     precision = autocast(device, config.dtype)

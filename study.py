@@ -170,7 +170,8 @@ def write_subsets(config):
 def forget_others(config):
     """Delete what was made from other --runs: if these are older than it, `fresh` takes it for ours."""
     note = Path(config.out) / "made_from"
-    runs = "".join((Path(config.runs) / name / "done").read_text(encoding="utf-8") for name in ("base", "sft", "reward"))
+    stamps = [Path(config.runs) / name / "done" for name in ("base", "sft", "reward")]
+    runs = "".join(stamp.read_text(encoding="utf-8") for stamp in stamps)
     if note.exists() and note.read_text(encoding="utf-8") != runs:
         for pattern in ("pairs_*.jsonl", "rejection_*.jsonl", "heldout_pairs_*.jsonl", "*/command"):
             for old in Path(config.out).glob(pattern):

@@ -325,7 +325,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_failures.py"),
     ("/compare leaves the conversation's random numbers elsewhere", "chat.py", "sampling | {\"generator\": alike}",
      "sampling", "test_chat_evaluate.py"),
-    ("PPO practises on rows marked as held out", "rlhf.py", "for wanted in (False, True))", "for wanted in (True, False))",
+    ("PPO practises on rows marked as held out", "data.py", "for wanted in (False, True))", "for wanted in (True, False))",
      "test_rlhf.py"),
     ("a reward function's random numbers begin anew on --resume", "training.py", 'random.setstate(saved["python_rng"])',
      "pass", "test_training.py"),
