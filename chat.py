@@ -429,8 +429,10 @@ def label(speakers, config, sampling, reward):
         chosen, rejected = pair if choice == "a" else pair[::-1]
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         with writing(config.label), open(config.label, "ab+") as file:
-            if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # an editor may have left none
-                file.write(b"\n")
+            if file.tell():  # an editor may have left no line break at the end
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
 
 

@@ -260,8 +260,9 @@ def test_a_reward_function_that_draws_goes_on_drawing(tmp_path):
 def test_only_pretraining_shares_its_work(tmp_path, monkeypatch):
     config = parse_args(sft.Config, ["--out", str(tmp_path / "sft")])
     start_run(config, "sft")
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    start_run(config, "sft")  # some clusters set this without torchrun
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(InputError, match="found 2 processes"):
         start_run(config, "sft")
     start_run(parse_args(pretrain.Config, ["--out", str(tmp_path / "base")]), "pretrain")
