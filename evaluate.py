@@ -424,7 +424,7 @@ def main(argv=None):
         if reward and IM_END in speaker.tokenizer.specials and can_judge(reward[0], reward_tokenizer, speaker):
             judges[name] = functools.partial(proxy_scores, speaker, row.tasks, reward=reward, system=config.system)
             found["proxy"] = bootstrap(judges[name](row.sampled, np.flatnonzero(row.fair)))
-        if name == best_name:  # exact for a continuous reward, otherwise an upper bound
+        if name == best_name:  # exact if no answer is ever drawn twice, otherwise an upper bound
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
         elif name == config.reference:
             found["kl_from_sft"] = [0.0] * 3

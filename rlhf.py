@@ -35,7 +35,8 @@ grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO
         (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because dividing gives most weight to
         prompts that are nearly always or nearly never solved), and --aggregation takes the mean
         over tokens within each response first (`sequence`, DeepSeekMath: a token of a long answer
-        counts less), or over all tokens alike (`token`, DAPO, arXiv 2503.14476).
+        counts less), or over all tokens of a minibatch alike (`token`; in DAPO, arXiv 2503.14476, of
+        the group).
 
 While learning what people like, a model forgets some of what it knew: the *alignment tax*. On sums that occur only
 in pre-training text, one SFT model was right on 84 %, on 57 % after PPO, and on 81 % with InstructGPT's remedy (eq. 2,

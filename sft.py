@@ -102,7 +102,7 @@ def load_replay(source, tokenizer, seed, length, documents=3000):
 
 def replay_loss(model, tokens, windows, generator):
     """The pre-training loss on random windows of `tokens`, to be added to a later stage's loss, so that less is
-    forgotten (InstructGPT's PPO-ptx, arXiv 2203.02155, eq. 2, with a γ of 1)."""
+    forgotten (InstructGPT's PPO-ptx, arXiv 2203.02155, eq. 2; its γ is 27.8, ours 1)."""
     text = data.random_windows(tokens, windows, model.config.context_length, generator)
     device = next(model.parameters()).device
     return answer_loss(model, *(part.to(device) for part in text))

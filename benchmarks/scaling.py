@@ -3,7 +3,7 @@
     python benchmarks/scaling.py        # 20 minutes to an hour; finished runs are kept in scaling.jsonl
 
 Every run sees each token once, in documents from a seed of its own, so nothing is repeated. Five sizes share each
-budget C = 6 N D (N weights, D tokens; Kaplan et al. 2020, arXiv 2001.08361, and section 2.2 of Hoffmann et al.
+budget C = 6 N D (N weights, D tokens; Kaplan et al. 2020, arXiv 2001.08361, and section 3.2 of Hoffmann et al.
 2022, arXiv 2203.15556, "approach 2"): at one budget the loss against log N is a parabola, and its lowest point is
 the best that budget buys. L(C) = E + A C^-a goes through those points; its interval is a bootstrap over the
 parabolas' residuals. The law is written down before the larger run is looked at.

@@ -55,7 +55,7 @@ def test_rope_turns_pairs_by_their_angle(measured):
             turned = pair * np.exp(1j * t * 50 ** (-2 * i / 6))
             expected[0, t, :, i], expected[0, t, :, i + 3] = turned.real, turned.imag
     found = rotate(x.float(), cos.unsqueeze(-2), sin.unsqueeze(-2))
-    measured("RoPE", "numpy: (x₁ + i x₂) · exp(i t θ^(−2i/D))", largest(found, expected), 1e-6)
+    measured("RoPE", "numpy: (x₁ + i x₂) · exp(i t θ^(−2j/D))", largest(found, expected), 1e-6)
 
 
 def test_swiglu(measured):

@@ -22,7 +22,7 @@ The tekken column was counted with llama.cpp itself, the others with their regul
 llama.cpp (llama-cpp-python 0.3.36) reproduces our logits to 2e-5 from an f32 file if its cache is f32 too
 (type_k=0, type_v=0); with its default, an f16 cache, they are off by 0.01, their standard deviation being 2.7.
 
-Left out: reward models (llama.cpp has no scalar head of this form), composing accents first (NFC, as Qwen does), and
+Left out: reward models, composing accents first (NFC, as Qwen does), and
 tokenizers whose rule is none of ours, GPT-2's, SmolLM's, Qwen's and Llama 3's.
 """
 
