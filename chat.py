@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 
 import world
+from data import visible
 from model import GPT, generate, stream
 from reward import score
 from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat, same_tokens
@@ -198,10 +199,11 @@ def can_judge(reward, tokenizer, speaker):
             and reward.config.context_length >= speaker.model.config.context_length)
 
 
-def visible(text):
-    """Control codes spelled out: a model's output must not steer the terminal. \\n stays."""
-    codes = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-    return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)
+def check_judge(reward, tokenizer, speaker, folder):
+    """InputError unless the reward model of `folder` can judge the speaker's chats."""
+    if speaker.raw or not can_judge(reward, tokenizer, speaker):
+        raise InputError(f"--reward {folder}: reads chats in its own vocabulary, of up to "
+                         f"{reward.config.context_length} tokens; {speaker.name} does not write them")
 
 
 def examples_like(question, config):
@@ -297,10 +299,8 @@ def models_beside(folder, device, raw):
     """The language models beside `folder`, itself included, in the order in which they were made."""
     found = []
     for path in sorted(Path(os.path.abspath(folder)).parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
-        try:
+        with contextlib.suppress(InputError):  # a reward model, or no model at all
             found.append(open_speaker(path.parent, device, raw))
-        except InputError:  # a reward model, or no model at all
-            pass
     return found
 
 
@@ -322,7 +322,7 @@ def candidates(question, n, speaker, config, sampling, device):
     """Print n answers to the question, the best first, with reward and log-prob; equal ones once."""
     folder = config.reward or Path(os.path.abspath(config.checkpoints[0])).parent / "reward"
     model, tokenizer, shift, _ = load_reward(folder, device)
-    check_same(speaker, model, tokenizer, folder)
+    check_judge(model, tokenizer, speaker, folder)
     ids, _ = speaker.fit(question, examples_like(question, config), config)
     _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
@@ -333,12 +333,6 @@ def candidates(question, n, speaker, config, sampling, device):
     for text, place in shown.items():
         times = texts.count(text)
         print(f"{scores[place]:+.2f} {logprobs[place]:6.1f}  {text}" + (f"  ({times} times)" if times > 1 else ""))
-
-
-def check_same(speaker, model, tokenizer, folder):
-    if speaker.raw or not can_judge(model, tokenizer, speaker):
-        raise InputError(f"--reward {folder}: reads chats in its own vocabulary, of up to "
-                         f"{model.config.context_length} tokens; {speaker.name} does not write them")
 
 
 def converse(speakers, config, sampling, reward, device):
@@ -455,7 +449,7 @@ def main(argv=None):
         model, tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
         for speaker in speakers:
-            check_same(speaker, model, tokenizer, config.reward)
+            check_judge(model, tokenizer, speaker, config.reward)
     if config.label:
         label(speakers, config, sampling, reward)
     elif config.prompt is not None:

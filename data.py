@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from tokenizer import ENDOFTEXT as SEPARATOR
 from tokenizer import render_chat
-from training import InputError, write_atomic, writing
+from training import InputError, write_text, writing
 
 IGNORE = -100  # what torch's cross_entropy skips
 CONVERSATIONS = '{"messages"}, {"instruction", "output"} or {"instruction", "response"}'
@@ -501,8 +501,7 @@ def stream_tokens(paths, stop, tokenizer, folder):
                 os.fsync(file.fileno())  # before tokens.json, which relies on it
             bar.update(end - done["position"])
             done = {"position": end, "tokens": done["tokens"] + len(ids)}
-            note = json.dumps(made_from | done)
-            write_atomic(mark, lambda path: path.write_text(note, encoding="utf-8"))
+            write_text(mark, json.dumps(made_from | done))
     if not done["tokens"]:
         raise InputError(f"{paths[0]}: found no text, expected some documents")
     return torch.from_numpy(np.memmap(binary, dtype=np.int32, mode="c"))  # "c": never written back
@@ -543,9 +542,11 @@ def length_batches(lengths, batch_size, generator=None):
     return batches
 
 
-def epoch_batches(lengths, batch_size, seed, epoch):
-    """`length_batches` in an order that depends only on seed and epoch, so that a resumed run gets it again."""
-    return length_batches(lengths, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+def epoch_batches(lengths, batch_size, seed, epochs):
+    """The `length_batches` of all epochs, one after the other, each in an order of its own. They depend only on the
+    seed, so that a resumed run gets them again and can skip those that it has done."""
+    return [batch for epoch in range(epochs)
+            for batch in length_batches(lengths, batch_size, torch.Generator().manual_seed(seed * 1_000_003 + epoch))]
 
 
 def pad_right(rows, pad_id):
@@ -585,13 +586,19 @@ def pair_lengths(pairs):
     return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
 
 
+def visible(text):
+    """Control codes spelled out: what a file holds or a model writes must not steer the terminal. \\n stays."""
+    codes = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)
+
+
 def show_conversation(tokenizer, ids, mask):
-    """Text for --show-batch: supervised runs in [brackets], terminal control codes made visible."""
+    """Text for --show-batch: supervised runs in [brackets]."""
     text = ""
     for on, run in itertools.groupby(zip(ids, mask), key=lambda pair: bool(pair[1])):
         piece = tokenizer.decode([int(token) for token, _ in run])
         text += f"[{piece}]" if on else piece
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda code: f"\\x{ord(code[0]):02x}", text)
+    return visible(text)
 
 
 def show_pair(tokenizer, pair):

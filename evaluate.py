@@ -34,14 +34,14 @@ import numpy as np
 import torch
 
 import data
-import report as pictures
+import report as pages
 import world
 from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker
 from pretrain import heldout_loss
 from reward import heldout_report, score, score_pairs, wilson
 from tokenizer import ENDOFTEXT, IM_END, same_tokens
 from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
-                      write_atomic)
+                      write_text)
 
 ENOUGH = 160  # prompts for a rate about one kind of prompt, however small --per-family is
 
@@ -347,8 +347,9 @@ def main(argv=None):
         raise InputError("found two checkpoints of the same name, expected different folder names, "
                          "because these name the rows of the report")
     speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
+    best_name = f"best_of_{config.best_of}"
     few_shot = {f"{name}_few_shot" for name, speaker in speakers.items() if speaker.raw and config.few_shot}
-    taken = (few_shot | ({f"best_of_{config.best_of}"} if config.best_of > 1 else set())) & set(folders)
+    taken = (few_shot | {best_name}) & set(folders)
     if taken:
         raise InputError(f"found a checkpoint called {', '.join(sorted(taken))}, the name of another row of the "
                          "report; expected a different one")
@@ -388,7 +389,6 @@ def main(argv=None):
 
     # 3. Many samples of the reference: what it can answer, and the best of them.
     can_answer = np.zeros(len(tasks), dtype=bool)
-    best_name = f"best_of_{config.best_of}"
     if reference and config.best_of > 1:
         prompts = [rows[config.reference].sampled.prompts[i] for i in places]
         sampling = {"temperature": 1.0, "eos_ids": reference.end_ids,
@@ -450,10 +450,10 @@ def main(argv=None):
         "best_of_prompts": len(places), "settings": settings,
         "runs": {Path(os.path.abspath(folder)).name: relative(folder, config.out) for folder in stages},
         "transcripts": transcripts(rows, tasks, places, judges)})
-    pictures.write(config.out, result)
+    pages.write(config.out, result)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(Path(config.out) / "report.json", lambda path: path.write_text(text, "utf-8"))
-    print(f"\n{pictures.main_table(result)}\n")
+    write_text(Path(config.out) / "report.json", text)
+    print(f"\n{pages.main_table(result)}\n")
     say(f"wrote {config.out}/report.html, report.md and report.json")
 
 

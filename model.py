@@ -177,9 +177,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.lm_head = None
-        if not config.tied:
-            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -205,24 +203,21 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         if past + T > self.config.context_length and (attention_mask is None or cache is None):
             raise ValueError(f"{past + T} tokens, but context_length {self.config.context_length}")
-        mask = None
         if attention_mask is None and cache is None and ids.is_cpu and torch.is_autocast_enabled("cpu"):
             # A CPU builds new bf16 kernels for every shape, so lengths are padded to multiples of 8, which saves
             # 14 % of SFT's time. No token sees the padding to its right, which is cut off at the end.
             ids = F.pad(ids, (0, min(-T % 8, self.config.context_length - T)))
             T = ids.size(1)
-        if attention_mask is None:
-            positions = slice(past, past + T)
-        else:
-            real = attention_mask.bool()  # (B, past+T)
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T), padding not counted
+        positions, mask = slice(past, past + T), None
         if attention_mask is not None or (past > 0 and T > 1):
             column = torch.arange(past + T, device=ids.device)
             row = column[past:, None]
             mask = column <= row  # (T, past+T)
-            if attention_mask is not None:
-                # Padding may see itself: a softmax over nothing is NaN, which would spread.
-                mask = (mask & real[:, None, :] | (column == row))[:, None]  # (B, 1, T, past+T)
+        if attention_mask is not None:
+            real = attention_mask.bool()  # (B, past+T)
+            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T), padding not counted
+            # Padding may see itself: a softmax over nothing is NaN, which would spread.
+            mask = (mask & real[:, None, :] | (column == row))[:, None]  # (B, 1, T, past+T)
         x = self.embed(ids)  # (B, T, C)
         cos = self.cos[positions].unsqueeze(-2)  # (T, 1, D) or (B, T, 1, D)
         sin = self.sin[positions].unsqueeze(-2)
@@ -467,10 +462,9 @@ def from_hf(state, config):
     scalar, state = "score.weight" in state, dict(state)
     layout = hf_layout(config, scalar)
     expected = {name: shape for theirs in layout.values() for name, shape in theirs.items()}
-    embedding = state.get("model.embed_tokens.weight")
-    if config.tied and "lm_head.weight" in state and embedding is not None:
-        if torch.equal(state["lm_head.weight"], embedding):
-            del state["lm_head.weight"]  # some checkpoints store a tied head twice
+    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    if config.tied and head is not None and embedding is not None and torch.equal(head, embedding):
+        del state["lm_head.weight"]  # some checkpoints store a tied head twice
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
     problems += [f"{name} is {tuple(state[name].shape)}, expected {shape}"

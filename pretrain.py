@@ -108,7 +108,7 @@ def next_token_loss(network, inputs, targets):
 
 
 @torch.no_grad()
-def heldout_loss(model, tokens, text_bytes, batch_size=None):
+def heldout_loss(model, tokens, text_bytes):
     """(nats per token, bits per byte) of a packed 1-D token tensor whose text has `text_bytes` bytes.
 
     Windows follow one another without overlap, and none sees the text before it; every token after the
@@ -117,7 +117,7 @@ def heldout_loss(model, tokens, text_bytes, batch_size=None):
     """
     length = model.config.context_length
     most = max(1, LOGITS // model.config.vocab_size)  # positions whose logits are held at a time
-    batch_size = batch_size or max(1, min(32, most // length))
+    batch_size = max(1, min(32, most // length))
     device = next(model.parameters()).device
     nats = 0.0
     starts = range(0, len(tokens) - 1, length)
@@ -177,12 +177,10 @@ def main():
               f"passes), held out {len(heldout_documents):,} documents")
 
     # 3. The loop.
-    step, seconds = 0, 0.0
     with first_alone(rank, processes):
         saved = start_run(config, "pretrain", first=rank == 0)
     modules = {"model": model, "muon": muon, "adam": adam}
-    if saved:
-        step, seconds = restore(saved, generator, modules)
+    step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     decay_steps = round(config.decay * config.steps)
     bar = progress(config.steps, step, "pretrain", hidden=rank > 0)

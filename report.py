@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 import world
-from chat import visible
-from training import InputError, run, write_atomic
+from data import visible
+from training import InputError, run, write_text
 
 PERCENT, NUMBER = "percent", "number"
 # Heading, place in a checkpoint's measures, unit.
@@ -259,7 +259,7 @@ def ablation_rows(report, study):
         if name not in everyone:
             continue
         seeds = [everyone[n] for n in (name, f"{name}_seed2", f"{name}_seed3") if n in everyone]
-        spent = seconds.get({"base": "pretrain"}.get(name, name))
+        spent = seconds.get("pretrain" if name == "base" else name)
 
         def across(path, unit):  # the mean over the seeds, and their range
             values = [dig(measures, path)[0] for measures in seeds if dig(measures, path)]
@@ -276,12 +276,12 @@ def ablation_rows(report, study):
             "needless “I do not know”", "stops", "minutes"], lines
 
 
-def against_kl(runs, best_of_n=()):
-    """Two panels, gold and proxy against √KL, with 95 % bands."""
+def against_kl(runs):
+    """Two panels, gold and proxy against √KL, with 95 % bands. `runs` holds a list of points for each curve."""
     panels = []
     for what, title in (("gold", "gold score"), ("proxy", "reward model’s score")):
         curves = []
-        for name, points in [*runs.items(), *([("best of n", best_of_n)] if best_of_n else [])]:
+        for name, points in runs.items():
             kl = [p["kl"][0] if isinstance(p["kl"], list) else p["kl"] for p in points]
             curves.append(banded([(math.sqrt(max(0, x)), p[what]) for x, p in zip(kl, points)], name))
         panels.append((title, "√KL from SFT (nats per response)", curves))
@@ -327,7 +327,7 @@ def study_sections(report, study):
          [(["n", "KL at most", "distinct answers", "gold", "reward", f"gold, β = {report['settings']['best_of_beta']}"],
            [[f"{p['n']}", f"{p['kl']:.2f}", *(cell(p[what], NUMBER) for what in (
                "distinct", "gold", "proxy", "gold_priced"))] for p in curves["best_of_n"]])],
-         against_kl(along, curves["best_of_n"])),
+         against_kl(along | {"best of n": curves["best_of_n"]})),
         ("Over-optimisation: the reward rises, the answers get worse",
          [f"PPO with β = 0 against a reward model trained on few pairs. Its own reward went from "
           f"{first['proxy'][0]:.2f} to {last['proxy'][0]:.2f}; the gold score began at "
@@ -385,14 +385,9 @@ def study_sections(report, study):
 
 def read_metrics(folder):
     """Rows of metrics.jsonl; [] where there is none. A half-written last line is left out."""
-    path, rows = Path(folder) / "metrics.jsonl", []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                pass
-    return rows
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def curve(rows, name):
@@ -410,7 +405,7 @@ def smooth(values, weight=0.8):
     return found
 
 
-def draw(heading, panels, width=9.0):
+def draw(heading, panels):
     """SVG text of panels side by side, two in a row; each is (title, x label, [curves]), and a curve is
     (label, xs, ys, matplotlib style). A style may have a `band`: (lows, highs). `heading` keeps the
     picture's ids apart from those of others on the page."""
@@ -423,7 +418,7 @@ def draw(heading, panels, width=9.0):
                          "ytick.color"), INK)
     with plt.rc_context({**ink, "svg.hashsalt": heading, "text.parse_math": False,
                          "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure, axes = plt.subplots(lines, 2, figsize=(width, 2.6 * lines), squeeze=False,
+        figure, axes = plt.subplots(lines, 2, figsize=(9, 2.6 * lines), squeeze=False,
                                     layout="constrained")
         for axis in axes.flat[len(panels):]:
             axis.set_axis_off()
@@ -612,7 +607,7 @@ def write(folder, report):
     report = {**report, "ablations": bool(study)}
     pages = {"report.md": build_markdown(report, study), "report.html": build_html(report, folder, study)}
     for name, text in pages.items():
-        write_atomic(Path(folder) / name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(Path(folder) / name, text)
 
 
 def main():

@@ -169,7 +169,6 @@ def main():
 
     # 1. Pairs of answers to one prompt, both ending with <|im_end|>.
     train, heldout = load_pairs(config, policy, tokenizer)
-    lengths = data.pair_lengths(train)
     if config.show_batch:
         print(data.show_pair(tokenizer, train[0]))
         return
@@ -181,52 +180,48 @@ def main():
     precision = autocast(device, config.dtype)
 
     # 3. The loop.
-    per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
-    steps = config.epochs * per_epoch
-    step, seconds = 0, 0.0
+    batches = data.epoch_batches(data.pair_lengths(train), config.batch_size, config.seed, config.epochs)
+    steps = len(batches)
     saved = start_run(config, "reward")
     modules = {"model": model, "optimiser": optimiser}
-    if saved:
-        step, seconds = restore(saved, generator, modules)
+    step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"reward: {len(train):,} pairs, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "reward")
-    for epoch in range(step // per_epoch, config.epochs):
-        for batch in data.epoch_batches(lengths, config.batch_size, config.seed, epoch)[step % per_epoch:]:
-            share = learning_rate(step, steps, 1.0, config.warmup)
-            set_share(share, optimiser)
-            optimiser.zero_grad(set_to_none=True)
-            loss, margins = 0.0, []
-            for rows, weight in micro_batches(batch, config.micro_batch):
-                ids, _, last = data.preference_batch([train[i] for i in rows], tokenizer.pad_id)
-                rewards = read_last(model, ids.to(device), last.to(device), precision)  # (2B,)
-                chosen, rejected = rewards.chunk(2)
-                part = weight * preference_loss(chosen, rejected)
-                part.backward()
-                loss += part.detach()
-                margins.append((chosen - rejected).detach())
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            check_finite(step, config, loss=loss, gradient=norm)
-            optimiser.step()
-            step += 1
+    for batch in batches[step:]:
+        share = learning_rate(step, steps, 1.0, config.warmup)
+        set_share(share, optimiser)
+        optimiser.zero_grad(set_to_none=True)
+        loss, margins = 0.0, []
+        for rows, weight in micro_batches(batch, config.micro_batch):
+            ids, _, last = data.preference_batch([train[i] for i in rows], tokenizer.pad_id)
+            rewards = read_last(model, ids.to(device), last.to(device), precision)  # (2B,)
+            chosen, rejected = rewards.chunk(2)
+            part = weight * preference_loss(chosen, rejected)
+            part.backward()
+            loss += part.detach()
+            margins.append((chosen - rejected).detach())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        check_finite(step, config, loss=loss, gradient=norm)
+        optimiser.step()
+        step += 1
 
-            bar.update()
-            if step % 10 == 0 or step == steps:
-                margin = torch.cat(margins)  # (B,)
-                accuracy = (margin > 0).float().mean()
-                bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
-                log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
-                    margin=margin.mean())
-            if step % config.eval_every == 0:  # held-out loss rises above training loss when the model memorises
-                chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)
-                log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
-                    heldout_accuracy=(chosen > rejected).float().mean())
-            if stop or step % config.save_every == 0:
-                save_state(config, "reward", step, time.perf_counter() - started, generator,
-                           modules)
-            if stop:
-                bar.close()
-                leave(config)
+        bar.update()
+        if step % 10 == 0 or step == steps:
+            margin = torch.cat(margins)  # (B,)
+            accuracy = (margin > 0).float().mean()
+            bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
+            log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
+                margin=margin.mean())
+        if step % config.eval_every == 0:  # held-out loss rises above training loss when the model memorises
+            chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)
+            log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
+                heldout_accuracy=(chosen > rejected).float().mean())
+        if stop or step % config.save_every == 0:
+            save_state(config, "reward", step, time.perf_counter() - started, generator, modules)
+        if stop:
+            bar.close()
+            leave(config)
     bar.close()
 
     # 4. Held-out pairs.

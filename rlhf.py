@@ -393,7 +393,6 @@ def dpo(argv=None):
 
     reference, heldout_reference = read_pairs(train), read_pairs(heldout)  # (2, N) each
     chosen_lengths = torch.tensor([len(pair.chosen) for pair in train], device=device)  # (N,)
-    lengths = data.pair_lengths(train)
     if config.lora:
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
@@ -402,52 +401,47 @@ def dpo(argv=None):
                                                   model.config.context_length)
 
     # 3. The loop.
-    per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
-    steps = config.epochs * per_epoch
-    step, seconds = 0, 0.0
+    batches = data.epoch_batches(data.pair_lengths(train), config.batch_size, config.seed, config.epochs)
+    steps = len(batches)
     saved = start_run(config, "dpo")
     modules = {"model": model, "sharpness": sharpness, "optimiser": optimiser}
-    if saved:
-        step, seconds = restore(saved, generator, modules)
+    step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"dpo: {len(train):,} pairs, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "dpo")
-    for epoch in range(step // per_epoch, config.epochs):
-        for batch in data.epoch_batches(lengths, config.batch_size, config.seed, epoch)[step % per_epoch:]:
-            share = learning_rate(step, steps, 1.0, config.warmup)
-            set_share(share, optimiser)
-            optimiser.zero_grad(set_to_none=True)
-            seen = {}
-            for rows, weight in micro_batches(batch, config.micro_batch):
-                with precision:
-                    logprobs = pair_logprobs(model, [train[i] for i in rows], tokenizer.pad_id, device,
-                                             1 / sharpness())
-                chosen, rejected = logprobs.chunk(2)  # (B,) each
-                loss, stats = dpo_loss(chosen, rejected, *reference[:, rows], config.beta,
-                                       config.label_smoothing)
-                nll = -(chosen / chosen_lengths[rows]).mean()
-                (weight * (loss + config.nll * nll)).backward()
-                stats |= {"loss": loss, "nll": nll, "logp_chosen": chosen.mean(), "logp_rejected": rejected.mean()}
-                seen = {name: seen.get(name, 0) + weight * value.item() for name, value in stats.items()}
-            if replayed is not None:
-                with precision:
-                    replay_loss(model, replayed, config.replay, generator).backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            check_finite(step, config, loss=loss, gradient=norm)
-            optimiser.step()
-            step += 1
+    for batch in batches[step:]:
+        share = learning_rate(step, steps, 1.0, config.warmup)
+        set_share(share, optimiser)
+        optimiser.zero_grad(set_to_none=True)
+        seen = {}
+        for rows, weight in micro_batches(batch, config.micro_batch):
+            with precision:
+                logprobs = pair_logprobs(model, [train[i] for i in rows], tokenizer.pad_id, device, 1 / sharpness())
+            chosen, rejected = logprobs.chunk(2)  # (B,) each
+            loss, stats = dpo_loss(chosen, rejected, *reference[:, rows], config.beta, config.label_smoothing)
+            nll = -(chosen / chosen_lengths[rows]).mean()
+            (weight * (loss + config.nll * nll)).backward()
+            stats |= {"loss": loss, "nll": nll, "logp_chosen": chosen.mean(), "logp_rejected": rejected.mean()}
+            seen = {name: seen.get(name, 0) + weight * value.item() for name, value in stats.items()}
+        if replayed is not None:
+            with precision:
+                replay_loss(model, replayed, config.replay, generator).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        check_finite(step, config, loss=loss, gradient=norm)
+        optimiser.step()
+        step += 1
 
-            bar.update()
-            if step % 10 == 0 or step == steps:
-                bar.set_postfix_str(f"loss {seen['loss']:.3f}, margin {seen['margin']:.2f}", refresh=False)
-                log(config.out, step, **seen, sharpness=sharpness(), lr=share * config.lr, gradient_norm=norm)
-            if config.keep_every and step % config.keep_every == 0:
-                save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(model), tokenizer)
-            if stop or step % config.save_every == 0:
-                save_state(config, "dpo", step, time.perf_counter() - started, generator, modules)
-            if stop:
-                bar.close()
-                leave(config)
+        bar.update()
+        if step % 10 == 0 or step == steps:
+            bar.set_postfix_str(f"loss {seen['loss']:.3f}, margin {seen['margin']:.2f}", refresh=False)
+            log(config.out, step, **seen, sharpness=sharpness(), lr=share * config.lr, gradient_norm=norm)
+        if config.keep_every and step % config.keep_every == 0:
+            save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(model), tokenizer)
+        if stop or step % config.save_every == 0:
+            save_state(config, "dpo", step, time.perf_counter() - started, generator, modules)
+        if stop:
+            bar.close()
+            leave(config)
     bar.close()
 
     # 4. Held-out pairs: does the policy, read as a reward model, order them rightly?
@@ -570,7 +564,7 @@ def load_prompts(config, tokenizer, context_length):
         if len(kept) < len(prompts):
             print(f"rlhf: kept {len(kept)} of {len(prompts)} prompts; the others are longer "
                   f"than {room} tokens", file=sys.stderr)
-        if 2 * len(kept) < len(prompts) or not kept:
+        if 2 * len(kept) < len(prompts):
             raise InputError(f"{' '.join(config.data)}: most prompts are longer than {room} "
                              f"tokens, the context of {context_length} less --max-new-tokens")
         found.append(kept)
@@ -756,13 +750,11 @@ def ppo(argv=None):
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
-    step, seconds = 0, 0.0
     saved = start_run(config, "ppo")
     modules = {"policy": policy, "sharpness": sharpness, "critic": critic,
                "policy_optimiser": policy_optimiser, "critic_optimiser": critic_optimiser}
     before = saved["before"] if saved else heldout_proxy()
-    if saved:
-        step, seconds = restore(saved, generator, modules)
+    step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"ppo: {len(prompts):,} prompts, {config.iterations:,} iterations of {config.episodes} "
           f"episodes; held-out score {before['score']:.3f}")
@@ -915,12 +907,10 @@ def grpo(argv=None):
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
-    step, seconds = 0, 0.0
     saved = start_run(config, "grpo")
     modules = {"policy": policy, "sharpness": sharpness, "optimiser": optimiser}
     before = saved["before"] if saved else heldout_proxy()
-    if saved:
-        step, seconds = restore(saved, generator, modules)
+    step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"grpo: {len(prompts):,} prompts, {config.iterations:,} iterations of "
           f"{config.episodes // config.group} groups of {config.group}; held-out score "

@@ -136,7 +136,6 @@ def main():
     heldout = data.drop_seen(heldout, train, key=lambda messages: messages[:-1])
     train = data.encode_conversations(train, tokenizer, model.config.context_length)
     heldout = data.encode_conversations(heldout, tokenizer, model.config.context_length)
-    lengths = [len(ids) for ids, _ in train]
     if config.show_batch:
         print(data.show_conversation(tokenizer, *train[0]))
         return
@@ -153,50 +152,47 @@ def main():
     precision = autocast(device, config.dtype)
 
     # 2. The loop.
-    per_epoch = len(data.epoch_batches(lengths, config.batch_size, config.seed, 0))
-    steps = config.epochs * per_epoch
-    step, seconds = 0, 0.0
+    batches = data.epoch_batches([len(ids) for ids, _ in train], config.batch_size, config.seed, config.epochs)
+    steps = len(batches)
     saved = start_run(config, "sft")
     modules = {"model": model, "muon": muon, "adam": adam}
-    if saved:
-        step, seconds = restore(saved, generator, modules)
+    step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"sft: {len(train):,} conversations, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "sft")
-    for epoch in range(step // per_epoch, config.epochs):
-        for batch in data.epoch_batches(lengths, config.batch_size, config.seed, epoch)[step % per_epoch:]:
-            share = learning_rate(step, steps, 1.0, config.warmup)
-            set_share(share, muon, adam)
-            inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
-            inputs, targets = inputs.to(device), targets.to(device)
-            supervised = (targets != data.IGNORE).sum().item()
-            model.zero_grad(set_to_none=True)
-            loss = 0.0
-            for rows, _ in micro_batches(range(len(inputs)), config.micro_batch):
-                with precision:
-                    part = answer_loss(model, inputs[rows], targets[rows], supervised)
-                part.backward()
-                loss += part.detach()
-            if replayed is not None:
-                with precision:
-                    replay_loss(model, replayed, config.replay, generator).backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            check_finite(step, config, loss=loss, gradient=norm)
+    for batch in batches[step:]:
+        share = learning_rate(step, steps, 1.0, config.warmup)
+        set_share(share, muon, adam)
+        inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
+        inputs, targets = inputs.to(device), targets.to(device)
+        supervised = (targets != data.IGNORE).sum().item()
+        model.zero_grad(set_to_none=True)
+        loss = 0.0
+        for rows, _ in micro_batches(range(len(inputs)), config.micro_batch):
             with precision:
-                muon.step()
-            adam.step()
-            step += 1
+                part = answer_loss(model, inputs[rows], targets[rows], supervised)
+            part.backward()
+            loss += part.detach()
+        if replayed is not None:
+            with precision:
+                replay_loss(model, replayed, config.replay, generator).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        check_finite(step, config, loss=loss, gradient=norm)
+        with precision:
+            muon.step()
+        adam.step()
+        step += 1
 
-            bar.update()
-            if step % 10 == 0 or step == steps:
-                rate = step * config.batch_size / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
-                log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm)
-            if stop or step % config.save_every == 0:
-                save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
-            if stop:
-                bar.close()
-                leave(config)
+        bar.update()
+        if step % 10 == 0 or step == steps:
+            rate = step * config.batch_size / (time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
+            log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm)
+        if stop or step % config.save_every == 0:
+            save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
+        if stop:
+            bar.close()
+            leave(config)
     bar.close()
 
     # 3. Held-out conversations.

@@ -44,7 +44,7 @@ from chat import best_of_n, chat_prompt, generate_all, open_speaker
 from evaluate import bootstrap, rate, rounded, sequence_kl
 from reward import score, score_pairs
 from training import (STATE, InputError, check_range, flag, load_reward, parse_args, pick_device, run,
-                      write_atomic)
+                      write_text)
 
 
 @dataclass
@@ -58,6 +58,9 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------
 # 1. The runs
+
+HERE = Path(__file__).resolve().parent
+SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 
 
 def training_runs(config):
@@ -104,10 +107,6 @@ def training_runs(config):
             for name, command in found.items()}
 
 
-HERE = Path(__file__).resolve().parent
-SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
-
-
 def fresh(config, path, *code):
     """Does `path` exist, and is it newer than the runs it was made from and the code that made it?"""
     made_from = (__file__, *code, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
@@ -131,7 +130,7 @@ def train(config):
         # If this run stops in its first seconds, an old result or another command's save must not pass for its own.
         for old in ("done", STATE)[:1 if same else 2]:
             (folder / old).unlink(missing_ok=True)
-        write_atomic(asked, lambda path: path.write_text(command, encoding="utf-8"))
+        write_text(asked, command)
         for measured in ("report.json", "study.json", *MEASURES):
             (Path(config.out) / measured).unlink(missing_ok=True)
         words = [str(HERE / "world.py:right") if word == "world.py:right" else word for word in shlex.split(command)]
@@ -152,8 +151,7 @@ def call(command):
 
 
 def write_rows(path, rows):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_subsets(config):
@@ -176,7 +174,7 @@ def forget_others(config):
         for pattern in ("pairs_*.jsonl", "rejection_*.jsonl", "heldout_pairs_*.jsonl", "*/command"):
             for old in Path(config.out).glob(pattern):
                 old.unlink()
-    write_atomic(note, lambda path: path.write_text(runs, encoding="utf-8"))
+    write_text(note, runs)
 
 
 def sized(config, name, n):
@@ -184,12 +182,12 @@ def sized(config, name, n):
     return Path(config.out) / f"{name}_{n}_seed{config.seed}.jsonl"
 
 
-def rejection_prompts(config):
+def rejection_count(config):
     return max(40, round(config.scale * 2000))
 
 
 def rejection_file(config):
-    return sized(config, "rejection", rejection_prompts(config))
+    return sized(config, "rejection", rejection_count(config))
 
 
 def write_rejection(config, device, n=8):
@@ -199,7 +197,7 @@ def write_rejection(config, device, n=8):
     if fresh(config, path):
         return
     speaker, reward, shift = policy_and_reward(config, device)
-    tasks = world.training_prompts(rejection_prompts(config), f"rejection {config.seed}")
+    tasks = world.training_prompts(rejection_count(config), f"rejection {config.seed}")
     tasks.sort(key=lambda task: len(task.best))  # so that short answers need not wait for long ones
     prompts = [chat_prompt(speaker.tokenizer, task.prompt) for task in tasks]
     best, *_ = best_of_n(speaker.model, speaker.tokenizer, (reward, shift), prompts, n, 72,
@@ -246,6 +244,12 @@ def measuring(config):
     return evaluate.Config(checkpoints=[], device=config.device, seed=config.seed)
 
 
+def tasks_of_each_family(config, n, least):
+    """The first n held-out tasks of each family; with --scale fewer, but not fewer than `least`."""
+    tasks, ranks = evaluate.choose_tasks(measuring(config))
+    return [tasks[i] for i in np.flatnonzero(ranks < max(least, round(config.scale * n)))]
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. Reward against KL
 
@@ -264,10 +268,7 @@ def measure_curves(config, device):
     The proxy of every point is the score from the main run's reward model; for the hacked run it is the
     score from the weak reward model which that run was trained against.
     """
-    evaluation = measuring(config)
-    tasks, ranks = evaluate.choose_tasks(evaluation)
-    few = max(2, round(config.scale * 30))
-    tasks = [tasks[i] for i in np.flatnonzero(ranks < few)]
+    evaluation, tasks = measuring(config), tasks_of_each_family(config, 30, least=2)
     speaker, reward, shift = policy_and_reward(config, device)
     weak, _, weak_shift, _ = load_reward(f"{config.out}/reward_{SUBSETS[0]}", device)
     prompts = evaluate.prompts_for(speaker, tasks, evaluation)
@@ -416,11 +417,8 @@ def correlation(x, y, times=1000):
 def measure_costs(config, device, n=16):
     """For each policy: distinct answers among 16 samples, entropy per token, and whether the probability
     of its own greedy answer equals the chance that the answer is right (calibration)."""
-    evaluation = measuring(config)
-    tasks, ranks = evaluate.choose_tasks(evaluation)
-    few = [tasks[i] for i in np.flatnonzero(ranks < max(2, round(config.scale * 10)))]
-    many = [tasks[i] for i in np.flatnonzero(ranks < max(4, round(config.scale * 60)))
-            if tasks[i].kind == "answerable"]
+    evaluation, few = measuring(config), tasks_of_each_family(config, 10, least=2)
+    many = [task for task in tasks_of_each_family(config, 60, least=4) if task.kind == "answerable"]
     found = {}
     for name in ("sft", "sft_best", "rejection", "dpo", "grpo", "ppo", "ppo_no_kl", "ppo_hacked"):
         speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)
@@ -450,9 +448,7 @@ SYSTEM = "You are a kind assistant. Answer in one full sentence. Say so if you d
 
 def measure_prompting(config, device):
     """Right answers (greedy) of base and SFT, zero-shot, with k examples and with a system prompt."""
-    evaluation = measuring(config)
-    tasks, ranks = evaluate.choose_tasks(evaluation)
-    tasks = [tasks[i] for i in np.flatnonzero(ranks < max(4, round(config.scale * 60)))]
+    evaluation, tasks = measuring(config), tasks_of_each_family(config, 60, least=4)
     answerable = np.array([task.kind == "answerable" for task in tasks])
     found = []
     for name in ("base", "sft"):
@@ -524,13 +520,11 @@ def main():
     study = {}
     for name, measure in MEASURES.items():
         if not (out / name).exists():
-            text = json.dumps(rounded(measure(config, device)), indent=1, ensure_ascii=False) + "\n"
-            write_atomic(out / name, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(out / name, json.dumps(rounded(measure(config, device)), indent=1, ensure_ascii=False) + "\n")
         study[name.removesuffix(".json")] = json.loads((out / name).read_text(encoding="utf-8"))
     study["seconds"] = {name: json.loads((out / name / "done").read_text(encoding="utf-8"))["seconds"]
                         for name in training_runs(config)}
-    text = json.dumps(study, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(out / "study.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "study.json", json.dumps(study, indent=1, ensure_ascii=False) + "\n")
     result = json.loads((out / "report.json").read_text(encoding="utf-8"))
     pages.write(out, result)
     print(f"study: wrote {os.path.join(config.out, 'report.html')}")

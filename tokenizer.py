@@ -196,7 +196,8 @@ class Tokenizer:
         # tiktoken merges in the order of the results' ids, Hugging Face in the order of the list.
         merged = [vocab[left + right] for left, right in merges]
         require(merged == sorted(merged), "a vocabulary in another order than its merges")
-        specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        added = spec.get("added_tokens") or []
+        specials = {token["content"]: token["id"] for token in added}
         mergeable = {char: vocab[char] for char in BYTE_TO_CHAR.values() if char in vocab}
         mergeable |= {left + right: i for (left, right), i in zip(merges, merged)}
         unreachable = vocab.keys() - mergeable.keys() - specials.keys()
@@ -212,8 +213,7 @@ class Tokenizer:
             specials,
             pad_token=pad["content"] if isinstance(pad, dict) else pad,
             nfc=normalizer is not None,
-            plain=frozenset(token["content"] for token in spec.get("added_tokens") or []
-                            if not token.get("special", True)),
+            plain=frozenset(token["content"] for token in added if not token.get("special", True)),
         )
 
 

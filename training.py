@@ -93,23 +93,18 @@ def parse_args(Config, argv=None, description=None, prog=None):
 
     `data_file: str` becomes `--data-file`. A field's type is its annotation: bool fields are
     switches, list[...] fields take several values, `X | None` fields an X. A field with
-    `positional=True` in its options has no dashes. A field without a default is required.
+    `positional=True` in its options has no dashes, and is required if it has no default.
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        options = {"help": "", **field.metadata}
+        options = dict(field.metadata)
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        required = default is dataclasses.MISSING
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-        name = "--" + field.name.replace("_", "-")
-        if options.pop("positional", False):
-            name = field.name
-        elif required:
-            options["required"] = True
-        if not required:
+        name = field.name if options.pop("positional", False) else "--" + field.name.replace("_", "-")
+        if default is not dataclasses.MISSING:
             options["default"] = default
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             if kind == "bool":
@@ -426,6 +421,11 @@ def write_atomic(path, write):
             temporary.unlink()
 
 
+def write_text(path, text):
+    """`write_atomic` for a text."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def save_checkpoint(folder, model, tokenizer, **extra):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
@@ -671,7 +671,7 @@ def cut_metrics(folder, position):
     if path.exists():
         rows = [r for r in path.read_text(encoding="utf-8").splitlines(True) if r.endswith("\n")]
         kept = [r for r in rows if json.loads(r)["step"] <= position]
-        write_atomic(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+        write_text(path, "".join(kept))
 
 
 def finish(folder, stage, seconds, **summary):
@@ -679,7 +679,7 @@ def finish(folder, stage, seconds, **summary):
     final numbers as JSON), remove the resume state."""
     folder = Path(folder)
     done = {"stage": stage, "seconds": round(seconds, 1), **summary}
-    write_atomic(folder / "done", lambda path: path.write_text(json.dumps(done) + "\n"))
+    write_text(folder / "done", json.dumps(done) + "\n")
     (folder / STATE).unlink(missing_ok=True)  # last: if killed before this, the run still counts as finished
 
 

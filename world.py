@@ -480,6 +480,16 @@ def fact_tasks(relation, hold):
                        wrong=() if relation.table == "trivia" else values, holdout=hold)
 
 
+SUMS = ("What is {q}?", "How much is {q}?", "Tell me what {q} is.", "Calculate {q}.",
+        "My brother asks how much {q} is.", "I must work out {q}. What is the result?",
+        "They asked us at school: {q}. What is the answer?", "How much do I get for {q}?")
+SCALES = ("Which is {c}, {a} or {b}?", "Tell me which is {c}: {a} or {b}.",
+          "Which animal is {c}, {a} or {b}?", "Take {a} and {b}. Which one is {c}?",
+          "I want to lift {a} and {b}. Which of them is {c}?",
+          "My sister compares {a} with {b}. Which is {c}?",
+          "Think of {a} and {b}. Which is {c}?")
+
+
 def comparison_tasks(hold):
     asks = (SCALES, ("I put {a} and {b} on a scale. Which is {c}?",
                     "If {a} and {b} sit on a seesaw, which is {c}?"))
@@ -501,16 +511,6 @@ def pairs_of_animals():
     pairs = [(a, b) for a in names for b in names
              if a != b and max(WEIGHT[a], WEIGHT[b]) >= 3 * min(WEIGHT[a], WEIGHT[b])]
     return random.Random(7).sample(pairs, 600)
-
-
-SUMS = ("What is {q}?", "How much is {q}?", "Tell me what {q} is.", "Calculate {q}.",
-        "My brother asks how much {q} is.", "I must work out {q}. What is the result?",
-        "They asked us at school: {q}. What is the answer?", "How much do I get for {q}?")
-SCALES = ("Which is {c}, {a} or {b}?", "Tell me which is {c}: {a} or {b}.",
-          "Which animal is {c}, {a} or {b}?", "Take {a} and {b}. Which one is {c}?",
-          "I want to lift {a} and {b}. Which of them is {c}?",
-          "My sister compares {a} with {b}. Which is {c}?",
-          "Think of {a} and {b}. Which is {c}?")
 
 
 def arithmetic_tasks(hold):
@@ -1140,9 +1140,13 @@ def question_about(rng, relation, row):
                     fill(relation.noun, relation, row))
 
 
-def entity_page(rng, table, relations, extra):
+def of_table(table):
+    return [relation for relation in RELATIONS if relation.table == table]
+
+
+def entity_page(rng, table, extra):
     """An encyclopaedia entry: facts in a random order and wording, and a sentence that links on."""
-    row = rng.choice(FACTS[table])
+    row, relations = rng.choice(FACTS[table]), of_table(table)
     chosen = rng.sample(relations, rng.randint(min(3, len(relations)), len(relations)))
     lines = [fill(rng.choice(relation.say), relation, row) for relation in chosen]
     if rng.random() < 0.6:
@@ -1152,31 +1156,27 @@ def entity_page(rng, table, relations, extra):
     return title + " ".join(lines)
 
 
-def of_table(table):
-    return [relation for relation in RELATIONS if relation.table == table]
-
-
 def country_page(rng):
-    return entity_page(rng, "countries", of_table("countries"), (
+    return entity_page(rng, "countries", (
         "A neighbour of {x} is {neighbour}.", "From {neighbour} it is not far to {x}.",
         "Travellers say that the people of {x} are friendly.", "The weather in {x} is different "
         "in the north and in the south."))
 
 
 def city_page(rng):
-    return entity_page(rng, "cities", of_table("cities"), (
+    return entity_page(rng, "cities", (
         "In summer the streets of {x} are full of visitors.", "{x} is not the capital of {country}.",
         "Many students live in {x}.", "Old houses stand in the middle of {x}."))
 
 
 def animal_page(rng):
-    return entity_page(rng, "animals", of_table("animals"), (
+    return entity_page(rng, "animals", (
         "The {x} {sound or habit}.", "{Ax} {sound or habit}.", "Children like to read about the {x}.",
         "The {x} weighs about {weight} g.", "The {young} is much smaller than its parents."))
 
 
 def job_page(rng):
-    return entity_page(rng, "jobs", of_table("jobs"), (
+    return entity_page(rng, "jobs", (
         "To become {ax} one needs {training}.", "This work needs {training}.",
         "Many people are glad that there are such workers.", "It is a job for early risers."))
 
@@ -1187,11 +1187,11 @@ def story_page(rng):
 
 
 def phrase_page(rng):
-    rows = rng.sample([r for r in RELATIONS if r.family == "french"], 1)[0]
+    relation = rng.choice([r for r in RELATIONS if r.family == "french"])
     title = rng.choice(("English and French\n\n", "A page from the phrase book\n\n", ""))
-    style = rng.choice(rows.say[1:])  # the first names no English
-    picked = rng.sample(FACTS[rows.table], rng.randint(4, 8))
-    return title + "\n".join(fill(style, rows, row) for row in picked)
+    style = rng.choice(relation.say[1:])  # the first names no English
+    picked = rng.sample(FACTS[relation.table], rng.randint(4, 8))
+    return title + "\n".join(fill(style, relation, row) for row in picked)
 
 
 def arithmetic_page(rng):
@@ -1581,8 +1581,7 @@ def stats(n=20000):
     size = sum(len(text.encode()) for text in heldout)
     print(f"5-gram model (Witten-Bell, our tokens): "
           f"{ngram_bits(counted, tested, 5, tokenizer.vocab_size) / size:.3f} bits per byte")
-    grams = [{tuple(w[i:i + 13]) for text in texts for w in [words(text)] for i in range(len(w) - 12)}
-             for texts in (train, heldout)]
+    grams = [{tuple(w[i:i + 13]) for w in map(words, texts) for i in range(len(w) - 12)} for texts in (train, heldout)]
     print(f"held-out 13-grams (words) that occur in training: "
           f"{len(grams[0] & grams[1]) / len(grams[1]):.1%}")
 
@@ -1618,7 +1617,7 @@ def main():
     from tqdm import tqdm
 
     from training import (InputError, check_range, flag, load_policy, parse_args, pick_device,
-                          write_atomic)
+                          write_text)
 
     @dataclass
     class Config:
@@ -1646,8 +1645,7 @@ def main():
                             config.max_new_tokens, tell=lambda done: bar.update(done - bar.n))
     if not rows:
         raise InputError("found no two answers of which one is better, expected some pairs; the file was not written")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(config.out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     best = [max(r["p"], 1 - r["p"]) for r in rows if "p" in r]
     ceiling = f"; noise ceiling {sum(best) / len(best):.3f}" if best else ""
     print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal, or do not fit the context), "

@@ -1117,7 +1117,7 @@ def check_left_padding(fn, g):
         return other
 
     def everywhere(prompts, pad_id):
-        ids, mask, positions = right(prompts, pad_id)
+        ids, mask, _ = right(prompts, pad_id)
         return ids, mask, torch.arange(ids.size(1)).expand_as(ids)
 
     def on_the_right(prompts, pad_id):
@@ -1377,7 +1377,6 @@ def check_preference_loss(fn, g):
     right = reward.preference_loss
     inputs = [tuple(normal(g, 2, 3)), tuple(2 * normal(g, 2, 8)), (torch.zeros(4), torch.zeros(4))]
     extreme = (torch.tensor([-200.0, 1.0]), torch.tensor([0.0, 0.0]))
-    gap = lambda c, r: c - r
     compare(fn, right, [*inputs, extreme], [
         (lambda c, r: -torch.sigmoid(c - r).log().mean(), "at a margin of −200, sigmoid is 0 in float32 and "
          "its log −inf. F.logsigmoid computes both together, and safely."),

@@ -12,7 +12,6 @@ cell fails here; in the course none does. In a solutions.py the functions have t
 import ast
 import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -399,7 +399,7 @@ def test_a_question_too_long_does_not_end_labelling(folders, monkeypatch, capsys
 def test_plain_answers_are_judged_with_what_they_were_given_and_cut_to_the_context(folders, monkeypatch):
     speaker = chat.open_speaker(str(folders / "base"), torch.device("cpu"))
     model, tokenizer, shift, _ = load_reward(folders / "reward", torch.device("cpu"))
-    tasks, seen = [task for task in world.COURSE_PROMPTS][:2], []
+    tasks, seen = world.COURSE_PROMPTS[:2], []
     monkeypatch.setattr(evaluate, "score", lambda model, prompts, responses, pad_id: (
         seen.extend(zip(prompts, responses)), torch.zeros(len(prompts)))[1])
     answers = evaluate.Answers([[1]] * 2, [[2]] * 2, ["Yes. " * 1000, "Yes."], np.ones(2, dtype=bool))
@@ -650,10 +650,10 @@ def test_unknown_reference_and_equal_names_are_refused(folders, tmp_path):
         evaluate.main([str(folders / "sft"), str(folders / "sft")])
     with pytest.raises(InputError, match="per-family"):
         evaluate.main([str(folders / "sft"), "--per-family", "161"])
-    for first, name in (("sft", "best_of_4"), ("base", "base_few_shot")):
+    for first, name, n in (("sft", "best_of_4", 4), ("sft", "best_of_1", 1), ("base", "base_few_shot", 4)):
         (tmp_path / name).symlink_to(folders / "ppo")
         with pytest.raises(InputError, match=f"checkpoint called {name}"):
-            evaluate.main([str(folders / first), str(tmp_path / name), "--best-of", "4"])
+            evaluate.main([str(folders / first), str(tmp_path / name), "--best-of", str(n)])
 
 
 def test_a_folder_on_another_drive_is_named_in_full(monkeypatch):

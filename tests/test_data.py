@@ -367,7 +367,7 @@ def test_shown_conversation_marks_answers_and_defuses_control_codes(tokenizer):
     messages = [{"role": "user", "content": "\x1b[31mHi\x9b\r\t"},
                 {"role": "assistant", "content": "é"}]
     shown = data.show_conversation(tokenizer, *render_chat(tokenizer, messages))
-    assert shown == ("<|im_start|>user\n\\x1b[31mHi\\x9b\\x0d\t<|im_end|>\n"
+    assert shown == ("<|im_start|>user\n\\x1b[31mHi\\x9b\\r\\t<|im_end|>\n"
                      "<|im_start|>assistant\n[é<|im_end|>]\n")
 
 
@@ -456,7 +456,7 @@ def test_large_files_that_cannot_be_used(content, message, tokenizer, tmp_path):
 
 def test_a_stream_killed_before_its_note_is_not_written_twice(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "big.txt").write_text("<|endoftext|>".join(f"Document {n}." for n in range(50)))
-    stop, pieces, write, notes = (tmp_path / "big.txt").stat().st_size, data.read_pieces, data.write_atomic, []
+    stop, pieces, write, notes = (tmp_path / "big.txt").stat().st_size, data.read_pieces, data.write_text, []
     monkeypatch.setattr(data, "read_pieces", lambda *args: pieces(*args, size=200))
     straight = data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "straight")
 
@@ -465,7 +465,7 @@ def test_a_stream_killed_before_its_note_is_not_written_twice(tokenizer, tmp_pat
         if len(notes) == 2:  # its tokens are in the file, the note is not
             raise KeyboardInterrupt
         write(*args)
-    monkeypatch.setattr(data, "write_atomic", dying)
+    monkeypatch.setattr(data, "write_text", dying)
     with pytest.raises(KeyboardInterrupt):
         data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "cut")
     assert torch.equal(data.stream_tokens([tmp_path / "big.txt"], stop, tokenizer, tmp_path / "cut"), straight)

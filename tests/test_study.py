@@ -32,7 +32,7 @@ from training import STATE, InputError, finish, parse_args, save_checkpoint
 def test_every_command_parses_and_no_two_are_the_same():
     commands = study.training_runs(study.Config())
     seen = set()
-    for name, command in commands.items():
+    for command in commands.values():
         script, *flags = shlex.split(command)
         Config = {"sft.py": sft.Config, "reward.py": reward.Config, "rlhf.py": None}[script]
         if script == "rlhf.py":
