@@ -396,6 +396,7 @@ def label(speakers, config, sampling, reward):
     the judge is blind); the choice becomes one line of a preference file."""
     with writing(config.label):  # now, not after the first judgement
         Path(config.label).parent.mkdir(parents=True, exist_ok=True)
+        open(config.label, "ab").close()
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
         shots, two = examples_like(question, config), (speakers[0], speakers[-1])
         try:
@@ -438,8 +439,9 @@ def main(argv=None):
         sys.stdin.reconfigure(errors="replace")
     if config.best_of > 1 and not config.reward:
         raise InputError("--best-of needs the model that chooses: --reward out/reward")
-    if config.prompt is not None:
-        config.prompt = config.prompt.encode("utf-8", "replace").decode("utf-8")
+    for name in ("prompt", "system"):
+        if getattr(config, name) is not None:
+            setattr(config, name, getattr(config, name).encode("utf-8", "replace").decode("utf-8"))
     device = pick_device(config.device)
     speakers = [open_speaker(folder, device, config.raw) for folder in config.checkpoints]
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,

@@ -7,11 +7,13 @@ tell what they hold:
     conversations  {"messages": [{"role", "content"}, ...]}, Alpaca {"instruction", "input"?,
                    "output"}, or Dolly {"instruction", "context"?, "response"}
     preferences    {"prompt", "chosen", "rejected"} (strings or message lists), Anthropic HH
-                   {"chosen", "rejected"} dialogues, or Alpaca keys with "chosen" and "rejected"
+                   {"chosen", "rejected"} dialogues (also with what they share as "prompt"), or Alpaca keys
+                   with "chosen" and "rejected"
 
-A malformed row stops the program: a mistake in a file should be fixed, not trained around. A
-well-formed row that cannot be learned from is dropped, counted and reported; if over half are dropped,
-the file is probably not what its user thinks it is, and that is an error too.
+A "system" key beside these is the system prompt; other keys are ignored. A malformed row stops the
+program: a mistake in a file should be fixed, not trained around. A well-formed row that cannot be
+learned from is dropped, counted and reported; if over half are dropped, the file is probably not what
+its user thinks it is, and that is an error too.
 
 Files are read whole, except plain text with `pretrain.py --stream`. Left out: tool calls, and packing
 of conversations.
@@ -91,6 +93,8 @@ def load_prompts(paths):
 
 
 def _load(paths, parse):
+    if "world" in paths and not os.path.exists("world"):
+        raise InputError("'world' among files: it can only stand alone; expected either 'world' or files")
     loaded = []
     for path in paths:
         loaded += _keep(_rows(Path(path)), lambda row: parse(row[1], row[0]), f"rows of {path}")
@@ -211,10 +215,11 @@ def _documents(row, where):
 
 def _conversation(row, where):
     if "messages" in row:
-        return _usable(_messages(row, "messages", where))
+        return _with_system(row, _usable(_messages(row, "messages", where)), where)
     for answer in ("output", "response"):
         if "instruction" in row and answer in row:
-            return _usable([*_alpaca(row, where), _turn("assistant", _string(row, answer, where))])
+            answered = _usable([*_alpaca(row, where), _turn("assistant", _string(row, answer, where))])
+            return _with_system(row, answered, where)
     hint = "; this is a row of preferences" if _is_preference(row) else ""
     raise _no_format(row, where, CONVERSATIONS + hint)
 
@@ -225,6 +230,11 @@ def _pair(row, where):
     p = row.get("p")
     if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):
         raise InputError(f"{where}: found {_show(p)} for 'p', expected a probability")
+    if isinstance(row.get("prompt"), str) and row["prompt"].startswith("\n\nHuman:"):  # HH in three columns
+        row = dict(row)
+        before = row.pop("prompt")
+        for key in ("chosen", "rejected"):
+            row[key] = before + _string(row, key, where).removeprefix(before)
     if "prompt" in row:
         prompt = _messages(row, "prompt", where, role="user")
     else:
@@ -234,7 +244,14 @@ def _pair(row, where):
         raise Unusable("chosen and rejected answer different prompts")
     if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
         raise Unusable("chosen equals rejected")
-    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], p)
+    return Pair(_with_system(row, chosen[:-1], where), chosen[-1]["content"], rejected[-1]["content"], p)
+
+
+def _with_system(row, messages, where):
+    """The messages, after the row's "system" prompt if it has one and they have none of their own."""
+    if not row.get("system") or messages[0]["role"] == "system":
+        return messages
+    return [_turn("system", _string(row, "system", where)), *messages]
 
 
 def _answered(prompt, row, key, where):
@@ -261,6 +278,8 @@ def _alpaca(row, where):
     key = "input" if "input" in row else "context"  # Dolly's name for the same
     extra = "" if row.get(key) is None else _string(row, key, where)
     question = _string(row, "instruction", where)
+    if row.get("history"):  # LLaMA-Factory's; without them the question may mean nothing
+        raise InputError(f"{where}: found earlier turns in 'history', expected them in {{\"messages\"}}")
     return [_turn("user", f"{question}\n\n{extra}" if extra.strip() else question)]
 
 
@@ -437,8 +456,10 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
     """(documents from the beginning, to learn a vocabulary from; held-out documents; the byte where these
     begin). About the last `holdout` of the bytes is held out, at most `most` of them."""
     for path in map(Path, paths):
-        if path.suffix.lower() != ".txt" or not path.is_file():
+        if path.suffix.lower() != ".txt" or not os.path.isfile(path):
             raise InputError(f"{path}: found no .txt file, which is what --stream reads")
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: found no readable file (Permission denied), expected a data file")
     total = sum(Path(path).stat().st_size for path in paths)
     if not 0 < holdout < 1 or total < 2:
         raise InputError(f"found a hold-out of {holdout} and {total} bytes, expected a fraction and some text")

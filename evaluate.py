@@ -306,7 +306,10 @@ def stage_seconds(folders):
     seconds = {}
     for stamp in folders:
         if stamp.is_file():
-            done = json.loads(stamp.read_text(encoding="utf-8"))
+            try:
+                done = json.loads(stamp.read_text(encoding="utf-8"))
+            except ValueError:  # `touch done`, to tell make that the stage is done
+                continue
             stage = done.get("stage", stamp.parent.name)
             seconds[stamp.parent.name if stage in seconds else stage] = done.get("seconds")
     return seconds

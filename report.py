@@ -19,7 +19,7 @@ from pathlib import Path
 
 import world
 from data import visible
-from training import InputError, run, write_text
+from training import InputError, read_metrics, run, write_text
 
 PERCENT, NUMBER = "percent", "number"
 # Heading, place in a checkpoint's measures, unit.
@@ -383,13 +383,6 @@ def study_sections(report, study):
 # Pictures
 
 
-def read_metrics(folder):
-    """Rows of metrics.jsonl; [] where there is none. A half-written last line is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def curve(rows, name):
     """-> (steps, values) of a metric, where it was logged and is a number."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
@@ -617,9 +610,13 @@ def main():
     path = Path(sys.argv[1]) / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); evaluate.py writes it") from error
-    write(path.parent, report)
+    try:
+        write(path.parent, report)
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
+        raise InputError(f"{path}: not what evaluate.py and study.py of this version write "
+                         f"({type(error).__name__}: {error}); run them again") from error
     print(f"report: wrote {path.parent}/report.html and report.md")
 
 

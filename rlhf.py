@@ -556,6 +556,9 @@ def load_prompts(config, tokenizer, context_length):
         messages, heldout = data.split_marked(list(prompts), marked, config.holdout, config.data)
     heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
     room = context_length - config.max_new_tokens
+    if room < 1:
+        raise InputError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the {context_length} tokens of "
+                         "the context")
     found = []
     for part in (messages, heldout):
         prompts = [Prompt(render_chat(tokenizer, m, generation_prompt=True)[0],
@@ -574,6 +577,8 @@ def load_prompts(config, tokenizer, context_length):
 def load_reward_source(spec, policy, tokenizer, device):
     """--reward as (score(prompts, responses as id lists) -> (B,), critic, the critic's shift)."""
     path, colon, name = spec.rpartition(":")
+    if spec.endswith(".py"):
+        raise InputError(f"--reward {spec}: expected the name of a function, too, as in {spec}:FUNCTION")
     if not (colon and path.endswith(".py")):
         model, theirs, shift, _ = load_reward(spec, device)
         if not same_tokens(theirs, tokenizer):
@@ -607,19 +612,23 @@ def load_function(path, name):
         sys.path.append(str(Path(path).resolve().parent))  # so that the file can import its neighbours
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
-    except Exception as error:  # whatever the file does wrong
-        raise InputError(f"--reward {path}:{name}: could not be loaded "
-                         f"({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:  # whatever the file does wrong; a script may end with sys.exit(main())
+        raise InputError(f"--reward {path}:{name}: could not be loaded ({in_words(error)})") from error
     if not callable(function):
         raise InputError(f"--reward {path}:{name}: expected a function, found {function!r:.60}")
     return function
 
 
+def in_words(error):
+    """The error's name and text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def call(function, spec, prompt, response):
     try:
         value = float(function(prompt, response))
-    except Exception as error:
-        raise InputError(f"--reward {spec}: {type(error).__name__}: {error}; on the prompt "
+    except (Exception, SystemExit) as error:
+        raise InputError(f"--reward {spec}: {in_words(error)}; on the prompt "
                          f"{prompt!r} and the response {response!r}") from error
     if not math.isfinite(value):
         raise InputError(f"--reward {spec}: returned {value}, expected a finite number; on the "

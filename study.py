@@ -43,8 +43,8 @@ import world
 from chat import best_of_n, chat_prompt, generate_all, open_speaker
 from evaluate import bootstrap, rate, rounded, sequence_kl
 from reward import score, score_pairs
-from training import (STATE, InputError, check_range, flag, load_reward, parse_args, pick_device, run,
-                      write_text)
+from training import (STATE, InputError, check_range, flag, load_reward, parse_args, pick_device, read_metrics,
+                      run, write_text, writing)
 
 
 @dataclass
@@ -258,7 +258,7 @@ def kept(folder):
     """[(step, folder)] of a run's checkpoints, its last one included."""
     done = json.loads((folder / "done").read_text(encoding="utf-8"))
     steps = [(int(path.name.removeprefix("step_")), path) for path in sorted(folder.glob("step_*"))]
-    last = done.get("iterations") or max((row["step"] for row in pages.read_metrics(folder)), default=0)
+    last = done.get("iterations") or max((row["step"] for row in read_metrics(folder)), default=0)
     return [point for point in steps if point[0] != last] + [(last, folder)]
 
 
@@ -507,10 +507,11 @@ def main():
     check_range(config, scale=(0.001, 1))
     device = pick_device(config.device)
     for name in ("base/done", "sft/done", "reward/done", "pairs.jsonl"):
-        if not (Path(config.runs) / name).exists():
+        if not os.path.exists(Path(config.runs) / name):
             raise InputError(f"{config.runs}/{name}: not there; run `make` first, or give --runs")
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
 
     forget_others(config)
     write_subsets(config)

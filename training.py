@@ -58,6 +58,12 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:  # PyTorch has a class of its own for some devices only
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print("error: out of memory; try --micro-batch and --recompute, where a stage has them, or a smaller "
+              f"--batch-size or --context-length ({' '.join(str(error).split())[:150]})", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -469,10 +475,10 @@ def load_checkpoint(folder, device="cpu"):
     Returns (model, tokenizer, config dict); the model is a GPT, or a ScalarModel where the folder
     holds a reward model. Strict: a missing, surplus or misshapen tensor is an InputError."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a checkpoint "
-                         "(config.json, model.safetensors, tokenizer.json)")
     try:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; expected a checkpoint "
+                             "(config.json, model.safetensors, tokenizer.json)")
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config_from_hf(info)
         index = folder / "model.safetensors.index.json"
@@ -558,7 +564,7 @@ def start_run(config, stage, first=True):
                          "its work under torchrun")
     folder = Path(config.out)
     state = folder / STATE
-    if config.resume and state.exists():
+    if config.resume and os.path.exists(state):  # Path.exists would raise where a folder may not be entered
         try:
             saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
             settings = saved["settings"]
@@ -665,13 +671,21 @@ def log(folder, step, **metrics):
                                for k, v in row.items()}) + "\n")
 
 
+def read_metrics(folder):
+    """Rows of metrics.jsonl, [] where there is none; without lines that a kill cut off, or a power failure left
+    as zeros."""
+    path, rows = Path(folder) / "metrics.jsonl", []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
 def cut_metrics(folder, position):
     """On resume, drop the metrics of steps after the last save: those steps are run again."""
-    path = Path(folder) / "metrics.jsonl"
-    if path.exists():
-        rows = [r for r in path.read_text(encoding="utf-8").splitlines(True) if r.endswith("\n")]
-        kept = [r for r in rows if json.loads(r)["step"] <= position]
-        write_text(path, "".join(kept))
+    kept = [row for row in read_metrics(folder) if row["step"] <= position]
+    write_text(Path(folder) / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def finish(folder, stage, seconds, **summary):

@@ -59,7 +59,7 @@ def definitions(path):
             if isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
                 try:
                     exec(compile(ast.Module([statement], []), str(path), "exec"), space)
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     broken[getattr(statement, "name", "")] = f"its definition fails: {type(error).__name__}: {error}"
     return space, broken
 
@@ -76,7 +76,10 @@ def submitted(pytestconfig):
         if not path.exists() or (path.suffix == ".ipynb" and not path.stem.startswith(task.notebook) and not root.is_dir()):
             pytest.skip("not handed in")
         if path not in kept:
-            kept[path] = definitions(path)
+            try:
+                kept[path] = definitions(path)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:  # cut off, saved as a web page, …
+                pytest.fail(f"{path.name} is not a notebook that can be read ({type(error).__name__}: {error})")
         return kept[path]
     return find
 

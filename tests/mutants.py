@@ -72,8 +72,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "for piece in text.split(\"\\0\"))",
      "test_data.py"),
     ("chosen and rejected swapped", "data.py",
-     "return Pair(chosen[:-1], chosen[-1][\"content\"], rejected[-1][\"content\"], p)",
-     "return Pair(chosen[:-1], rejected[-1][\"content\"], chosen[-1][\"content\"], p)", "test_data.py"),
+     "chosen[-1][\"content\"], rejected[-1][\"content\"], p)",
+     "rejected[-1][\"content\"], chosen[-1][\"content\"], p)", "test_data.py"),
     ("held-out prompts stay in training", "data.py", "not in seen]\n", "not in ()]\n", "test_data.py"),
     # ---- pre-training, SFT, optimiser
     ("bits per byte without ln 2", "pretrain.py", "nats / (math.log(2) * text_bytes)", "nats / text_bytes",

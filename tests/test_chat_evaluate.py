@@ -330,6 +330,23 @@ def test_examples_are_of_the_family_of_the_question():
     assert chat.examples_like("Hi?", chat.Config([], few_shot=0)) == []
 
 
+def test_a_stamp_that_was_touched_has_no_seconds(tmp_path):
+    """It would end the evaluation after everything has been measured."""
+    finish(tmp_path / "sft", "sft", 12.0)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "done").touch()
+    assert evaluate.stage_seconds([tmp_path / name / "done" for name in ("base", "sft", "none")]) == {"sft": 12.0}
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"checkpoints": {}}', b'{"checkpoints": 3, "settings": {}}'])
+def test_a_report_that_cannot_be_read_gets_one_line(content, monkeypatch, tmp_path):
+    (tmp_path / "report.json").write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    with pytest.raises(InputError, match="report.json: (cannot be read|not what evaluate.py)"):
+        report.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
 def test_a_judge_of_shorter_texts_is_refused(folders, tokenizer, monkeypatch, capsys, tmp_path):
     save_checkpoint(tmp_path, ScalarModel(tiny(tokenizer, 3, context_length=64)), tokenizer, reward_shift=0.0, reward_scale=1.0)
     with pytest.raises(InputError, match="of up to 64 tokens; sft does not write them"):
@@ -380,6 +397,14 @@ def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsy
     assert prompts[3] == prompts[4] == "Hi?"
     speaker = chat.open_speaker(folders / "sft")
     assert speaker.prompt("Hi?", system="") == chat.chat_prompt(speaker.tokenizer, "Hi?") != speaker.prompt("Hi?")
+
+
+def test_label_refuses_what_it_could_not_write_before_it_asks(folders, monkeypatch, capsys, tmp_path):
+    with pytest.raises(InputError, match="could not be written"):
+        run_chat(monkeypatch, capsys, [folders / "sft", "--label", tmp_path, "--temperature", 1], "")
+    path = tmp_path / "mine.jsonl"  # and a byte in an argument that is not UTF-8 loses no judgement
+    run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1, "--system", "Be ki\udcffnd."], "Hi?\na\n")
+    assert json.loads(path.read_text("utf-8"))["prompt"][0]["content"] == "Be ki?nd."
 
 
 def test_label_begins_a_line_of_its_own(folders, monkeypatch, capsys, tmp_path):

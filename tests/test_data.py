@@ -63,6 +63,18 @@ def test_conversations_in_both_formats(write, name):
         [{"role": "user", "content": "Sum\n\n1 2"}, {"role": "assistant", "content": "3"}]]
 
 
+def test_a_system_prompt_in_a_key_of_its_own(write):
+    system, own = {"role": "system", "content": "Be kind."}, {"role": "system", "content": ""}
+    rows = [{"instruction": "Hi", "output": "Hello", "system": "Be kind.", "history": []}, {"messages": HELLO, "system": "Be kind."},
+            {"messages": HELLO, "system": ""}, {"messages": [own, *HELLO], "system": "Be kind."}]
+    assert data.load_conversations([write("a.jsonl", *rows)]) == [
+        [system, *HELLO], [system, *HELLO], HELLO, [own, *HELLO]]
+    pairs = [{**GOOD, "system": "Be kind."}, {**GOOD, "chosen": HELLO, "rejected": [*HI, {"role": "assistant", "content": "Go"}],
+                                              "system": "Be kind."}, {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go", "system": "Be kind."},
+             {**GOOD, "system": None}]
+    assert [pair.prompt for pair in data.load_preferences([write("b.jsonl", *pairs)])] == [[system, *HI]] * 3 + [HI]
+
+
 def test_conversations_with_the_keys_of_dolly(write):
     row = {"instruction": "Sum", "response": "3", "category": "open_qa"}
     path = write("a.jsonl", {**row, "context": "1 2"}, {**row, "context": ""}, row)
@@ -78,6 +90,9 @@ def test_conversations_with_the_keys_of_dolly(write):
     {"prompt": "Hi", "chosen": HELLO, "rejected": [*HI, {"role": "assistant", "content": "Go"}]},
     {"chosen": HELLO, "rejected": [*HI, {"role": "assistant", "content": "Go"}]},
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go "},
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello", "chosen": " Hello", "rejected": " Go"},
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+     "rejected": "\n\nHuman: Hi\n\nAssistant: Go"},
     {"instruction": "Hi", "input": "", "output": "x", "chosen": "Hello", "rejected": "Go"},
 ])
 def test_preferences_in_every_format(write, row):
@@ -133,12 +148,15 @@ TURN = {"role": "user", "content": "Hi"}
     ("conversations", "a.json", [{"instruction": "a", "output": 3}], "row 1", "3 for 'output'"),
     ("conversations", "a.json", [{"instruction": "", "input": 0, "output": ""}], "row 1", "0"),
     ("conversations", "a.jsonl", [GOOD], "line 1", "row of preferences"),
+    ("conversations", "a.json", [{"instruction": "a", "output": "b", "history": [["c", "d"]]}], "row 1", "'history'"),
+    ("conversations", "a.json", [{"instruction": "a", "output": "b", "system": 5}], "row 1", "5 for 'system'"),
     ("preferences", "a.jsonl", [GOOD, {"messages": HELLO}], "line 2", '"messages"'),
     ("preferences", "a.jsonl", [GOOD, {"chosen": "b", "p": 1}], "line 2", '["chosen", "p"]'),
     ("preferences", "a.jsonl", [{**GOOD, "chosen": 1}], "line 1", "1 for 'chosen'"),
     ("preferences", "a.jsonl", [{**GOOD, "prompt": None}], "line 1", "null for 'prompt'"),
     ("preferences", "a.jsonl", [{"chosen": "b", "rejected": "c"}], "line 1", "no prompt"),
     ("preferences", "a.jsonl", [{"chosen": None, "rejected": "c"}], "line 1", "null for 'chosen'"),
+    ("preferences", "a.jsonl", [{**GOOD, "prompt": "\n\nHuman: a\n\nAssistant:", "chosen": 1}], "line 1", "1 for 'chosen'"),
     ("preferences", "a.jsonl", [{**GOOD, "p": 1.5}], "line 1", "1.5 for 'p'"),
     ("preferences", "a.jsonl", [{**GOOD, "p": True}], "line 1", "true for 'p'"),
     ("prompts", "a.jsonl", [{"messages": HELLO}, {"prompt": "Hi"}], "line 2", '"prompt"'),

@@ -68,7 +68,9 @@ def files(tmp_path_factory):
     (folder / "text.txt").write_text("<|endoftext|>".join(row["text"] for row in rows_of("texts", 300)))
     (folder / "score.py").write_text("def length(prompt, response):\n    return len(response) / 9\n"
                                      "def fails(prompt, response):\n    return {}[response]\n"
-                                     "def nan(prompt, response):\n    return float('nan')\n")
+                                     "def nan(prompt, response):\n    return float('nan')\n"
+                                     "def says(prompt, response):\n    raise ValueError('two\\nlines')\n")
+    (folder / "ends.py").write_text("import sys\n\n\ndef length(prompt, response):\n    return 0\n\n\nsys.exit(0)\n")
     tokenizer = train_bpe([row["text"] for row in rows_of("texts")], 300)
     save_checkpoint(folder / "sft", model_of(tokenizer), tokenizer)
     save_checkpoint(folder / "reward", ScalarModel(model_of(tokenizer)), tokenizer, reward_shift=0.0,
@@ -214,6 +216,13 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
             call(monkeypatch, [*words, "--resume"])
     finally:
         os.utime(files / changed, (before, before))
+
+
+def test_metrics_that_cannot_be_read_are_dropped(tmp_path):
+    good = ['{"step": 1, "loss": 2.0}\n', '{"step": 2, "loss": 1.0}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(good[0].encode() + b'\0\0\0\n\n{"step": 2\n\xff\n' + good[1].encode() + b'{"step": 3}\n{"step": 2')
+    training.cut_metrics(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8") == "".join(good)
 
 
 @pytest.mark.slow
@@ -578,6 +587,8 @@ def bad_commands(files):
     say = lambda *words: command(files, *words)  # noqa: E731
     yield say("sft", out, "--data", files / "none.jsonl"), "none.jsonl: found no readable file"
     yield say("sft", out, "--data", files), "expected a data file"
+    for stage, flag in (("sft", "--data"), ("pretrain", "--data"), ("dpo", "--data"), ("ppo", "--replay-data")):
+        yield say(stage, out, flag, "world", files / "text.txt"), "it can only stand alone"
     yield say("sft", out, "--data", files / "empty.jsonl"), "found an empty file"
     yield say("sft", out, "--data", files / "binary.jsonl"), "expected UTF-8 text"
     yield say("pretrain", out, "--data", files / "latin.txt"), "line 1: found byte 0xe7"
@@ -602,6 +613,11 @@ def bad_commands(files):
     yield say("reward", out, "--data", "world", "--pairs", 60, "--holdout", 60), "--holdout 60: expected fewer than"
     yield say("sft", out, "--adam-eps", 0), "--adam-eps 0.0: expected"
     yield say("sft", out, "--init", files / "nowhere"), "nowhere: no such folder"
+    long = files / ("x" * 300)  # one of several reasons why the system may not even look for a path
+    yield say("sft", out, "--init", long), "x: missing, or not readable"
+    yield ["chat.py", long], "x: missing, or not readable"
+    yield say("sft", long, "--resume"), "x: could not be written"
+    yield say("pretrain", out, "--stream", "--data", f"{long}.txt"), "found no .txt file"
     yield say("sft", out, "--init", files / "no_config"), "config.json: missing"
     yield say("sft", out, "--init", files / "no_weights"), f"{files}/no_weights/model.safetensors"
     yield ["chat.py", files / "no_ends", "--prompt", "hi"], "generation_config.json: cannot be read as JSON"
@@ -618,7 +634,11 @@ def bad_commands(files):
     yield say("ppo", out, "--reward", f"{files}/score.py:fails"), "KeyError"
     yield say("ppo", out, "--reward", f"{files}/score.py:nan"), "returned nan, expected a finite number"
     yield say("ppo", out, "--reward", f"{files}/score.py:none"), "could not be loaded (AttributeError"
+    yield say("ppo", out, "--reward", f"{files}/score.py"), "score.py:FUNCTION"
+    yield say("ppo", out, "--reward", f"{files}/score.py:says"), "ValueError: two lines; on the prompt"
+    yield say("ppo", out, "--reward", f"{files}/ends.py:length"), "could not be loaded (SystemExit: 0)"
     yield say("ppo", out, "--max-new-tokens", 60), "most prompts are longer than 4 tokens"
+    yield say("ppo", out, "--max-new-tokens", 72), "--max-new-tokens 72: expected fewer than the 64 tokens of the context"
     yield say("ppo", out, "--temperature", 0), "--temperature 0.0: expected"
     yield say("ppo", out, "--minibatches", 17), "--minibatches 17: expected"
     yield say("ppo", out, "--lam", 2), "--lam 2.0: expected"
@@ -661,6 +681,22 @@ def test_every_mistake_gets_one_line(files, monkeypatch):
         out = files / "never"  # nothing that looks like a result
         assert not (out / "done").exists() and not (out / "config.json").exists()
     assert heard >= 50
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_want_of_memory_gets_one_line(error, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        training.run(main)
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told.startswith("error: out of memory; try --micro-batch") and told.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="of two distributions"):
+        training.run(lambda: rlhf.check_recorded([[1.0]], torch.zeros(1, 1), torch.ones(1, 1)))
 
 
 @pytest.mark.slow

@@ -157,4 +157,8 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert grade(file)[1]["9.3 best_of_n_kl"] == "✓"  # Windows' editors begin with a BOM
     file.write_text("def noise_ceiling(:\n")
     assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
+    file.write_text("def noise_ceiling(labels=exit()):\n    return 1\n")
+    assert "SystemExit" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
     assert "expected one folder of notebooks" in grade(tmp_path / "nothing")[0].stderr
+    (tmp_path / "00_the_method.ipynb").write_text("<html>")
+    assert "00_the_method.ipynb is not a notebook" in grade(tmp_path / "00_the_method.ipynb")[0].stdout

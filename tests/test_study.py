@@ -29,6 +29,16 @@ from tokenizer import train_bpe
 from training import STATE, InputError, finish, parse_args, save_checkpoint
 
 
+def test_folders_that_cannot_be_used_get_one_line(monkeypatch, tmp_path):
+    for name in ("base/done", "sft/done", "reward/done", "pairs.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for flags, message in ((["--runs", "x" * 300], "not there"), (["--out", tmp_path / "pairs.jsonl" / "x"], "could not be written")):
+        monkeypatch.setattr(sys, "argv", ["study.py", "--runs", str(tmp_path), *map(str, flags)])
+        with pytest.raises(InputError, match=message):
+            study.main()
+
+
 def test_every_command_parses_and_no_two_are_the_same():
     commands = study.training_runs(study.Config())
     seen = set()
