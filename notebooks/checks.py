@@ -1203,6 +1203,34 @@ def check_cached_attention(fn, g):
     return "token by token as all at once, on 3 random inputs"
 
 
+@check
+def check_vote(fn, g):
+    """fn(facts, None where an answer states nothing) -> the commonest, the first drawn of equals; None without votes."""
+    def right(facts):
+        counts = Counter(fact for fact in facts if fact is not None)
+        return max(counts, key=counts.get, default=None)
+
+    kept = lambda facts: [fact for fact in facts if fact is not None]
+    seen = lambda function: wraps(function)(lambda facts: -1 if (found := function(facts)) is None else found)  # None is compared, too
+    inputs = [([None, 4, None, None],), ([7, 2, 7, 2],), ([None, 3, 1, None, 1, None, None],), ([3, 8, 3, 8],), ([None, None],)]
+    inputs += [([None if fact > 6 else fact for fact in whole(g, 1, 9, n).tolist()] + [whole(g, 1, 6)],) for n in (5, 9, 14, 20)]
+    compare(seen(fn), seen(right), inputs, [(tuple(map(seen, either(wrong))), text) for wrong, text in (
+        (lambda facts: None, "it returns None each time. Is the line with `return` missing?"),
+        (lambda facts: max(Counter(facts), key=Counter(facts).get), "None votes with you; an answer that states nothing has no vote."),
+        (lambda facts: right(facts[::-1]), "of equally common facts take the one drawn first; you take the last."),
+        ((lambda facts: min(kept(facts), key=lambda fact: (-facts.count(fact), fact), default=None),
+          lambda facts: max(kept(facts), key=lambda fact: (facts.count(fact), fact), default=None)),
+         "of equally common facts take the one drawn first, not the smallest or largest."),
+        (lambda facts: next(iter(kept(facts)), None), "that is the first fact, not the commonest."),
+        (lambda facts: facts.count(right(facts)) if kept(facts) else None, "that is the number of its votes; return the fact."),
+        (lambda facts: right(facts) if 2 * facts.count(right(facts)) > len(kept(facts)) else None,
+         "it need not have more than half of the votes, only as many as any other."),
+        (lambda facts: min(kept(facts), key=facts.count, default=None), "that is the rarest fact."),
+        (lambda facts: right(facts) if kept(facts) else 0, "if no answer states anything, return None: max(…, default=None)."),
+    )], tol=0)
+    return "right on 9 lists, ties and silent answers among them"
+
+
 # ---- 05: supervised fine-tuning ------------------------------------------------------------------
 
 @cache
@@ -1367,6 +1395,24 @@ def check_lora(fn, g):
     for x, W, A, B, alpha in inputs:  # A and B are what learns
         same_gradient(*(lambda A, B, f=f: f(x, W, A, B, alpha) for f in (fn, right)), (A, B), 1e-3, 2)
     return "value, and gradient for A and B, are right for 4 shapes of x"
+
+
+@check
+def check_only_rows(fn, g):
+    """fn(gradient (V, C), rows: list of ids) -> (V, C): the gradient in these rows, 0 in all others."""
+    def right(gradient, rows):
+        return gradient * torch.isin(torch.arange(len(gradient)), torch.tensor(rows))[:, None]
+
+    inputs = [(normal(g, V, C), torch.randperm(V, generator=g)[:k].tolist()) for V, C, k in ((5, 3, 1), (6, 6, 2), (9, 4, 3))]
+    compare(fn, right, inputs, [
+        (lambda x, rows: x, "every row keeps its gradient: all embeddings would be trained."),
+        (lambda x, rows: x - right(x, rows), "the other way round: the chosen rows keep theirs, the others get 0."),
+        (lambda x, rows: x[rows], "only the chosen rows are there; give the whole table, 0 in the other rows."),
+        (lambda x, rows: right(x.abs() * 0 + 1, rows), "that is 1 in the chosen rows; multiply by the gradient."),
+        (lambda x, rows: right(x, [row for row in range(len(x)) if row <= max(rows)]), "you keep all rows up to the last chosen one."),
+        (lambda x, rows: right(x, list(range(len(rows)))), "you keep the first rows; `rows` holds the ids of those to keep."),
+    ])
+    return "right on 3 tables, with 1, 2 and 3 rows"
 
 
 # ---- 06: the reward model ------------------------------------------------------------------------

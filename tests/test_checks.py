@@ -263,6 +263,15 @@ def lora_matrix(x, W, A, B, alpha):
     return x @ (W + alpha / len(A) * B @ A).T
 
 
+def vote(facts):
+    said = [fact for fact in facts if fact is not None]
+    return min(said, key=lambda fact: (-said.count(fact), said.index(fact)), default=None)
+
+
+def only_rows(gradient, rows):
+    return torch.stack([row if i in rows else 0 * row for i, row in enumerate(gradient)])
+
+
 def preference_loss(chosen, rejected, refuse=True):
     if refuse and chosen.shape != rejected.shape:
         raise ValueError("unequal shapes")
@@ -596,6 +605,18 @@ TABLE = {
         (lambda x, W, A, B, alpha: lora_matrix(x, W, A, B.detach(), alpha), "its gradient for `B`"),
         (lambda x, W, A, B, alpha: x.numpy() @ (W.numpy() + alpha / len(A) * B.numpy() @ A.numpy()).T, "no gradient can flow"),
         (lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * x @ (A @ B).T, None)]),
+    "vote": ([vote, lambda facts: Counter(x for x in facts if x is not None).most_common(1)[0][0] if any(
+        x is not None for x in facts) else None], [
+        (lambda facts: Counter(facts).most_common(1)[0][0], "None votes"),
+        (lambda facts: vote(facts[::-1]), "you take the last"),
+        (lambda facts: next((x for x in facts if x is not None), None), "the first fact"),
+        (lambda facts: facts.count(vote(facts)) if any(facts) else None, "the number of its votes"),
+        (lambda facts: vote(facts) if any(x is not None for x in facts) else 0, "return None")]),
+    "only_rows": ([only_rows], [
+        (lambda x, rows: x, "all embeddings would be trained"),
+        (lambda x, rows: x - only_rows(x, rows), "the other way round"),
+        (lambda x, rows: x[rows], "only the chosen rows"),
+        (lambda x, rows: only_rows(torch.ones_like(x), rows), "multiply by the gradient")]),
     "preference_loss": ([preference_loss, reward.preference_loss], [
         (lambda c, r: preference_loss(r, c), "sign of the margin"),
         (lambda c, r: -(c - r).sigmoid().log().mean(), "F.logsigmoid"),
