@@ -69,7 +69,8 @@ def files(tmp_path_factory):
     (folder / "score.py").write_text("def length(prompt, response):\n    return len(response) / 9\n"
                                      "def fails(prompt, response):\n    return {}[response]\n"
                                      "def nan(prompt, response):\n    return float('nan')\n"
-                                     "def says(prompt, response):\n    raise ValueError('two\\nlines')\n")
+                                     "def says(prompt, response):\n    raise ValueError('two\\nlines')\n"
+                                     "def quits(prompt, response):\n    raise SystemExit(3)\n")
     (folder / "ends.py").write_text("import sys\n\n\ndef length(prompt, response):\n    return 0\n\n\nsys.exit(0)\n")
     tokenizer = train_bpe([row["text"] for row in rows_of("texts")], 300)
     save_checkpoint(folder / "sft", model_of(tokenizer), tokenizer)
@@ -636,6 +637,7 @@ def bad_commands(files):
     yield say("ppo", out, "--reward", f"{files}/score.py:none"), "could not be loaded (AttributeError"
     yield say("ppo", out, "--reward", f"{files}/score.py"), "score.py:FUNCTION"
     yield say("ppo", out, "--reward", f"{files}/score.py:says"), "ValueError: two lines; on the prompt"
+    yield say("ppo", out, "--reward", f"{files}/score.py:quits"), "SystemExit: 3; on the prompt"
     yield say("ppo", out, "--reward", f"{files}/ends.py:length"), "could not be loaded (SystemExit: 0)"
     yield say("ppo", out, "--max-new-tokens", 60), "most prompts are longer than 4 tokens"
     yield say("ppo", out, "--max-new-tokens", 72), "--max-new-tokens 72: expected fewer than the 64 tokens of the context"
