@@ -40,7 +40,7 @@ from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, 
 from pretrain import heldout_loss
 from reward import heldout_report, score, score_pairs, wilson
 from tokenizer import ENDOFTEXT, IM_END, same_tokens
-from training import (InputError, check_range, flag, load_reward, parse_args, pick_device, run,
+from training import (InputError, check_range, flag, load_reward, make_folder, parse_args, pick_device, run,
                       write_text)
 
 ENOUGH = 160  # prompts for a rate about one kind of prompt, however small --per-family is
@@ -343,6 +343,7 @@ def main(argv=None):
                 per_family=(1, 160))  # heldout_tasks has no more
     started = time.perf_counter()
     device = pick_device(config.device)
+    make_folder(config.out)
 
     # 1. Models, prompts and documents.
     folders = {Path(os.path.abspath(folder)).name: folder for folder in config.checkpoints}

@@ -43,8 +43,8 @@ import world
 from chat import best_of_n, chat_prompt, generate_all, open_speaker
 from evaluate import bootstrap, rate, rounded, sequence_kl
 from reward import score, score_pairs
-from training import (STATE, InputError, check_range, flag, load_reward, parse_args, pick_device, read_metrics,
-                      run, write_text, writing)
+from training import (STATE, InputError, check_range, flag, load_reward, make_folder, parse_args, pick_device,
+                      read_metrics, run, write_text)
 
 
 @dataclass
@@ -510,8 +510,7 @@ def main():
         if not os.path.exists(Path(config.runs) / name):
             raise InputError(f"{config.runs}/{name}: not there; run `make` first, or give --runs")
     out = Path(config.out)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
 
     forget_others(config)
     write_subsets(config)

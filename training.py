@@ -27,6 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -405,6 +406,13 @@ def writing(what):
         raise InputError(f"{what}: could not be written ({str(error).splitlines()[0]})") from error
 
 
+def make_folder(path):
+    """Make the folder and see that files can be written there: now, not after the work whose result they will hold."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+
+
 def sync(path):
     """Wait until the file is on the disk: otherwise a rename may get there before the contents do."""
     with open(path, "rb+") as file:
@@ -588,8 +596,8 @@ def start_run(config, stage, first=True):
         return saved
     if not first:
         return None
+    make_folder(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         for name in ("done", "metrics.jsonl", STATE):
             (folder / name).unlink(missing_ok=True)
         for kept in folder.glob("step_*/config.json"):

@@ -1616,8 +1616,8 @@ def main():
 
     from tqdm import tqdm
 
-    from training import (InputError, check_range, flag, load_policy, parse_args, pick_device,
-                          write_text)
+    from training import (InputError, check_range, flag, load_policy, make_folder, parse_args,
+                          pick_device, write_text)
 
     @dataclass
     class Config:
@@ -1640,6 +1640,9 @@ def main():
     check_range(config, pairs=(2, 10**7), holdout=(0, config.pairs - 1))
     started = time.perf_counter()
     model, tokenizer = load_policy(config.init, pick_device(config.device))
+    if Path(config.out).is_dir():
+        raise InputError(f"--out {config.out}: found a folder, expected a file")
+    make_folder(Path(config.out).parent)
     with tqdm(total=config.pairs, desc="pairs", unit="pair") as bar:
         rows = sample_pairs(model, tokenizer, config.pairs, config.holdout, config.seed,
                             config.max_new_tokens, tell=lambda done: bar.update(done - bar.n))

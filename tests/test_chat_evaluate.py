@@ -681,6 +681,18 @@ def test_unknown_reference_and_equal_names_are_refused(folders, tmp_path):
             evaluate.main([str(folders / first), str(tmp_path / name), "--best-of", str(n)])
 
 
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(folders, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "generate_all", lambda *args, **more: pytest.fail("too late"))
+    monkeypatch.setattr(world, "sample_pairs", lambda *args, **more: pytest.fail("too late"))
+    with pytest.raises(InputError, match="could not be written"):
+        evaluate.main([str(folders / "sft"), "--out", str(tmp_path / "file" / "report")])
+    for out, message in ((tmp_path, "found a folder"), (tmp_path / "file" / "pairs.jsonl", "could not be written")):
+        monkeypatch.setattr(sys, "argv", ["world.py", "pairs", "--init", str(folders / "sft"), "--out", str(out)])
+        with pytest.raises(InputError, match=message):
+            world.main()
+
+
 def test_a_folder_on_another_drive_is_named_in_full(monkeypatch):
     assert evaluate.relative("out/sft", "out/report") == os.path.join("..", "sft")
     monkeypatch.setattr(evaluate, "os", SimpleNamespace(path=ntpath))
