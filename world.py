@@ -27,6 +27,7 @@ sees the gold score, only the noisy choices.
 import hashlib
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -1640,7 +1641,7 @@ def main():
     check_range(config, pairs=(2, 10**7), holdout=(0, config.pairs - 1))
     started = time.perf_counter()
     model, tokenizer = load_policy(config.init, pick_device(config.device))
-    if Path(config.out).is_dir():
+    if os.path.isdir(config.out):
         raise InputError(f"--out {config.out}: found a folder, expected a file")
     make_folder(Path(config.out).parent)
     with tqdm(total=config.pairs, desc="pairs", unit="pair") as bar:

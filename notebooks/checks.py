@@ -1210,25 +1210,28 @@ def check_vote(fn, g):
         counts = Counter(fact for fact in facts if fact is not None)
         return max(counts, key=counts.get, default=None)
 
+    nothing = type("Nothing", (int,), {"__repr__": lambda self: "None"})(-10**6)
     kept = lambda facts: [fact for fact in facts if fact is not None]
-    seen = lambda function: wraps(function)(lambda facts: -1 if (found := function(facts)) is None else found)  # None is compared, too
-    inputs = [([None, 4, None, None],), ([7, 2, 7, 2],), ([None, 3, 1, None, 1, None, None],), ([3, 8, 3, 8],), ([None, None],)]
+    seen = lambda function: wraps(function)(lambda facts: nothing if (found := function(facts)) is None else found)  # None is compared, too
+    inputs = [([None, 4, None, None],), ([5, 5, None, 5],), ([7, 2, 7, 2],), ([None, 3, 1, None, 1, None, None],), ([3, 8, 3, 8],), ([None, None],)]
     inputs += [([None if fact > 6 else fact for fact in whole(g, 1, 9, n).tolist()] + [whole(g, 1, 6)],) for n in (5, 9, 14, 20)]
     compare(seen(fn), seen(right), inputs, [(tuple(map(seen, either(wrong))), text) for wrong, text in (
         (lambda facts: None, "it returns None each time. Is the line with `return` missing?"),
         (lambda facts: max(Counter(facts), key=Counter(facts).get), "None votes with you; an answer that states nothing has no vote."),
         (lambda facts: right(facts[::-1]), "of equally common facts take the one drawn first; you take the last."),
         ((lambda facts: min(kept(facts), key=lambda fact: (-facts.count(fact), fact), default=None),
-          lambda facts: max(kept(facts), key=lambda fact: (facts.count(fact), fact), default=None)),
-         "of equally common facts take the one drawn first, not the smallest or largest."),
+          lambda facts: max(kept(facts), key=lambda fact: (facts.count(fact), fact), default=None),
+          lambda facts: max(set(kept(facts)), key=facts.count, default=None)),
+         "of equally common facts take the one drawn first, not the smallest or largest, nor the first of a set, which has no order."),
         (lambda facts: next(iter(kept(facts)), None), "that is the first fact, not the commonest."),
         (lambda facts: facts.count(right(facts)) if kept(facts) else None, "that is the number of its votes; return the fact."),
-        (lambda facts: right(facts) if 2 * facts.count(right(facts)) > len(kept(facts)) else None,
+        ((lambda facts: right(facts) if 2 * facts.count(right(facts)) > len(kept(facts)) else None,
+          lambda facts: right(facts) if 2 * facts.count(right(facts)) > len(facts) else None),
          "it need not have more than half of the votes, only as many as any other."),
         (lambda facts: min(kept(facts), key=facts.count, default=None), "that is the rarest fact."),
         (lambda facts: right(facts) if kept(facts) else 0, "if no answer states anything, return None: max(…, default=None)."),
     )], tol=0)
-    return "right on 9 lists, ties and silent answers among them"
+    return "right on 10 lists, ties and silent answers among them"
 
 
 # ---- 05: supervised fine-tuning ------------------------------------------------------------------
@@ -1409,7 +1412,6 @@ def check_only_rows(fn, g):
         (lambda x, rows: x - right(x, rows), "the other way round: the chosen rows keep theirs, the others get 0."),
         (lambda x, rows: x[rows], "only the chosen rows are there; give the whole table, 0 in the other rows."),
         (lambda x, rows: right(x.abs() * 0 + 1, rows), "that is 1 in the chosen rows; multiply by the gradient."),
-        (lambda x, rows: right(x, [row for row in range(len(x)) if row <= max(rows)]), "you keep all rows up to the last chosen one."),
         (lambda x, rows: right(x, list(range(len(rows)))), "you keep the first rows; `rows` holds the ids of those to keep."),
     ])
     return "right on 3 tables, with 1, 2 and 3 rows"
@@ -1560,6 +1562,7 @@ def check_calibration(fn, g):
             p[:3], outcome[:3] = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
             p[3:7], outcome[3:7] = 0.5, 1.0  # a border between two bins belongs to the upper one
         inputs.append((p, outcome, bins))
+    inputs.append((torch.tensor([0.5, 0.5, 0.1, 0.9]), torch.tensor([1.0, 1.0, 1.0, 0.0]), 2))  # where the border decides
     beyond = lambda p, bins: (p * bins).long()
     from_above = lambda p, bins: (p * bins).ceil().long() - 1
     compare(fn, right, inputs, [
