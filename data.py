@@ -10,10 +10,10 @@ tell what they hold:
                    {"chosen", "rejected"} dialogues (also with what they share as "prompt"), or Alpaca keys
                    with "chosen" and "rejected"
 
-A "system" key beside these is the system prompt; a filled "history" is refused, other keys are ignored. A malformed row stops the
-program: a mistake in a file should be fixed, not trained around. A well-formed row that cannot be
-learned from is dropped, counted and reported; if over half are dropped, the file is probably not what
-its user thinks it is, and that is an error too.
+A "system" key beside these is the system prompt; a filled "history" is refused; other keys are ignored.
+A malformed row stops the program: a mistake in a file should be fixed, not trained around. A
+well-formed row that cannot be learned from is dropped, counted and reported; if over half are dropped,
+the file is probably not what its user thinks it is, and that is an error too.
 
 Files are read whole, except plain text with `pretrain.py --stream`. Left out: tool calls, and packing
 of conversations.

@@ -60,7 +60,8 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:  # PyTorch has a class of its own for some devices only
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error)):
+        words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         print("error: out of memory; try --micro-batch and --recompute, where a stage has them, or a smaller "
               f"--batch-size or --context-length ({' '.join(str(error).split())[:150]})", file=sys.stderr)

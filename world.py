@@ -1640,10 +1640,10 @@ def main():
         return show()
     check_range(config, pairs=(2, 10**7), holdout=(0, config.pairs - 1))
     started = time.perf_counter()
-    model, tokenizer = load_policy(config.init, pick_device(config.device))
     if os.path.isdir(config.out):
         raise InputError(f"--out {config.out}: found a folder, expected a file")
     make_folder(Path(config.out).parent)
+    model, tokenizer = load_policy(config.init, pick_device(config.device))
     with tqdm(total=config.pairs, desc="pairs", unit="pair") as bar:
         rows = sample_pairs(model, tokenizer, config.pairs, config.holdout, config.seed,
                             config.max_new_tokens, tell=lambda done: bar.update(done - bar.n))
