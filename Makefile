@@ -9,6 +9,7 @@
 #   make notebooks  what `make` has not made yet, then both editions of the course, from top to bottom
 #   make venv     only install, into .venv
 #   make ppo      one stage and what it needs: base sft pairs reward dpo ppo grpo report
+#   make OUT=out/seed2 SEED=2   another seed for whatever is drawn: texts, weights, batches, pairs, samples
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
 #   make clean    forget all results (in OUT)
@@ -26,6 +27,7 @@ endif
 own = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
 
 # Settings of each stage; override on the command line: make PRETRAIN='--steps 2000'
+SEED     ?=
 PRETRAIN ?=
 SFT      ?=
 PAIRS    ?=
@@ -61,13 +63,14 @@ quoted = $(subst ','\'',$(1))
 also = $(call quoted,$($(1)))
 
 # The settings of a stage, in a file that changes only when they do: changed settings cause a new run.
-SETTINGS_base = $(PRETRAIN)
-SETTINGS_sft = $(SFT)
-SETTINGS_pairs = $(PAIRS)
-SETTINGS_reward = $(REWARD)
-SETTINGS_dpo = $(DPO)
-SETTINGS_ppo = $(PPO)
-SETTINGS_grpo = $(GRPO)
+seeded = $(if $(SEED),--seed $(SEED) )$(1)
+SETTINGS_base = $(call seeded,$(PRETRAIN))
+SETTINGS_sft = $(call seeded,$(SFT))
+SETTINGS_pairs = $(call seeded,$(PAIRS))
+SETTINGS_reward = $(call seeded,$(REWARD))
+SETTINGS_dpo = $(call seeded,$(DPO))
+SETTINGS_ppo = $(call seeded,$(PPO))
+SETTINGS_grpo = $(call seeded,$(GRPO))
 SETTINGS_report = $(EVALUATE)
 $(OUT)/%/settings: FORCE
 	@mkdir -p $(@D)
@@ -79,36 +82,36 @@ FORGET = @for f in $^; do [ ! "$$f" -nt $(@D)/training_state.pt ] || rm -f $(@D)
 
 $(OUT)/base/done: pretrain.py $(BASE) $(WORLD) $(OUT)/base/settings | .venv/installed
 	$(FORGET)
-	$(PY) pretrain.py --data world --out $(@D) --resume $(PRETRAIN)
+	$(PY) pretrain.py --data world --out $(@D) --resume $(SETTINGS_base)
 
 $(OUT)/sft/done: sft.py $(OUT)/sft/settings $(OUT)/base/done
 	$(FORGET)
-	$(PY) sft.py --init $(OUT)/base --data world --out $(@D) --resume $(SFT)
+	$(PY) sft.py --init $(OUT)/base --data world --out $(@D) --resume $(SETTINGS_sft)
 
 $(OUT)/pairs.jsonl: $(OUT)/pairs/settings $(OUT)/sft/done
-	$(PY) world.py pairs --init $(OUT)/sft --out $@ $(PAIRS)
+	$(PY) world.py pairs --init $(OUT)/sft --out $@ $(SETTINGS_pairs)
 
 $(OUT)/reward/done: reward.py $(OUT)/reward/settings $(OUT)/pairs.jsonl
 	$(FORGET)
-	$(PY) reward.py --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(REWARD)
+	$(PY) reward.py --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(SETTINGS_reward)
 
 $(OUT)/dpo/done: rlhf.py reward.py $(OUT)/dpo/settings $(OUT)/pairs.jsonl
 	$(FORGET)
-	$(PY) rlhf.py dpo --init $(OUT)/sft --data $(OUT)/pairs.jsonl --replay-data world --out $(@D) --resume $(DPO)
+	$(PY) rlhf.py dpo --init $(OUT)/sft --data $(OUT)/pairs.jsonl --replay-data world --out $(@D) --resume $(SETTINGS_dpo)
 
 $(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/reward/done
 	$(FORGET)
 	$(PY) rlhf.py ppo --init $(OUT)/sft --reward $(OUT)/reward --data world --replay-data world \
-		--out $(@D) --resume $(PPO)
+		--out $(@D) --resume $(SETTINGS_ppo)
 
 $(OUT)/grpo/done: rlhf.py $(OUT)/grpo/settings $(OUT)/reward/done
 	$(FORGET)
 	$(PY) rlhf.py grpo --init $(OUT)/sft --reward $(OUT)/reward --data world --replay-data world \
-		--out $(@D) --resume $(GRPO)
+		--out $(@D) --resume $(SETTINGS_grpo)
 
 $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py $(OUT)/dpo/done $(OUT)/ppo/done
 	$(PY) evaluate.py $(OUT)/base $(OUT)/sft $(OUT)/dpo $(OUT)/ppo --reward $(OUT)/reward \
-		--data $(OUT)/pairs.jsonl --out $(@D) $(EVALUATE)
+		--data $(OUT)/pairs.jsonl --out $(@D) $(SETTINGS_report)
 
 quick:
 	$(MAKE) OUT=$(call own,out/quick) \
@@ -131,7 +134,7 @@ ablation: $(OUT)/sft_scratch/done
 $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 	$(FORGET)
 	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
-		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SFT)
+		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SETTINGS_sft)
 
 # Continues where it stopped: study.py looks at what is done. For a larger model (`make study OUT=out/long`
 # would first train the small one in that folder): python study.py --runs out/long --out out/long/study

@@ -35,7 +35,7 @@ def make(tmp_path):
                       ' esac\n')
     python.chmod(0o755)
 
-    names = ("MAKEFLAGS", "MFLAGS", "OUT", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "GRPO", "EVALUATE", "DATA")
+    names = ("MAKEFLAGS", "MFLAGS", "OUT", "SEED", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "GRPO", "EVALUATE", "DATA")
     plain = {name: value for name, value in os.environ.items() if name not in names}
 
     def run(*words, status=0):
@@ -104,6 +104,18 @@ def test_flags_of_the_command_line_follow_those_of_a_target(make, tmp_path):
         asked = (tmp_path / "asked").read_text()
         assert re.search(r"ppo .*--iterations \d+ .*--beta 0.7\n", asked)
         assert re.search(r"sft.py .*--conversations \d+ .*--epochs 9\n", asked) and "--system Be brief; be kind.\n" in asked
+
+
+def test_another_seed_reaches_every_stage_that_draws(make, tmp_path):
+    def seeds():
+        return [re.findall(r"--seed (\d)", line) for line in (tmp_path / "asked").read_text().splitlines()]
+    assert make("SEED=2") == STAGES and seeds() == 6 * [["2"]] + [[]]
+    assert make("SEED=2") == [] and make("SEED=3", "PPO=--seed 5") == STAGES
+    assert seeds() == 5 * [["3"]] + [["3", "5"], []]  # the last one counts
+    assert make("grpo", "SEED=3") == ["rlhf.py grpo"] and seeds() == [["3"]]
+    make("out/sft_scratch/done", "SEED=3")
+    assert seeds() == [["3"]]
+    assert make("quick", "SEED=4") == STAGES and seeds() == 6 * [["4"]] + [[]]
 
 
 def test_quick_and_long_go_where_they_are_told(make, tmp_path):
