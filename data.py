@@ -230,7 +230,8 @@ def _pair(row, where):
     p = row.get("p")
     if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):
         raise InputError(f"{where}: found {_show(p)} for 'p', expected a probability")
-    if isinstance(row.get("prompt"), str) and row["prompt"].startswith("\n\nHuman:"):  # HH in three columns
+    hh = r"\n\nHuman:|Human:.*\n\nAssistant:"  # in three columns, some versions of it without the first line breaks
+    if isinstance(row.get("prompt"), str) and re.match(hh, row["prompt"], re.S):
         row = dict(row)
         before = row.pop("prompt")
         for key in ("chosen", "rejected"):

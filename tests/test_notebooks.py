@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,16 @@ def test_grading_passes_the_solved_edition_and_nothing_of_the_students():
     assert list(unsolved) == list(solved)
     assert len({name for path in SOLVED for name in re.findall(r"^(check_\w+)", text_of(path), re.M)
                 if name in CHECKS}) == len(CHECKS), "a check that no notebook uses"
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="Windows has no alarm")
+def test_a_loop_that_never_ends_fails_its_own_exercise_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADE_SECONDS", "2")
+    (tmp_path / "solutions.py").write_text("def win_rate(a, b):\n    while True:\n        try:\n            1 / 0\n"
+                                           "        except Exception:\n            pass\n"
+                                           "def training_flops(parameters, tokens):\n    return 6 * parameters * tokens\n")
+    ran, found = grade(tmp_path / "solutions.py")
+    assert (found["0.3 win_rate"], found["3.8 training_flops"]) == ("✗", "✓") and "a loop that never ends?" in ran.stdout
 
 
 def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
