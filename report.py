@@ -1,6 +1,7 @@
 """Turn report.json into report.md and a self-contained report.html: tables, pictures, transcripts.
 
     python report.py out/report        # evaluate.py calls this; run it to rebuild the two pages
+    python report.py out/report out/seed2/report …       # prints the mean of several runs, their least and most
 
 The pictures are SVG inside the page, drawn from the metrics.jsonl of the folders that report.json
 names. If study.py has left a study.json beside it, its tables and pictures are in the pages too.
@@ -101,17 +102,26 @@ def cell(value, unit):
     return f"{mean:.{places}f}{around}".replace("-", "−")
 
 
+def across(runs, path, unit):
+    """The cell of a measure in several runs: its mean, least and most. Of one run, with its own interval."""
+    found = [value for measures in runs if (value := dig(measures, path)) is not None]
+    if len(found) < 2:
+        return cell(found[0] if found else None, unit)
+    means = [value[0] if isinstance(value, list) else value for value in found]
+    return cell([sum(means) / len(means), min(means), max(means)], unit)
+
+
 def compared_with(report):
     """The heading's word for the checkpoint that win rate and KL compare with."""
     name = report["settings"]["reference"]
     return "SFT" if name == "sft" else name
 
 
-def main_rows(report):
-    """-> (headings, rows of cells): a line for each checkpoint."""
-    return ["", *(heading.replace("SFT", compared_with(report)) for heading, *_ in COLUMNS)], [
-        [name, *(cell(dig(measures, path), unit) for _, path, unit in COLUMNS)]
-        for name, measures in report["checkpoints"].items()]
+def main_rows(*reports):
+    """-> (headings, rows of cells): a line for each checkpoint of the first report, over those that have it."""
+    return ["", *(heading.replace("SFT", compared_with(reports[0])) for heading, *_ in COLUMNS)], [
+        [name, *(across([report["checkpoints"].get(name) for report in reports], path, unit) for _, path, unit in COLUMNS)]
+        for name in reports[0]["checkpoints"]]
 
 
 def glossary_rows():
@@ -201,8 +211,8 @@ def markdown_table(headings, rows):
                      for line in (lines[0], ["---"] * len(headings), *lines[1:]))
 
 
-def main_table(report):
-    return markdown_table(*main_rows(report))
+def main_table(*reports):
+    return markdown_table(*main_rows(*reports))
 
 
 def build_markdown(report, study=None):
@@ -261,13 +271,8 @@ def ablation_rows(report, study):
         seeds = [everyone[n] for n in (name, f"{name}_seed2", f"{name}_seed3") if n in everyone]
         spent = seconds.get("pretrain" if name == "base" else name)
 
-        def across(path, unit):  # the mean over the seeds, and their range
-            values = [dig(measures, path)[0] for measures in seeds if dig(measures, path)]
-            if len(values) > 1:
-                return cell([sum(values) / len(values), min(values), max(values)], unit)
-            return cell(dig(seeds[0], path), unit)
         lines.append([meaning, "3 seeds" if len(seeds) > 1 else "1 seed", *(
-            across(path, unit) for path, unit in (
+            across(seeds, path, unit) for path, unit in (
                 (("accuracy", "all"), PERCENT), *((("gold", part), NUMBER) for part in PARTS),
                 (("win_rate_vs_sft",), PERCENT), (("kl_from_sft",), NUMBER), (("proxy",), NUMBER),
                 (("hedging_rate",), PERCENT), (("eos_rate",), PERCENT))),
@@ -603,11 +608,9 @@ def write(folder, report):
         write_text(Path(folder) / name, text)
 
 
-def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        return
-    path = Path(sys.argv[1]) / "report.json"
+def load(folder):
+    """What evaluate.py found, or InputError."""
+    path = Path(folder) / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -615,8 +618,23 @@ def main():
     rows = report.get("checkpoints") if isinstance(report, dict) else None
     if not rows or not isinstance(rows, dict):
         raise InputError(f"{path}: found no checkpoints, expected what evaluate.py writes")
-    write(path.parent, report)
-    print(f"report: wrote {path.parent}/report.html and report.md")
+    return report
+
+
+def main():
+    folders = sys.argv[1:]
+    if not folders or any(folder.startswith("-") for folder in folders):
+        print(__doc__)
+        return
+    reports = [load(folder) for folder in folders]
+    if len(folders) == 1:
+        write(folders[0], reports[0])
+        print(f"report: wrote {folders[0]}/report.html and report.md")
+        return
+    print(main_table(*reports))
+    judges = [report["reward_model"] for report in reports]
+    print(f"\nOf what the noise of its labels allows (0 is guessing), the reward model reaches "
+          f"{across(judges, ('normalised',), NUMBER)}.\nIn brackets: the least and the most of {len(reports)} runs.")
 
 
 if __name__ == "__main__":

@@ -758,6 +758,27 @@ def test_pages_can_be_rebuilt_from_the_json(written, monkeypatch, capsys):
         report.main()
 
 
+def test_several_runs_are_read_together(written, monkeypatch, capsys, tmp_path):
+    found = json.loads((written / "report.json").read_text("utf-8"))
+    first = next(iter(found["checkpoints"]))
+    for number, right in enumerate((0.6, 0.5, 0.1)):
+        row = {**found["checkpoints"][first], "accuracy": {"all": [right, 0.0, 1.0]}, "bits_per_byte": 2.0 * number}
+        others = {name: measures for name, measures in found["checkpoints"].items() if name != first}
+        run = {**found, "checkpoints": {first: row} if number == 2 else {first: row, **others},
+               "reward_model": {**found["reward_model"], "normalised": [0.25 * number, 0.0, 1.0]}}
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "report.json").write_text(json.dumps(run), "utf-8")
+    monkeypatch.setattr(sys, "argv", ["report.py", *(str(tmp_path / name) for name in "012")])
+    capsys.readouterr()
+    report.main()
+    said = capsys.readouterr().out
+    lines = {line.split(" | ")[0].strip("| "): line for line in said.splitlines()}
+    assert "| 40 % (10–60) |" in lines[first] and "| 2.00 (0.00–4.00) |" in lines[first]
+    assert [name for name in found["checkpoints"] if name in lines] == list(found["checkpoints"])  # two runs have the others
+    assert "0.25 (0.00–0.50)" in said and "of 3 runs" in said
+    assert not list(tmp_path.rglob("*.md"))  # nothing is written
+
+
 def test_pages_name_the_checkpoint_that_all_are_compared_with(written):
     found = json.loads((written / "report.json").read_text("utf-8"))
     assert "beats SFT" in report.main_table(found) and "compare with SFT." in report.build_markdown(found)
