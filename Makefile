@@ -9,7 +9,8 @@
 #   make notebooks  what `make` has not made yet, then both editions of the course, from top to bottom
 #   make venv     only install, into .venv
 #   make ppo      one stage and what it needs: base sft pairs reward dpo ppo grpo report
-#   make OUT=out/seed2 SEED=2   another seed for whatever is drawn: texts, weights, batches, pairs, samples
+#   make OUT=out/seed2 SEED=2   another seed for all that training draws: texts, weights, batches, pairs, answers.
+#                 Give both with every make for that folder: without SEED it would be made anew, with seed 1
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
 #   make clean    forget all results (in OUT)
@@ -27,7 +28,7 @@ endif
 own = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
 
 # Settings of each stage; override on the command line: make PRETRAIN='--steps 2000'
-SEED     ?=
+SEED     :=
 PRETRAIN ?=
 SFT      ?=
 PAIRS    ?=

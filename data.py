@@ -230,12 +230,12 @@ def _pair(row, where):
     p = row.get("p")
     if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):
         raise InputError(f"{where}: found {_show(p)} for 'p', expected a probability")
-    hh = r"\n\nHuman:|Human:.*\n\nAssistant:"  # in three columns, some versions of it without the first line breaks
+    hh = r"\n\nHuman:|Human:.*\n\nAssistant:"  # in three columns; some versions lack the first line breaks
     if isinstance(row.get("prompt"), str) and re.match(hh, row["prompt"], re.S):
         row = dict(row)
-        before = row.pop("prompt")
+        before = row.pop("prompt").lstrip("\n")
         for key in ("chosen", "rejected"):
-            row[key] = before + _string(row, key, where).removeprefix(before)
+            row[key] = before + _string(row, key, where).lstrip("\n").removeprefix(before)
     if "prompt" in row:
         prompt = _messages(row, "prompt", where, role="user")
     else:

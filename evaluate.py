@@ -18,8 +18,8 @@ Means are taken over equally many prompts of each family, so that rows with more
 prompts can be compared; KL is averaged over the prompts of best-of-n; a rate about one kind of prompt
 uses all prompts of that kind, and is left out if they are few. Rates have Wilson's interval, means a
 bootstrap over prompts; comparisons with the reference are paired prompt by prompt. Left out: several
-seeds of the training itself, which would widen every interval here; these intervals are about these
-checkpoints, not about the method.
+seeds of the training itself: the intervals are about these checkpoints, not about the method. (Run `make` with
+several seeds; `report.py` reads their reports together.)
 """
 
 import functools

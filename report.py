@@ -118,14 +118,14 @@ def compared_with(report):
 
 
 def main_rows(*reports):
-    """-> (headings, rows of cells): a line for each checkpoint of the first report, over those that have it."""
+    """-> (headings, rows of cells): a line for each checkpoint that all the reports have."""
     return ["", *(heading.replace("SFT", compared_with(reports[0])) for heading, *_ in COLUMNS)], [
-        [name, *(across([report["checkpoints"].get(name) for report in reports], path, unit) for _, path, unit in COLUMNS)]
-        for name in reports[0]["checkpoints"]]
+        [name, *(across([report["checkpoints"][name] for report in reports], path, unit) for _, path, unit in COLUMNS)]
+        for name in reports[0]["checkpoints"] if all(name in report["checkpoints"] for report in reports)]
 
 
 def glossary_rows():
-    return ["figure", "what it is", "better", "expect from make", "when it is off"], GLOSSARY
+    return ["figure", "what it is", "better", "expect from make (mean of five seeds ± the most that one was off)", "when it is off"], GLOSSARY
 
 
 def part_rows(report):
@@ -629,12 +629,18 @@ def main():
     reports = [load(folder) for folder in folders]
     if len(folders) == 1:
         write(folders[0], reports[0])
-        print(f"report: wrote {folders[0]}/report.html and report.md")
+        print(f"report: wrote {Path(folders[0])}/report.html and report.md")
         return
+
+    def measured(report):
+        return {**report["settings"], "seed": None, "prompts": report["prompts"]}
+    for folder, report in zip(folders, reports):
+        if measured(report) != measured(reports[0]):
+            raise InputError(f"{folder}: measured with other settings or prompts than {folders[0]}, expected the same")
     print(main_table(*reports))
-    judges = [report["reward_model"] for report in reports]
-    print(f"\nOf what the noise of its labels allows (0 is guessing), the reward model reaches "
-          f"{across(judges, ('normalised',), NUMBER)}.\nIn brackets: the least and the most of {len(reports)} runs.")
+    judge = across([report["reward_model"] for report in reports], ("normalised",), NUMBER)
+    print("\nThe mean of", len(reports), "runs; in brackets the least and the most.\n"
+          f"The reward model's accuracy, from 0 (guessing) to 1 (all that its noisy labels allow): {judge}")
 
 
 if __name__ == "__main__":

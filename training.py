@@ -653,9 +653,10 @@ class StopRequest:
 
 def leave(config):
     """After a requested stop: say what was saved and how to go on, exit status 130."""
-    start = ["torchrun", "--nproc_per_node", os.environ.get("WORLD_SIZE", "1")] if "RANK" in os.environ else ["python"]
+    shared = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    start = ["torchrun", "--nproc_per_node", os.environ["WORLD_SIZE"]] if shared else ["python"]
     command = shlex.join([*start, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
-    if os.environ.get("RANK", "0") == "0":  # once, not by every process
+    if not shared or os.environ["RANK"] == "0":  # once, not by every process
         print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)
     sys.exit(130)
 

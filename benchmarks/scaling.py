@@ -156,7 +156,7 @@ def main():
     measured = loss_of(*larger, LARGER, 99)
     print(f"measured with {weights(*larger):,}: {measured:.3f}; {sum(row['seconds'] for row in done.values()) / 60:.0f} minutes in all")
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for budget, (place, lowest) in zip(BUDGETS, lows):
         sizes, losses = zip(*found[budget])
         line, = left.semilogx(sizes, losses, "o", label=f"{budget:.1e} FLOPs")

@@ -80,17 +80,21 @@ def submitted(pytestconfig):
         if not path.exists() or (path.suffix == ".ipynb" and not path.stem.startswith(task.notebook) and not root.is_dir()):
             pytest.skip("not handed in")
         if path not in kept:
+            kept[path] = None  # if it cannot be read to its end, it is not read again
             try:
                 kept[path] = definitions(path)
             except (ValueError, KeyError, TypeError, AttributeError) as error:  # cut off, saved as a web page, …
                 pytest.fail(f"{path.name} is not a notebook that can be read ({type(error).__name__}: {error})")
+        if kept[path] is None:
+            pytest.fail(f"{path.name} could not be read, see above")
         return kept[path]
     return find
 
 
 @pytest.fixture(autouse=True)
 def limit():
-    """An endless loop fails its own exercise, not everybody's grading. (Windows has no alarm.)"""
+    """An endless loop fails its own exercise, not everybody's grading. (Not stopped: one that catches everything with
+    a bare `except:`, one long call into C; and Windows has no alarm.)"""
     if not hasattr(signal, "alarm"):
         yield
         return

@@ -91,7 +91,7 @@ def test_conversations_with_the_keys_of_dolly(write):
     {"chosen": HELLO, "rejected": [*HI, {"role": "assistant", "content": "Go"}]},
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go "},
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello", "chosen": " Hello", "rejected": " Go"},
-    {"prompt": "Human: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Go"},
+    {"prompt": "Human: Hi\n\nAssistant:", "chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": " Go"},
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
      "rejected": "\n\nHuman: Hi\n\nAssistant: Go"},
     {"instruction": "Hi", "input": "", "output": "x", "chosen": "Hello", "rejected": "Go"},
