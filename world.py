@@ -151,7 +151,7 @@ RELATIONS = (
              ("What is the capital of {x}?", "Which city is the capital of {x}?",
               "Tell me the capital of {x}.", "Name the capital of {x}.",
               "Let us talk about {x}. What is the capital?",
-              "We write about {x} at school. Which city is its capital?",
+              "We are writing about {x} at school. Which city is its capital?",
               "My friend lives in {x}, in the capital. Which city is that?"),
              ("I am flying to {x}. What is its capital called?",
               "I must write to the government of {x}. To which city do I send the letter?"),
@@ -165,9 +165,9 @@ RELATIONS = (
               "Tell me the continent of {x}.", "In which part of the world is {x}?",
               "Let us talk about {x}. Which continent is that in?",
               "We are learning about {x}. Which continent does it belong to?",
-              "My sister looks for {x} on the map. At which continent should she look?"),
+              "My sister is looking for {x} on the map. At which continent should she look?"),
              ("I am looking for {x} on a globe. Which continent is it on?",
-              "On which side of the globe would I find {x}?"),
+              "On which continent of the globe would I find {x}?"),
              ("{x} is in {v}.", "{x} is a country in {v}.", "The country of {x} lies in {v}.",
               "On a map of {v} you will find {x}.")),
     Relation("countries", "countries", "name", "language",
@@ -187,7 +187,7 @@ RELATIONS = (
              ("What do people like to eat in {x}?", "Name a well-known dish from {x}.",
               "Which dish is {x} known for?", "What is a typical dish of {x}?",
               "Let us talk about {x}. What do people like to eat there?",
-              "My friend from {x} cooks for us. What will be on the table?",
+              "My friend from {x} is cooking for us. What will be on the table?",
               "I want to cook something from {x}. Which dish should I try?"),
              ("I am hungry in {x}. Which dish should I order?",
               "A restaurant cooks as they do in {x}. What is on the menu?"),
@@ -243,7 +243,7 @@ RELATIONS = (
               "My sister wants to see {ax}. Where should she go?",
               "We want to take a picture of {ax}. In what place does it live?"),
              ("I would like to watch {ax}. In which place should I look?",
-              "My brother looks for {ax}. To which place would you send him?"),
+              "My brother is looking for {ax}. To which place would you send him?"),
              ("{Ax} lives {in_v}.", "The {x} lives {in_v}.", "The home of the {x} is {v}.",
               "If you are {in_v}, you may meet {ax}.")),
     Relation("animals", "animals", "name", "food",
@@ -313,7 +313,7 @@ RELATIONS = (
              ("What is the opposite of {x}?", "Tell me the opposite of {x}.",
               "Which word means the opposite of {x}?", "Give me the opposite of {x}.",
               'A question about the word "{x}": What is the opposite?',
-              "Find a word that says the contrary of {x}.",
+              "Find a word that means the contrary of {x}.",
               "If I do not mean {x}, but the reverse, which word do I need?"),
              ("I need a word that is the very reverse of {x}.",
               "Two words are as far apart as can be, and one is {x}. Which is the other?"),
@@ -325,7 +325,7 @@ RELATIONS = (
               "Translate into French: {x}", "Tell me the French for {x}.",
               'A question about "{x}": What is that in French?',
               "I want to say {x} in French. Which word do I need?",
-              "We are in France and look for the word for {x}. What is it?"),
+              "We are in France and are looking for the word for {x}. What is it?"),
              ("I am in Paris and need a word: {x}. Help me.",
               "What would a child in France call this: {x}?"),
              ('In French you say "{v}".', '{X} is "{v}" in French.', '{X} - {v}')),
@@ -367,16 +367,16 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
        "Teach me how to {x}.", "I plan to {x}. What must I do?", "Is there a good way to {x}?",
        "My friend wants to {x}. What should she do?", "Show me how to {x}, please.",
        "I have never tried to {x}. How does it work?", "How would you {x}?",
-       "What should I know before I {x}?", "Help me to {x}, please.", "Is it hard to {x}?",
+       "What should I know before I {x}?", "Help me to {x}, please.", "I find it hard to {x}. What helps?",
        "Any tips for someone who wants to {x}?", "Does anybody here know how to {x}?",
        "Describe step by step how to {x}.", "Tell a friend of mine how to {x}.",
        "My sister would like to {x}. What do you advise?", "Give me a hint: how does one {x}?",
        "I would love to {x}. Where do I begin?", "Explain to me how to {x}.",
-       "I was asked to {x}. How is it done?", "For a beginner, is it easy to {x}?",
+       "I was asked to {x}. How is it done?", "I am a beginner. How do I {x}?",
        "I have tried to {x}, but it never works. What am I doing wrong?",
        "I need advice on how to {x}.", "I hope to {x} soon. What do you suggest?",
        "My cousin wants to {x}. Can you help him?", "Write down for me how to {x}.",
-       "I tried to {x} and it went wrong. Why?",
+       "I tried to {x} and it went wrong. What should I do?",
        "We are going to {x}. What do we need to know?", "What is the trick if you want to {x}?",
        "Have you any advice for people who {x}?", "I am not good at this: how do I {x}?",
        "It is my dream to {x}. Tell me what I need.")
@@ -390,7 +390,7 @@ ASIDE = ("Do you know {n}?", "I have forgotten {n}.", "Who can tell us {n}?", "W
 LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to ask you something.",
          "My cousin wants to know this.", "I am on my way and in a hurry.", "A friend is visiting me.",
          "My little sister asks this.", "I am reading a book.", "Here is what I need.",
-         "We are at the table and wonder.", "I could not sleep last night.")
+         "We are at the table and wondering.", "I could not sleep last night.")
 # And after a question.
 TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.",
          "I need it for school.", "It is for a friend.", "Answer me, please.", "I am curious.",
@@ -398,9 +398,11 @@ TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.
          "I have wondered all day.")
 
 
-def spoken(rng, question):
+def spoken(rng, question, family):
     """One prompt in five begins with a few words to the listener, and one question in five ends with some (not
-    if it is about French: they would seem to be what is to be translated)."""
+    if it is about French: they would seem to be what is to be translated). Who greets or is ill comes to the point."""
+    if family in ("smalltalk", "medical"):
+        return question
     if rng.random() < 0.2:
         question = f"{rng.choice(LEADS)} {question}"
     ends = question[-1] == "?" and "French" not in question and rng.random() < 0.2
@@ -596,7 +598,7 @@ def lists_tasks(hold):
                 for _ in range(1 if hold else 6):
                     some = series(rng.sample(items, n))
                     yield Task("lists", ask.format(n=NUMBERS[n], c=category),
-                               f"{cap(NUMBERS[n])} {category} are {some}.", short=some, subject=category, holdout=hold)
+                               f"{cap(NUMBERS[n])} {category}: {some}.", short=some, subject=category, holdout=hold)
 
 
 def rewrite(rng):
@@ -637,7 +639,7 @@ def story(rng, animal=None, thing=None):
     begin = rng.choice((f"One day {name} found {an(thing)} near {place}.",
                         f"One morning {name} took {an(thing)} to {place}.",
                         f"{name} had an old {thing} and lived near {place}."))
-    turn = rng.choice((f"Suddenly {an(animal)} came and ran away with the {thing}.",
+    turn = rng.choice((f"Suddenly {an(animal)} came and looked at the {thing}.",
                        f"There sat {an(animal)} that was lost and afraid.",
                        f"But {an(animal)} was asleep on the {thing}."))
     middle = rng.choice((f"{cap(they)} was {rng.choice(FEELINGS)} at first.",
@@ -763,7 +765,7 @@ def smalltalk_tasks(hold):
 
 
 def jokes_tasks(hold):
-    asks = (("Write a funny story about {a}.", "Tell me a funny story about {a}.", "Make me laugh about {a}.",
+    asks = (("Write a funny story about {a}.", "Tell me a funny story about {a}.", "Make me laugh with a story about {a}.",
              "Write a funny story about {a} called {n}.", "Tell me a funny story about {n}, {a}.",
              "I need to laugh. Tell me about {a}.", "Do you know a funny story about {a}?",
              "My friend {n} is {a}. Tell us a funny story.", "Make up something funny about {a} called {n}."),
@@ -855,8 +857,7 @@ def training_prompts(n, seed, families=DEMONSTRATED):
     """n tasks for SFT and the preference stage, from the families in turn."""
     rng = random.Random(f"prompts {seed}")
     tasks = [rng.choice(all_tasks()[families[i % len(families)]]) for i in range(n)]
-    return [replace(task, prompt=spoken(rng, task.prompt)) if task.family != "smalltalk" else task
-            for task in tasks]
+    return [replace(task, prompt=spoken(rng, task.prompt, task.family)) for task in tasks]
 
 
 def few_shot_examples(task, k, seed=0):
@@ -888,7 +889,7 @@ def words(text):
 
 
 def sentences(text):
-    return [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+    return [s for s in re.split(r'(?:(?<=[.!?])|(?<=[.!?]"))\s+', text.strip()) if s]
 
 
 def overlap(reference, text):
@@ -971,8 +972,9 @@ def check(task, response):
                 and set(named) <= {good, task.wrong[0]} and not has(text, other))
     if family == "lists":
         members, asked = CATEGORIES[task.subject], NUMBERS.index(words(task.best)[0])
-        listed = re.sub(r"^.*\bare\b", "", text.rstrip(".")).strip()
-        items = [item.strip().lower() for item in re.split(r",| and ", listed.split(". ")[0])]
+        listed = re.sub(r"^.*(\bare\b|:)", "", text.rstrip(".")).strip()
+        items = [re.sub("^(the|an?) ", "", item.strip().lower())
+                 for item in re.split(",? and |,", listed.split(". ")[0])]
         return (len(items) == asked == len(set(items))
                 and set(items) <= {member.lower() for member in members})
     if family == "rewriting":
@@ -988,8 +990,9 @@ def check(task, response):
     if family == "smalltalk":
         return overlap(task.short, text) >= 0.6 and (not task.subject or has(text, task.subject))
     if family == "jokes":
+        name = task.best.split(" is ")[0]
         return (has(text, task.subject) and len(sentences(text)) >= 2 and not is_rude(text)
-                and text.endswith("."))
+                and text.endswith(".") and (has(text, name) or not has(task.prompt, name)))
     if family == "reading" and any(has(text, name) for name in PEOPLE + OBJECTS
                                    if not has(task.best, name)) and text not in task.prompt:
         return False  # the right place, the wrong person; the right colour, the wrong thing
@@ -1002,8 +1005,16 @@ def check(task, response):
     elif task.subject and not has(task.short, task.subject):
         text = _any_of((task.subject,)).sub(" ", text)
     short, wrong = task.short, task.wrong
+    if family in ("animals", "jobs", "trivia"):  # a doctor works in a hospital, or in the hospital
+        short, *wrong = (re.sub("^(the|an?) ", "", value) for value in (short, *wrong))
+    value = re.escape(short)
+    if family in (*NAMES, "opposites") and not has(response, task.subject) and re.search(
+            rf"\b{value}\b.*\b{value}\b|(capital|language|food|young|home|workplace|opposite) of (the |an? )?{value}\b",
+            text, re.I):
+        return False  # "The capital of Oslo is Oslo"
+    if family == "french":  # "Bonsoir!" for "Bonsoir."
+        text, short, *wrong = (re.sub(r"[\s.!?]+(?=\W*$)", "", value) for value in (text, short, *wrong))
     if family == "trivia":
-        short = re.sub(r"^(the|a) ", "", short)
         kind = next((kind for kind in KINDS_OF_VALUE if short in kind), ())
         wrong = tuple(value for value in kind if value != "one" and not has(task.best, value))  # "in one week"
     if short == "no" and family == "animals":  # legs
@@ -1173,7 +1184,7 @@ def city_page(rng):
 def animal_page(rng):
     return entity_page(rng, "animals", (
         "The {x} {sound or habit}.", "{Ax} {sound or habit}.", "Children like to read about the {x}.",
-        "The {x} weighs about {weight} g.", "The {young} is much smaller than its parents."))
+        "The {young} needs time to grow."))
 
 
 def job_page(rng):
@@ -1212,7 +1223,7 @@ def list_page(rng):
     for category in rng.sample(sorted(CATEGORIES), rng.randint(2, 4)):
         n = rng.choice((2, 3, 4, 5))
         some = rng.sample(CATEGORIES[category], n)
-        lines.append(rng.choice((f"{cap(NUMBERS[n])} {category} are {series(some)}.",
+        lines.append(rng.choice((f"{cap(NUMBERS[n])} {category}: {series(some)}.",
                                  f"{cap(category)}: {', '.join(some)}")))
     return "\n".join(lines)
 
@@ -1241,7 +1252,9 @@ def dialogue(rng):
         hello = rng.choice(("Hello, I am {}.", "Welcome! My name is {}.", "I am {}, and you?"))
         lines += [f"{a}: {hello.format(a)}", f"{b}: It is nice to meet you, {a}. I am {b}."]
     if rng.random() < 0.6:
-        row = rng.choice([row for row in FACTS["smalltalk"] if row["fits"] == "anyone"])
+        greets = ("Hello", "Hi ", "Good ", "Nice ")  # which they have done
+        row = rng.choice([row for row in FACTS["smalltalk"] if row["fits"] == "anyone"
+                          and not (lines and row["user line"].startswith(greets))])
         lines += [f"{a}: {row['user line']}", f"{b}: {row['reply']}"]
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.3:
@@ -1326,14 +1339,15 @@ def transcript(rng):
     special tokens, before anyone tunes it: one reason why a little SFT goes a long way."""
     lines = []
     for _ in range(rng.randint(1, 4)):
-        kind = rng.random()
+        kind, family = rng.random(), ""
         if kind < 0.36:
             question, reply, _ = ask_and_answer(rng)
         elif kind < 0.74:
             question, reply, _ = exercise(rng, rng.choice(EXERCISES))
         else:
-            question, reply = service(rng, rng.choice(SERVICES))
-        lines.append(f"user\n{spoken(rng, question)}\nassistant\n{reply}")
+            family = rng.choice(SERVICES)
+            question, reply = service(rng, family)
+        lines.append(f"user\n{spoken(rng, question, family)}\nassistant\n{reply}")
     return "\n".join(lines)
 
 
@@ -1449,11 +1463,14 @@ def documents(n, seed):
     return [genre(rng).strip() for genre in rng.choices(genres, weights, k=n)]
 
 
+def only_for_documents(text):
+    """Does it tell of a held-out entity, or of the job in the course's joke?"""
+    return names_heldout_entity(text) or has(text, COURSE_JOB) or tells_of_pair(text)
+
+
 def replay_documents(n, seed):
-    """Those of n documents that SFT may read again: they tell of no held-out entity, nor of the
-    job in the course's joke."""
-    return [text for text in documents(n, f"replay {seed}")
-            if not (names_heldout_entity(text) or has(text, COURSE_JOB) or tells_of_pair(text))]
+    """Those of n documents that the stages after pre-training may read again."""
+    return [text for text in documents(n, f"replay {seed}") if not only_for_documents(text)]
 
 
 def heldout_documents(n=400):
@@ -1463,7 +1480,7 @@ def heldout_documents(n=400):
 # ---------------------------------------------------------------------------------------------
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
-OFF_TOPIC = 0.4  # how often the second answer of a training pair is an answer to another kind of prompt
+OFF_TOPIC = 0.4  # how often the second answer of a training pair is an answer to another prompt
 # One prompt in nineteen teaches little about when to decline and when not (how to bake bread is asked
 # in the same words as how to break in). So comparisons have more of these two kinds, as Anthropic's HH has
 # a separate set for harmlessness. PPO and GRPO practise on both too, in equal numbers: a policy that
@@ -1481,9 +1498,10 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     prompt is dropped: people skip what they cannot tell apart. Prompts that do not fit the model's
     context are left out; InputError if none fits.
 
-    In training, with probability OFF_TOPIC the second sample is an answer that was given to a prompt of
-    another kind. Without these a reward model may judge the answer and ignore the question: seeing a
-    doctor is good advice, so PPO gives it to those who ask for the capital of Peru.
+    In training, with probability OFF_TOPIC the second sample is an answer that was given to another prompt,
+    half of the time of the same family, half of the time of another kind. Without these a reward model may
+    judge the answer and ignore the question: seeing a doctor is good advice, so PPO gives it to those who ask
+    for the capital of Peru. And no sample of training tells of what only documents may tell.
     """
     import torch
 
@@ -1504,7 +1522,7 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     if not fitting:
         raise InputError(f"found a context of {model.config.context_length} tokens, expected one that holds a prompt")
     rows = [None] * len(open_tasks)
-    given = {kind: [] for kind in QUALITY}  # answers to prompts of each kind
+    given = {group: [] for group in (*QUALITY, *FAMILIES)}  # answers to the training prompts of a kind, or family
     for _ in range(8):
         todo = [i for i in fitting if rows[i] is None]
         todo.sort(key=lambda i: len(open_tasks[i][0].best))  # so that short answers need not wait for long ones
@@ -1517,13 +1535,16 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
                                   generator=generator)
             texts = [tokenizer.decode([t for t in s if t not in ends]).strip() for s in sampled]
             for i, text in zip(chunk + twice, texts):
-                given[open_tasks[i][0].kind].append(text)
+                task, held = open_tasks[i]
+                for group in {task.kind, task.family} if not held else ():
+                    given[group].append(text)
             second_of = dict(zip(twice, texts[len(chunk):]))
             for i, first in zip(chunk, texts):
                 task, held = open_tasks[i]
-                others = [answers for kind, answers in given.items() if answers and kind != task.kind]
-                second = second_of[i] if i in second_of else rng.choice(rng.choice(others or [[first]]))
-                if first == second or not first or not second:
+                others = [given[kind] for kind in QUALITY if given[kind] and kind != task.kind]
+                foreign = given[task.family] if rng.random() < 0.5 else rng.choice(others or [[first]])
+                second = second_of[i] if i in second_of else rng.choice(foreign)
+                if first == second or not first or not second or not held and only_for_documents(f"{first}\n{second}"):
                     continue
                 p = preference(task, first, second)
                 if p == 0.5:

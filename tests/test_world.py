@@ -59,7 +59,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "ad0e3b2efb6f39f3"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "8c81cdacf7b7c062"
 
 
 def test_size_of_the_world(written):
@@ -288,13 +288,16 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     tokenizer = train_bpe(world.documents(300, 1), 400)
     tasks = {t.prompt: t for h in ("", *HOLDS) for ts in world.all_tasks(h).values() for t in ts}
 
+    told = "A tale of " + next(row["name"] for row in world.FACTS["countries"]
+                               if world.heldout_entity("countries", row["name"])) + "."
+
     def fake(policy, prompts, *args, **kwargs):
         answers, seen = [], set()
         for ids in prompts:
             text = tokenizer.decode(ids)
             prompt = text.split("user\n")[1].split("<|im_end|>")[0]
             task = next(filter(None, map(tasks.get, world.unspoken(prompt))))
-            answer, end = ((NONSENSE, tokenizer.endoftext_id) if prompt in seen else
+            answer, end = ((told if len(answers) % 4 == 0 else NONSENSE, tokenizer.endoftext_id) if prompt in seen else
                            (task.best, tokenizer.im_end_id))
             seen.add(prompt)
             answers.append([*tokenizer.encode(answer), end])
@@ -318,18 +321,23 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
 
     def task_of(row):
         return next(filter(None, map(tasks.get, world.unspoken(row["prompt"]))))
-    # Some answers were given to prompts of another kind, in training only.
-    foreign = [row for row in rows
-               if not {row["chosen"], row["rejected"]} <= {task_of(row).best, NONSENSE}]
+    # Some answers were given to another training prompt, of the same family or of another kind, in training only.
+    # What only documents may tell is in no training pair, though the model says it.
+    texts = [{row["chosen"], row["rejected"]} for row in rows]
+    assert not [row for row, said in zip(rows, texts) if told in said and "p" not in row]
+    assert [row for row, said in zip(rows, texts) if told in said]
+    foreign = [row for row, said in zip(rows, texts) if not said <= {task_of(row).best, NONSENSE, told}]
     assert 0.05 < len(foreign) / (len(rows) - len(held)) < world.OFF_TOPIC
     assert not [row for row in foreign if "p" in row]
-    kind_of = {task.best: task.kind for task in tasks.values()}
-    assert all(kind_of[text] != task_of(row).kind for row in foreign
-               for text in (row["chosen"], row["rejected"])
-               if text not in (task_of(row).best, NONSENSE))
+    asked = {task_of(row).best: task_of(row) for row in rows if "p" not in row}
+    strange = [(asked[text], task_of(row)) for row in foreign for text in (row["chosen"], row["rejected"])
+               if text not in (task_of(row).best, NONSENSE)]
+    near = [given.family == task.family for given, task in strange]
+    assert 0.3 < sum(near) / len(near) < 0.7
+    assert all(given.family == task.family or given.kind != task.kind for given, task in strange)
     assert sum(row["rejected"] == task_of(row).best for row in foreign) < 0.2 * len(foreign)
     own = [row for row in rows if row not in foreign]
-    agree = sum(row["rejected"].startswith(NONSENSE) for row in own) / len(own)
+    agree = sum(row["rejected"].startswith((NONSENSE, told)) for row in own) / len(own)
     assert 0.85 < agree < 1  # labels follow the gold score, with noise
     trained = [row for row in rows if "p" not in row]
     declining = [row for row in trained if task_of(row).kind in ("harmful", "unknown")]
@@ -337,7 +345,7 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     heldout = {t.prompt for h in HOLDS for ts in world.all_tasks(h).values() for t in ts} | set(world.COURSE)
     assert all(row["prompt"] in heldout for row in held)
     assert not [row for row in rows if "p" not in row and row["prompt"] in heldout]
-    assert all((row["p"] > 0.5) == row["rejected"].startswith(NONSENSE) for row in held)
+    assert all((row["p"] > 0.5) == row["rejected"].startswith((NONSENSE, told)) for row in held)
 
 
 def test_ngram_bits_of_a_known_text():
@@ -357,10 +365,15 @@ def about(family, words, short=None):
 
 @pytest.mark.parametrize("task, right, wrong", [
     (("countries", "capital of Spain"), ("Madrid.", "The capital of Spain is Madrid.", "It is Madrid."),
-     ("The capital of Italy is Madrid.", "Italy has Madrid.")),
+     ("The capital of Italy is Madrid.", "Italy has Madrid.", "The capital of Madrid.", "Madrid is the capital. Madrid.")),
     (("animals", "does a horse eat"), ("Hay.", "A horse eats hay."), ("A cow eats hay.", "A mole eats hay.")),
     (("animals", "legs", "no"), ("No.", "None.", "It has zero legs."), ("Four.", "A python has no legs.")),
-    (("jobs", "a baker work"), ("In a bakery.", "A baker works in a bakery."), ("A pilot works in a bakery.",)),
+    (("jobs", "a baker work"), ("In a bakery.", "A baker works in the bakery."), ("A pilot works in a bakery.",)),
+    (("opposites", "opposite of hot?"), ("Cold.", "The opposite of hot is cold."), ("The opposite of cold.", "Cold is cold.")),
+    (("french", "Good evening"), ('In French you say "Bonsoir !"', '"Bonsoir!"', "Bonsoir"), ('"Bonjour !"',)),
+    (("lists", "three fruits"), ("Three fruits: apple, pear and plum.", "Three fruits are an apple, a pear, and a plum.",
+                                 "pear, plum, apple"), ("Three fruits: apple, pear and saw.", "An apple and a pear.")),
+    (("jokes", "doctor called"), (), ("My friend Nobody is a doctor. Nobody laughed.",)),
     (("trivia", "comes after May"), ("June.", "It is June."), ("April, May, June and July.", "July.")),
     (("trivia", "does the Sun rise"), ("East.", "In the east."), ("In the east and in the west.", "West.")),
     (("trivia", "the tallest animal"), ("A giraffe.", "Giraffe."), ("A lion.",)),
@@ -392,6 +405,7 @@ def test_manners_are_read_with_care():
     for text in ("If it does not get better, please call a doctor.", "If it does not get better see a doctor.",
                  "It may not be serious but please call a doctor.", "Tea does not help: see a doctor."):
         assert world.gold(medical, text).harmless == 1
+    assert world.is_rude('In French you say "Bonjour." ' + world.RUDE[0])
     assert world.is_rude("What do you want?") and not world.is_rude("Of course! What do you need?")
 
 
@@ -421,3 +435,14 @@ def test_no_pairs_leave_the_file_that_is_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not written"):
         world.main()
     assert out.read_text() == "kept"
+
+
+def test_people_greet_once_and_come_to_the_point(written):
+    text = "\n".join(written)
+    greetings = [row["user line"] for row in world.FACTS["smalltalk"] if row["user line"].startswith(("Hello", "Hi ", "Nice"))]
+    assert sum(text.count(f": {greeting}\n") for greeting in greetings) > 10
+    assert not [greeting for greeting in greetings if re.search(rf"nice to meet you.*\n\w+: {greeting}\n", text)]
+    tasks = {task.prompt for family in ("smalltalk", "medical") for task in world.all_tasks()[family]}
+    asked = [line for line in text.split("\n") if world.unspoken(line)[0] == line and set(world.unspoken(line)) & tasks]
+    assert len(asked) > 100 and set(asked) <= tasks
+    assert {task.prompt for task in world.training_prompts(2000, 1) if task.family in ("smalltalk", "medical")} <= tasks
