@@ -498,7 +498,7 @@ class RolloutConfig:
     dtype: str = flag("float32", "precision of policy, reference and critic in the updates (the sampler stays in "
                       "float32); bfloat16 is faster on hardware that supports it", choices=["float32", "bfloat16"])
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
-    sharpness_lr: float = flag(0.05, "the same for the policy's sharpness, one factor on all logits; 0 leaves the "
+    sharpness_lr: float = flag(0.02, "the same for the policy's sharpness, one factor on all logits; 0 leaves the "
                                "factor at 1")
     clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it (PPO's ε is --ratio-clip)")
     samples_every: int = flag(10, "iterations between prints of three samples")

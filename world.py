@@ -1480,7 +1480,7 @@ def heldout_documents(n=400):
 # ---------------------------------------------------------------------------------------------
 # Preference pairs: two samples of the SFT model and the simulated human's choice
 
-OFF_TOPIC = 0.4  # how often the second answer of a training pair is an answer to another prompt
+OFF_TOPIC = 0.4  # how often the second answer of a training pair is an answer to another kind of prompt
 # One prompt in nineteen teaches little about when to decline and when not (how to bake bread is asked
 # in the same words as how to break in). So comparisons have more of these two kinds, as Anthropic's HH has
 # a separate set for harmlessness. PPO and GRPO practise on both too, in equal numbers: a policy that
@@ -1498,10 +1498,10 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     prompt is dropped: people skip what they cannot tell apart. Prompts that do not fit the model's
     context are left out; InputError if none fits.
 
-    In training, with probability OFF_TOPIC the second sample is an answer that was given to another prompt,
-    half of the time of the same family, half of the time of another kind. Without these a reward model may
-    judge the answer and ignore the question: seeing a doctor is good advice, so PPO gives it to those who ask
-    for the capital of Peru. And no sample of training tells of what only documents may tell.
+    In training, with probability OFF_TOPIC the second sample is an answer that was given to a prompt of
+    another kind. Without these a reward model may judge the answer and ignore the question: seeing a
+    doctor is good advice, so PPO gives it to those who ask for the capital of Peru. And no sample of training
+    tells of what only documents may tell.
     """
     import torch
 
@@ -1522,7 +1522,7 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     if not fitting:
         raise InputError(f"found a context of {model.config.context_length} tokens, expected one that holds a prompt")
     rows = [None] * len(open_tasks)
-    given = {group: [] for group in (*QUALITY, *FAMILIES)}  # answers to the training prompts of a kind, or family
+    given = {kind: [] for kind in QUALITY}  # answers to training prompts of each kind
     for _ in range(8):
         todo = [i for i in fitting if rows[i] is None]
         todo.sort(key=lambda i: len(open_tasks[i][0].best))  # so that short answers need not wait for long ones
@@ -1536,14 +1536,13 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
             texts = [tokenizer.decode([t for t in s if t not in ends]).strip() for s in sampled]
             for i, text in zip(chunk + twice, texts):
                 task, held = open_tasks[i]
-                for group in {task.kind, task.family} if not held else ():
-                    given[group].append(text)
+                if not held:
+                    given[task.kind].append(text)
             second_of = dict(zip(twice, texts[len(chunk):]))
             for i, first in zip(chunk, texts):
                 task, held = open_tasks[i]
-                others = [given[kind] for kind in QUALITY if given[kind] and kind != task.kind]
-                foreign = given[task.family] if rng.random() < 0.5 else rng.choice(others or [[first]])
-                second = second_of[i] if i in second_of else rng.choice(foreign)
+                others = [answers for kind, answers in given.items() if answers and kind != task.kind]
+                second = second_of[i] if i in second_of else rng.choice(rng.choice(others or [[first]]))
                 if first == second or not first or not second or not held and only_for_documents(f"{first}\n{second}"):
                     continue
                 p = preference(task, first, second)

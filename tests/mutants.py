@@ -334,6 +334,10 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("the end token of others' base models is text", "chat.py",
      "return token in self.end_ids and (not self.raw or token in self.tokenizer.specials.values())",
      "return token in self.end_ids and not self.raw", "test_chat_evaluate.py"),
+    ("preference pairs tell of what only documents may tell", "world.py",
+     ' or not held and only_for_documents(f"{first}\\n{second}")', "", "test_world.py"),
+    ("the judge takes the value for the subject", "world.py", '"opposites") and not has(response', '"opposites") and has(response',
+     "test_world.py"),
 )
 
 

@@ -321,7 +321,7 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
 
     def task_of(row):
         return next(filter(None, map(tasks.get, world.unspoken(row["prompt"]))))
-    # Some answers were given to another training prompt, of the same family or of another kind, in training only.
+    # Some answers were given to training prompts of another kind, in training only.
     # What only documents may tell is in no training pair, though the model says it.
     texts = [{row["chosen"], row["rejected"]} for row in rows]
     assert not [row for row, said in zip(rows, texts) if told in said and "p" not in row]
@@ -332,9 +332,7 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     asked = {task_of(row).best: task_of(row) for row in rows if "p" not in row}
     strange = [(asked[text], task_of(row)) for row in foreign for text in (row["chosen"], row["rejected"])
                if text not in (task_of(row).best, NONSENSE)]
-    near = [given.family == task.family for given, task in strange]
-    assert 0.3 < sum(near) / len(near) < 0.7
-    assert all(given.family == task.family or given.kind != task.kind for given, task in strange)
+    assert all(given.kind != task.kind for given, task in strange)
     assert sum(row["rejected"] == task_of(row).best for row in foreign) < 0.2 * len(foreign)
     own = [row for row in rows if row not in foreign]
     agree = sum(row["rejected"].startswith((NONSENSE, told)) for row in own) / len(own)
