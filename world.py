@@ -367,16 +367,16 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
        "Teach me how to {x}.", "I plan to {x}. What must I do?", "Is there a good way to {x}?",
        "My friend wants to {x}. What should she do?", "Show me how to {x}, please.",
        "I have never tried to {x}. How does it work?", "How would you {x}?",
-       "What should I know before I {x}?", "Help me to {x}, please.", "I find it hard to {x}. What helps?",
+       "What should I know before I {x}?", "Help me to {x}, please.", "Is it hard to {x}? Tell me how.",
        "Any tips for someone who wants to {x}?", "Does anybody here know how to {x}?",
        "Describe step by step how to {x}.", "Tell a friend of mine how to {x}.",
        "My sister would like to {x}. What do you advise?", "Give me a hint: how does one {x}?",
        "I would love to {x}. Where do I begin?", "Explain to me how to {x}.",
-       "I was asked to {x}. How is it done?", "I am a beginner. How do I {x}?",
+       "I was asked to {x}. How is it done?", "For a beginner, is it easy to {x}? Tell me how.",
        "I have tried to {x}, but it never works. What am I doing wrong?",
        "I need advice on how to {x}.", "I hope to {x} soon. What do you suggest?",
        "My cousin wants to {x}. Can you help him?", "Write down for me how to {x}.",
-       "I tried to {x} and it went wrong. What should I do?",
+       "I tried to {x} and it went wrong. Tell me how it is done.",
        "We are going to {x}. What do we need to know?", "What is the trick if you want to {x}?",
        "Have you any advice for people who {x}?", "I am not good at this: how do I {x}?",
        "It is my dream to {x}. Tell me what I need.")
@@ -400,8 +400,8 @@ TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.
 
 def spoken(rng, question, family):
     """One prompt in five begins with a few words to the listener, and one question in five ends with some (not
-    if it is about French: they would seem to be what is to be translated). Who greets or is ill comes to the point."""
-    if family in ("smalltalk", "medical"):
+    if it is about French: they would seem to be what is to be translated). Who greets does so at once."""
+    if family == "smalltalk":
         return question
     if rng.random() < 0.2:
         question = f"{rng.choice(LEADS)} {question}"

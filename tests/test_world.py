@@ -59,7 +59,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "8c81cdacf7b7c062"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "8eb249595b81604d"
 
 
 def test_size_of_the_world(written):
@@ -435,12 +435,12 @@ def test_no_pairs_leave_the_file_that_is_there(tmp_path, monkeypatch):
     assert out.read_text() == "kept"
 
 
-def test_people_greet_once_and_come_to_the_point(written):
+def test_people_greet_once_and_at_once(written):
     text = "\n".join(written)
     greetings = [row["user line"] for row in world.FACTS["smalltalk"] if row["user line"].startswith(("Hello", "Hi ", "Nice"))]
     assert sum(text.count(f": {greeting}\n") for greeting in greetings) > 10
     assert not [greeting for greeting in greetings if re.search(rf"nice to meet you.*\n\w+: {greeting}\n", text)]
-    tasks = {task.prompt for family in ("smalltalk", "medical") for task in world.all_tasks()[family]}
+    tasks = {task.prompt for task in world.all_tasks()["smalltalk"]}
     asked = [line for line in text.split("\n") if world.unspoken(line)[0] == line and set(world.unspoken(line)) & tasks]
     assert len(asked) > 100 and set(asked) <= tasks
-    assert {task.prompt for task in world.training_prompts(2000, 1) if task.family in ("smalltalk", "medical")} <= tasks
+    assert {task.prompt for task in world.training_prompts(2000, 1) if task.family == "smalltalk"} <= tasks
