@@ -765,7 +765,7 @@ def smalltalk_tasks(hold):
 
 
 def jokes_tasks(hold):
-    asks = (("Write a funny story about {a}.", "Tell me a funny story about {a}.", "Make me laugh with a story about {a}.",
+    asks = (("Write a funny story about {a}.", "Tell me a funny story about {a}.", "Make me laugh with a funny story about {a}.",
              "Write a funny story about {a} called {n}.", "Tell me a funny story about {n}, {a}.",
              "I need to laugh. Tell me about {a}.", "Do you know a funny story about {a}?",
              "My friend {n} is {a}. Tell us a funny story.", "Make up something funny about {a} called {n}."),
