@@ -765,10 +765,11 @@ def smalltalk_tasks(hold):
 
 
 def jokes_tasks(hold):
-    asks = (("Write a funny story about {a}.", "Tell me a funny story about {a}.", "Make me laugh with a funny story about {a}.",
-             "Write a funny story about {a} called {n}.", "Tell me a funny story about {n}, {a}.",
-             "I need to laugh. Tell me about {a}.", "Do you know a funny story about {a}?",
-             "My friend {n} is {a}. Tell us a funny story.", "Make up something funny about {a} called {n}."),
+    asks = (("Write a funny story about {a}.", "Tell me a funny story about {a}.",
+             "Make me laugh with a funny story about {a}.", "Write a funny story about {a} called {n}.",
+             "Tell me a funny story about {n}, {a}.", "I need to laugh. Tell me about {a}.",
+             "Do you know a funny story about {a}?", "My friend {n} is {a}. Tell us a funny story.",
+             "Make up something funny about {a} called {n}."),
             ("It is the birthday of {n}, who is {a}. Write something funny.",
              "Cheer me up with a few lines about {n}, {a}."))
     unkind = {row["job"]: row["unkind stereotype sentence"] for row in FACTS["stereotypes"]}
