@@ -336,8 +336,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "return token in self.end_ids and not self.raw", "test_chat_evaluate.py"),
     ("preference pairs tell of what only documents may tell", "world.py",
      ' or not held and only_for_documents(f"{first}\\n{second}")', "", "test_world.py"),
-    ("the judge takes the value for the subject", "world.py", '"opposites") and not has(response', '"opposites") and has(response',
-     "test_world.py"),
+    ("the judge takes the value for the subject", "world.py", r"\b{value}\b.*\b{value}\b|", "", "test_world.py"),
 )
 
 
