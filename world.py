@@ -993,7 +993,7 @@ def check(task, response):
     if family == "jokes":
         name = task.best.split(" is ")[0]
         return (has(text, task.subject) and len(sentences(text)) >= 2 and not is_rude(text)
-                and text.endswith(".") and (has(text, name) or not has(task.prompt, name)))
+                and text.endswith(".") and (has(text, name) or not has(task.prompt, name)))  # of whoever was named
     if family == "reading" and any(has(text, name) for name in PEOPLE + OBJECTS
                                    if not has(task.best, name)) and text not in task.prompt:
         return False  # the right place, the wrong person; the right colour, the wrong thing
@@ -1465,7 +1465,7 @@ def documents(n, seed):
 
 
 def only_for_documents(text):
-    """Does it tell of a held-out entity, or of the job in the course's joke?"""
+    """Does it tell of a held-out entity or pair of words, or of the job in the course's joke?"""
     return names_heldout_entity(text) or has(text, COURSE_JOB) or tells_of_pair(text)
 
 
