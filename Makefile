@@ -125,7 +125,7 @@ quick:
 
 long:
 	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
-		--kv-heads 6 --ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 $(call also,SFT)' \
+		--ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 $(call also,SFT)' \
 		PAIRS='--pairs 20000 $(call also,PAIRS)' PPO='--iterations 80 $(call also,PPO)'
 
 # What pre-training is worth: SFT on the same demonstrations from random weights, at the learning rates
@@ -138,9 +138,10 @@ $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SETTINGS_sft)
 
 # Continues where it stopped: study.py looks at what is done. For a larger model (`make study OUT=out/long`
-# would first train the small one in that folder): python study.py --runs out/long --out out/long/study
+# would first train the small one in that folder):
+# python study.py --runs out/long --out out/long/study --conversations 18000
 study: all
-	$(PY) study.py --runs $(OUT) --out $(OUT)/study $(STUDY)
+	$(PY) study.py --runs $(OUT) --out $(OUT)/study $(call seeded,$(STUDY))
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both

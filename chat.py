@@ -296,12 +296,10 @@ def questions(prompt):
 
 
 def models_beside(folder, device, raw):
-    """The language models beside `folder`, itself included, in the order in which they were made."""
-    found = []
+    """The language models beside `folder`, itself included, one by one in the order in which they were made."""
     for path in sorted(Path(os.path.abspath(folder)).parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
         with contextlib.suppress(InputError):  # a reward model, or no model at all
-            found.append(open_speaker(path.parent, device, raw))
-    return found
+            yield open_speaker(path.parent, device, raw)
 
 
 def compare(question, config, sampling, device):

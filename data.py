@@ -534,7 +534,7 @@ def stream_tokens(paths, stop, tokenizer, folder):
 def check_long_enough(tokens, length):
     """InputError unless a window of `length` tokens and the target after it fit."""
     if len(tokens) <= length:
-        raise InputError(f"found {len(tokens)} tokens of text, expected more than the context of "
+        raise InputError(f"found {len(tokens)} tokens of text, expected more than a window of "
                          f"{length}")
 
 
@@ -609,8 +609,8 @@ def pair_lengths(pairs):
 
 
 def visible(text):
-    """Control codes spelled out: what a file holds or a model writes must not steer the terminal. \\n stays."""
-    codes = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    """Control codes spelled out: what a file holds or a model writes must not steer the terminal. Line breaks and tabs stay."""
+    codes = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
     return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)
 
 

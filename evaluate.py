@@ -219,7 +219,7 @@ def measure(row, reference, can_answer, config):
     `can_answer` (all prompts,) bool marks the questions the reference gets right often enough."""
     kind = np.array([task.kind for task in row.tasks])
     answerable = kind == "answerable"
-    harmless = np.isin(kind, ["answerable", "chat", "medical"])
+    harmless = np.isin(kind, ["answerable", "chat", "medical"]) & row.fair
     texts = row.sampled.texts
     refused = np.array([world.is_refusal(text) for text in texts])
     hedged = np.array([world.is_hedge(text) for text in texts])
@@ -303,15 +303,16 @@ def transcripts(rows, tasks, places, judges):
 
 def stage_seconds(folders):
     """{stage: seconds} from the `done` stamps; a second run of a stage is named by its folder."""
-    seconds = {}
+    seconds, names = {}, {stamp.parent.name for stamp in folders}
     for stamp in folders:
         if stamp.is_file():
             try:
                 done = json.loads(stamp.read_text(encoding="utf-8"))
             except ValueError:  # `touch done`, to tell make that the stage is done
                 continue
-            stage = done.get("stage", stamp.parent.name)
-            seconds[stamp.parent.name if stage in seconds else stage] = done.get("seconds")
+            stage, name = done.get("stage", stamp.parent.name), stamp.parent.name
+            taken = stage in seconds or stage in names - {name}
+            seconds[name if taken else stage] = done.get("seconds")
     return seconds
 
 

@@ -32,7 +32,7 @@ class GPTConfig:
     context_length: int = 256
     layers: int = 4
     heads: int = 4
-    kv_heads: int = 4  # fewer than heads = grouped-query attention: a smaller cache
+    kv_heads: int | None = None  # as many as heads when not given; fewer = grouped-query attention: a smaller cache
     width: int = 128
     ffn_width: int = 344  # SwiGLU has three matrices: at 8/3 width they cost as much as two at 4 width
     head_dim: int | None = None  # width // heads when not given
@@ -42,6 +42,8 @@ class GPTConfig:
     tied: bool = True  # the embedding matrix is also the output head
 
     def __post_init__(self):
+        if self.kv_heads is None:
+            self.kv_heads = self.heads
         for name in ("vocab_size", "context_length", "layers", "heads", "kv_heads", "width", "ffn_width"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -524,7 +526,7 @@ def config_from_hf(values):
             context_length=values["max_position_embeddings"],
             layers=values["num_hidden_layers"],
             heads=values["num_attention_heads"],
-            kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+            kv_heads=values.get("num_key_value_heads"),
             width=values["hidden_size"],
             ffn_width=values["intermediate_size"],
             head_dim=values.get("head_dim") or (128 if qk_norm else None),  # Qwen3's default

@@ -57,7 +57,8 @@ class Config:
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
     heads: int = flag(4, "attention heads; a divisor of --width")
-    kv_heads: int = flag(4, "key/value heads, a divisor of --heads; fewer is grouped-query attention")
+    kv_heads: int | None = flag(None, "key/value heads, a divisor of --heads; fewer is grouped-query attention "
+                                "(default: as many as --heads)")
     ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
     qk_norm: bool = flag(True, "normalise queries and keys (saved as Qwen3); --no-qk-norm: do not (saved as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")

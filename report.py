@@ -54,9 +54,9 @@ GLOSSARY = (
     ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
      "own samples. For best-of-n: log n − (n − 1)/n, an upper bound", "lower at equal gold",
      "DPO 1.3, PPO 1.3 (± 0.3)", "0: no update took effect. Above 20: β is too small, or the learning rate too large"),
-    ("reward", "mean score from the reward model, in units of its standard deviation on SFT’s answers: the proxy "
-     "that PPO is trained on", "higher, if gold follows", "SFT 0.0, DPO 0.4, PPO 0.4, best-of-16 0.5 (± 0.2)",
-     "SFT far from 0: reward_shift was not subtracted"),
+    ("reward", "mean score from the reward model, the proxy that PPO is trained on: 0 is its mean on the answers of "
+     "training pairs, 1 their standard deviation above it", "higher, if gold follows",
+     "SFT 0.0, DPO 0.4, PPO 0.4, best-of-16 0.5 (± 0.2)", "SFT far from 0 (0.5 or more): reward_shift was not subtracted"),
     ("refuses harmful", "share of harmful requests refused", "higher", "SFT 44, DPO 87, PPO 89 % (± 11)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
     ("refuses harmless", "share of harmless requests refused", "lower", "SFT 1, DPO 2, PPO 3 % (± 2)",
@@ -92,14 +92,14 @@ def cell(value, unit):
     if value is None:
         return "–"
     mean, low, high = value if isinstance(value, list) else (value, None, None)
-    if unit == PERCENT:
-        around = f" ({100 * low:.0f}–{100 * high:.0f})" if low is not None else ""
-        return f"{100 * mean:.0f} %{around}"
-    places = 1 if abs(mean) >= 10 else 2
+    places = 0 if unit == PERCENT else 1 if abs(mean) >= 10 else 2
+
+    def digits(number):
+        return f"{round(100 * number if unit == PERCENT else number, places) + 0.0:.{places}f}"  # + 0.0: no "-0"
     around = ""
-    if low is not None and low < high:
-        around = f" ({low:.{places}f}{'–' if low >= 0 else ' to '}{high:.{places}f})"
-    return f"{mean:.{places}f}{around}".replace("-", "−")
+    if low is not None and (unit == PERCENT or low < high):
+        around = f" ({digits(low)}{'–' if low >= 0 else ' to '}{digits(high)})"
+    return f"{digits(mean)}{' %' if unit == PERCENT else ''}{around}".replace("-", "−")
 
 
 def across(runs, path, unit):
@@ -130,16 +130,19 @@ def glossary_rows():
 
 def part_rows(report):
     """The parts of the gold score, and accuracy by what is new about the prompts. The numbers of prompts
-    behind the accuracies are in the first heading, and in the name of a row where they differ."""
-    counts = {}
+    behind the accuracies are in the first heading, and in the name of a row where they differ. The last column is
+    the difference from the reference's accuracy on the same prompts, whose interval is narrower than either's own."""
+    counts, decode = {}, report["settings"]["accuracy_decode"]
     for name, measures in report["checkpoints"].items():
         asked = measures["prompts"]["accuracy"]
         counts[name] = f"(n = {', '.join(str(asked[holdout]) for holdout in world.HOLDOUTS)})"
     usual = next(iter(counts.values()))
-    return [usual, *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS)], [
+    return [usual, *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS),
+            f"right, less {compared_with(report)}’s"], [
         [name if counts[name] == usual else f"{name} {counts[name]}",
          *(cell(measures["gold"][part], NUMBER) for part in PARTS),
-         *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS)]
+         *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS),
+         cell(dig(measures, ("accuracy_vs_sft", decode)), PERCENT)]
         for name, measures in report["checkpoints"].items()]
 
 
@@ -347,7 +350,8 @@ def study_sections(report, study):
         ("The reward model",
          [f"{judge['pairs']:,} pairs of samples for held-out prompts. With these labels nobody can exceed "
           f"{100 * judge['noise_ceiling']:.0f} %. Mean distance between predicted and observed probability: "
-          f"{100 * judge['calibration_error']:.0f} points."],
+          f"{100 * judge['calibration_error']:.0f} points. Its log-odds would be truest if divided by "
+          f"{judge['temperature']:.2f}; the table is for these."],
          [(["what it likes too much (above 0) or too little", "correlation of its error"],
            [[name, cell(value, NUMBER)] for name, value in judge["likes"].items()])],
          [("calibration", "predicted chance that the first is preferred", [
@@ -362,9 +366,11 @@ def study_sections(report, study):
         ("What alignment costs",
          [f"Distinct answers among {costs['samples']} samples and entropy: {costs['prompts']} prompts. "
           f"Calibration: {costs['calibrated_on']} answerable prompts; “sure” is the probability of the "
-          "greedy answer, which should equal the chance that it is right."],
+          "greedy answer, word for word. Other wordings may be right, too, so a model that doubts only how to say "
+          "it counts as unsure, and “right” exceeds “sure”; the last column is how far apart the two are, over "
+          "ten bins of “sure”."],
          [(["", "bits/byte", "distinct answers", "entropy, nats per token", "sure", "right",
-            "calibration error"],
+            "sure and right apart"],
            [[name, cell(report["checkpoints"][name]["bits_per_byte"], NUMBER), cell(c["distinct"], NUMBER),
              cell(c["entropy"], NUMBER), cell(c["sure"], PERCENT), cell(c["right"], PERCENT),
              cell(c["calibration_error"], PERCENT)] for name, c in costs["policies"].items()])], []),
@@ -555,7 +561,7 @@ def headlines(report):
         return found
     if dig(rows[best], ("win_rate_vs_sft",)):
         found.append((cell(rows[best]["win_rate_vs_sft"][0], PERCENT), f"of comparisons won by {best.upper()} "
-                      f"against {compared_with(report)}, before the hidden judge"))
+                      f"against {compared_with(report)}, before the hidden judge (a tie counts half)"))
     for path, text in ((("refusal_rate", "harmful"), "harmful requests refused"),
                        (("hallucination_rate",), "made-up answers about things that do not exist"),
                        (("accuracy", "all"), "right answers: what alignment cost")):
@@ -633,7 +639,7 @@ def main():
         return
 
     def measured(report):
-        return {**report["settings"], "seed": None, "prompts": report["prompts"]}
+        return {**report["settings"], "seed": None, "prompts": [report["prompts"], report["best_of_prompts"]]}
     for folder, report in zip(folders, reports):
         if measured(report) != measured(reports[0]):
             raise InputError(f"{folder}: measured with other settings or prompts than {folders[0]}, expected the same")

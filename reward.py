@@ -37,7 +37,7 @@ import world
 from model import ScalarModel, deepen
 from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, log, micro_batches, parse_args,
-                      pick_device, progress, restore, run, save_checkpoint, save_state,
+                      pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
                       seed_everything, set_share, start_run)
 
 
@@ -121,11 +121,11 @@ def score(reward_model, prompts, responses, pad_id, batch_size=64):
     return rewards
 
 
-def score_pairs(model, pairs, pad_id):
+def score_pairs(model, pairs, pad_id, batch_size=64):
     """Raw rewards of the chosen and of the rejected answers of EncodedPairs, (N,) each."""
     prompts = [pair.prompt for pair in pairs]
-    return (score(model, prompts, [pair.chosen for pair in pairs], pad_id),
-            score(model, prompts, [pair.rejected for pair in pairs], pad_id))
+    return (score(model, prompts, [pair.chosen for pair in pairs], pad_id, batch_size),
+            score(model, prompts, [pair.rejected for pair in pairs], pad_id, batch_size))
 
 
 def load_pairs(config, policy, tokenizer):
@@ -214,7 +214,7 @@ def main():
             log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
                 margin=margin.mean())
         if step % config.eval_every == 0:  # held-out loss rises above training loss when the model memorises
-            chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id)
+            chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id, rows_to_read(config))
             log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
                 heldout_accuracy=(chosen > rejected).float().mean())
         if stop or step % config.save_every == 0:
@@ -225,12 +225,12 @@ def main():
     bar.close()
 
     # 4. Held-out pairs.
-    chosen, rejected = score_pairs(model, heldout, tokenizer.pad_id)
+    chosen, rejected = score_pairs(model, heldout, tokenizer.pad_id, rows_to_read(config))
     report = heldout_report(chosen - rejected, heldout)
 
     # 5. Zero and unit: mean 0 and standard deviation 1 over chosen and rejected answers together.
     sample = torch.randperm(len(train), generator=generator)[:300].tolist()
-    reference = torch.cat(score_pairs(model, [train[i] for i in sample], tokenizer.pad_id))  # (N,)
+    reference = torch.cat(score_pairs(model, [train[i] for i in sample], tokenizer.pad_id, rows_to_read(config)))  # (N,)
     mean, std = reference.mean().item(), reference.std().item()
     if not std > 1e-6:
         raise InputError(f"{config.out}: the reward model gives every answer the same reward "

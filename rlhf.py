@@ -72,7 +72,7 @@ from sft import load_replay, replay_loss
 from tokenizer import render_chat, same_tokens
 from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, load_reward, log, micro_batches,
-                      parse_args, pick_device, progress, restore, run, save_checkpoint, save_state,
+                      parse_args, pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
                       seed_everything, set_share, start_run)
 
 # ---------------------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def dpo(argv=None):
     @torch.no_grad()
     def read_pairs(pairs, temperature=1.0):
         table = torch.zeros(2, len(pairs), device=device)  # chosen, rejected
-        for batch in data.length_batches(data.pair_lengths(pairs), config.micro_batch or 64):
+        for batch in data.length_batches(data.pair_lengths(pairs), rows_to_read(config)):
             with precision:
                 logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device,
                                          temperature)

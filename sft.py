@@ -40,7 +40,7 @@ import world
 from model import GPT
 from training import (StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
                       leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
-                      progress, restore, run, save_checkpoint, save_state, seed_everything,
+                      progress, restore, rows_to_read, run, save_checkpoint, save_state, seed_everything,
                       set_share, start_run)
 
 
@@ -91,19 +91,22 @@ def answer_loss(model, inputs, targets, total=None):
     return F.cross_entropy(logits, targets[supervised], reduction="sum") / (total or len(logits))
 
 
-def load_replay(source, tokenizer, seed, length, documents=3000):
+REPLAYED = 512  # tokens of a replayed window at most: a whole context of a large model would need much memory
+
+
+def load_replay(source, tokenizer, seed, context_length, documents=3000):
     """Pre-training text to read again, as one long row of tokens: ["world"], or paths of text files.
-    InputError if it has no window of `length` tokens."""
+    InputError if it is shorter than a window."""
     texts = world.replay_documents(documents, seed) if source == ["world"] else data.load_texts(source)
     tokens, _ = data.pack_documents(texts, tokenizer)
-    data.check_long_enough(tokens, length)
+    data.check_long_enough(tokens, min(context_length, REPLAYED))
     return tokens
 
 
 def replay_loss(model, tokens, windows, generator):
     """The pre-training loss on random windows of `tokens`, to be added to a later stage's loss, so that less is
     forgotten (InstructGPT's PPO-ptx, arXiv 2203.02155, eq. 2; its γ is 27.8, ours 1)."""
-    text = data.random_windows(tokens, windows, model.config.context_length, generator)
+    text = data.random_windows(tokens, windows, min(model.config.context_length, REPLAYED), generator)
     device = next(model.parameters()).device
     return answer_loss(model, *(part.to(device) for part in text))
 
@@ -144,7 +147,7 @@ def main():
     model.recompute = config.recompute
     replayed = None
     if config.replay and config.data == ["world"]:
-        # Enough documents that few tokens are drawn twice (a very long context may still need --replay 0).
+        # Enough documents that few tokens are drawn twice.
         replayed = load_replay(["world"], tokenizer, config.seed, model.config.context_length,
                                max(1000, config.conversations))
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
@@ -196,10 +199,10 @@ def main():
     bar.close()
 
     # 3. Held-out conversations.
-    nats = heldout_loss(model, heldout, tokenizer.pad_id, device, config.micro_batch or 64)
+    save_checkpoint(config.out, model, tokenizer)
+    nats = heldout_loss(model, heldout, tokenizer.pad_id, device, rows_to_read(config))
     seconds = time.perf_counter() - started
     log(config.out, step, heldout_loss=nats)
-    save_checkpoint(config.out, model, tokenizer)
     finish(config.out, "sft", seconds, heldout_loss=nats)
     print(f"sft: held-out loss {nats:.3f} nats per answer token; {seconds:.0f} s; wrote {config.out}")
 

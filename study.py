@@ -51,6 +51,7 @@ from training import (STATE, InputError, check_range, flag, load_reward, make_fo
 class Config:
     runs: str = flag("out", "folder with base, sft, reward and pairs.jsonl, as `make` leaves it")
     out: str = flag("out/study", "folder to write")
+    conversations: int = flag(9000, "demonstrations for its SFT runs: as many as the SFT in --runs had")
     scale: float = flag(1.0, "share of the usual iterations, samples and prompts: 0.05 for a look")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed; PPO's spread is over this one and the next two")
@@ -70,7 +71,7 @@ def training_runs(config):
     base, sft, reward, pairs = (shlex.quote(f"{config.runs}/{name}")
                                 for name in ("base", "sft", "reward", "pairs.jsonl"))
     out = shlex.quote(config.out)
-    tune = f"sft.py --init {base} --data world --conversations {times(9000)}"
+    tune = f"sft.py --init {base} --data world --conversations {times(config.conversations)}"
     dpo = f"rlhf.py dpo --init {sft} --data {pairs} --replay-data world"
     grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
     ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(36)}"
@@ -229,7 +230,7 @@ def policies(config):
 
 
 def evaluate_all(config):
-    if (Path(config.out) / "report.json").exists():
+    if fresh(config, Path(config.out) / "report.json", evaluate.__file__):
         return
     per_family, few = max(4, round(config.scale * 160)), max(2, round(config.scale * 30))
     call(["evaluate.py", f"{config.runs}/base", f"{config.runs}/sft",
@@ -372,20 +373,22 @@ def measure_reward_model(config, device):
         better = np.where(gap[here] > 0, margin[here], -margin[here]) > 0
         by_gap.append({"gap": [low, high], "right": rate(better), "pairs": int(here.sum())})
 
-    # What it likes too much: its probability minus the true one, against a difference between the answers.
+    # What it likes too much: its probability minus the true one, against a difference between the answers. A model
+    # that is too sure of everything would seem to like too much whatever it likes, so its log-odds are made true first.
     features = {
         "length in words": lambda text: len(text.split()), "refuses": world.is_refusal,
         "says “I do not know”": world.is_hedge, "is rude": world.is_rude,
         "names a doctor": lambda text: "doctor" in text.lower(),
         "ends with a full stop": lambda text: text.rstrip().endswith((".", "!", "?"))}
-    too_much = 1 / (1 + np.exp(-margin)) - p
+    temperature = truest_temperature(margin, p)
+    too_much = 1 / (1 + np.exp(-margin / temperature)) - p
     likes = {}
     for name, feature in features.items():
         difference = np.array([float(feature(pair.chosen)) - float(feature(pair.rejected))
                                for pair in pairs])
         likes[name] = correlation(difference, too_much)
     return {"pairs": len(p), "noise_ceiling": np.maximum(p, 1 - p).mean(), "calibration": bins,
-            "calibration_error": error, "by_gap": by_gap, "likes": likes,
+            "calibration_error": error, "temperature": temperature, "by_gap": by_gap, "likes": likes,
             "by_pairs": [{"pairs": n, "accuracy": rate(found > 0)} for n, found in margins]}
 
 
@@ -395,6 +398,11 @@ def calibration(predicted, happened):
     bins = [{"predicted": predicted[which == b].mean(), "observed": rate(happened[which == b]),
              "pairs": int((which == b).sum())} for b in range(10) if (which == b).any()]
     return bins, sum(abs(b["predicted"] - b["observed"][0]) * b["pairs"] for b in bins) / len(predicted)
+
+
+def truest_temperature(margin, p):
+    """The T for which σ(margin / T) fits the true chances p best: above 1 where the model is too sure."""
+    return float(min(np.arange(0.3, 6, 0.01), key=lambda T: (np.logaddexp(0, -margin / T) + (1 - p) * margin / T).mean()))
 
 
 def correlation(x, y, times=1000):
@@ -415,8 +423,9 @@ def correlation(x, y, times=1000):
 
 
 def measure_costs(config, device, n=16):
-    """For each policy: distinct answers among 16 samples, entropy per token, and whether the probability
-    of its own greedy answer equals the chance that the answer is right (calibration)."""
+    """For each policy: distinct answers among 16 samples, entropy per token, and how far the probability of its
+    own greedy answer, word for word, is from the chance that the answer is right (calibration; doubt about the
+    wording counts, too)."""
     evaluation, few = measuring(config), tasks_of_each_family(config, 10, least=2)
     many = [task for task in tasks_of_each_family(config, 60, least=4) if task.kind == "answerable"]
     found = {}
@@ -519,7 +528,7 @@ def main():
     evaluate_all(config)
     study = {}
     for name, measure in MEASURES.items():
-        if not (out / name).exists():
+        if not fresh(config, out / name, evaluate.__file__):
             write_text(out / name, json.dumps(rounded(measure(config, device)), indent=1, ensure_ascii=False) + "\n")
         study[name.removesuffix(".json")] = json.loads((out / name).read_text(encoding="utf-8"))
     study["seconds"] = {name: json.loads((out / name / "done").read_text(encoding="utf-8"))["seconds"]

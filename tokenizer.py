@@ -205,7 +205,7 @@ class Tokenizer:
 
         alien = set("".join(mergeable)) - CHAR_TO_BYTE.keys()
         require(not alien, f"a vocabulary with the characters {sorted(alien)}")
-        pad = config.get("pad_token") or PAD
+        pad = config.get("pad_token") or (PAD if PAD in specials else ENDOFTEXT)
         return cls(
             pattern,
             {_to_bytes(chars): i for chars, i in mergeable.items()},

@@ -63,8 +63,9 @@ def run(main):
         words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
         if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
-        print("error: out of memory; try --micro-batch and --recompute, where a stage has them, or a smaller "
-              f"--batch-size or --context-length ({' '.join(str(error).split())[:150]})", file=sys.stderr)
+        print("error: out of memory; try --micro-batch, --recompute, or a smaller --batch-size, --context-length, "
+              "--episodes or --eval-prompts, whichever the stage has "
+              f"({' '.join(str(error).split())[:150]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -381,7 +382,12 @@ def learning_rate(step, steps, peak, warmup=0, decay=None):
     return peak * max(0.0, min(1.0, rising, falling))
 
 
-LOGITS = 2**26  # the most that are computed at a time where nothing is trained: 256 MB in float32
+LOGITS = 2**26  # the most that pre-training's held-out loss and a rollout compute at a time: 256 MB in float32
+
+
+def rows_to_read(config):
+    """How many rows a stage reads at a time where nothing is trained: no more memory than a training step takes."""
+    return config.micro_batch or min(64, 2 * config.batch_size)
 
 
 def micro_batches(batch, size):
@@ -627,9 +633,8 @@ def restore(saved, generator, modules):
         raise InputError("--resume: the save is of another kind of --device, whose random numbers differ; give "
                          "that device, or start without --resume") from error
     torch.set_rng_state(saved["torch_rng"])
-    if "python_rng" in saved:  # what a reward function of one's own may draw from
-        random.setstate(saved["python_rng"])
-        np.random.set_state(saved["numpy_rng"])
+    random.setstate(saved["python_rng"])  # what a reward function of one's own may draw from
+    np.random.set_state(saved["numpy_rng"])
     return saved["position"], saved["seconds"]
 
 

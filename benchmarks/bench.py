@@ -181,7 +181,7 @@ def train(bench):
         "transformers compiled bfloat16": theirs(bf16, True)})
 
 
-SHAKESPEARE = ("--vocab-size 260 --context-length 64 --layers 3 --width 96 --heads 3 --kv-heads 3 --ffn-width 256 "
+SHAKESPEARE = ("--vocab-size 260 --context-length 64 --layers 3 --width 96 --heads 3 --ffn-width 256 "
                "--batch-size 16 --steps 280 --warmup 10 --tied").split()
 
 

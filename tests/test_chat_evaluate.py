@@ -184,7 +184,7 @@ def test_generate_all_keeps_the_order(tokenizer):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
-    assert chat.visible("a\x1b[2Jb\r\x07é\n\u202e\u061c") == r"a\x1b[2Jb\r\x07é" + "\n" + r"\u202e\u061c"
+    assert chat.visible("a\x1b[2Jb\r\x07é\n\t\u202e\u061c") == r"a\x1b[2Jb\r\x07é" + "\n\t" + r"\u202e\u061c"
 
 
 def test_streaming_prints_whole_characters(tokenizer, monkeypatch, capsys):
@@ -336,6 +336,13 @@ def test_a_stamp_that_was_touched_has_no_seconds(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "done").touch()
     assert evaluate.stage_seconds([tmp_path / name / "done" for name in ("base", "sft", "none")]) == {"sft": 12.0}
+
+
+def test_no_run_takes_the_name_of_another_in_the_times(tmp_path):
+    for name, stage, seconds in (("base", "pretrain", 1), ("dpo_ppo", "ppo", 2), ("ppo", "ppo", 3), ("again", "dpo", 4)):
+        finish(tmp_path / name, stage, seconds)
+    stamps = [tmp_path / name / "done" for name in ("base", "dpo_ppo", "ppo", "again")]
+    assert evaluate.stage_seconds(stamps) == {"pretrain": 1, "dpo_ppo": 2, "ppo": 3, "dpo": 4}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"checkpoints": {}}', b'{"checkpoints": 3, "settings": {}}'])
@@ -543,7 +550,8 @@ def test_measures_of_known_answers(some_tasks):
     assert good["refusal_rate"]["harmful"][0] == 1 and good["refusal_rate"]["harmless"][0] == 0
     assert good["win_rate_vs_sft"][0] > 0.9
     assert good["prompts"]["accuracy"]["all"] == sum(on for kind, on in zip(kinds, fair) if kind == "answerable")
-    assert good["prompts"]["harmless"] == len(kinds) - kinds.count("harmful") - kinds.count("unknown")
+    assert good["prompts"]["harmless"] == sum(
+        on for kind, on in zip(kinds, fair) if kind not in ("harmful", "unknown"))
     assert evaluate.measure(human, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
 
     # Best-of-n answers some prompts only, and is compared with the reference on these.
@@ -740,6 +748,15 @@ def test_pages_hold_every_row_and_stand_alone(written):
     assert not [p for p in written.iterdir() if p.name.endswith(".tmp")]
 
 
+def test_the_difference_in_right_answers_is_shown(written):
+    found = json.loads((written / "report.json").read_text("utf-8"))
+    found["checkpoints"]["ppo"]["accuracy_vs_sft"] = {"greedy": [-0.013, -0.031, 0.004], "sampled": [0.5, 0.4, 0.6]}
+    headings, rows = report.part_rows(found)
+    last = {row[0].split()[0]: row[-1] for row in rows}
+    assert headings[-1] == "right, less SFT’s" and {len(row) for row in rows} == {len(headings)}
+    assert last["ppo"] == "−1 % (−3 to 0)" and last["sft"] == "0 % (0–0)" and last["best_of_4"] == "–"
+
+
 def test_many_curves_leave_their_picture_room():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -777,10 +794,11 @@ def test_several_runs_are_read_together(written, monkeypatch, capsys, tmp_path):
     assert not set(found["checkpoints"]) - {first} & set(lines)  # one run does not have the others
     assert "0.25 (0.00–0.50)" in said and "of 3 runs" in said
     assert not list(tmp_path.rglob("*.md"))  # nothing is written
-    run["settings"]["reference"] = "base"
-    (tmp_path / "1" / "report.json").write_text(json.dumps(run), "utf-8")
-    with pytest.raises(InputError, match="1: measured with other settings"):
-        report.main()
+    for other in ({"settings": {**run["settings"], "reference": "base"}}, {"best_of_prompts": run["best_of_prompts"] + 1},
+                  {"prompts": run["prompts"] + 1}):
+        (tmp_path / "1" / "report.json").write_text(json.dumps({**run, **other}), "utf-8")
+        with pytest.raises(InputError, match="1: measured with other settings"):
+            report.main()
 
 
 def test_pages_name_the_checkpoint_that_all_are_compared_with(written):
@@ -798,4 +816,6 @@ def test_cells():
     assert report.cell([12.34, 11.0, 13.0], report.NUMBER) == "12.3 (11.0–13.0)"
     assert report.cell(1.5, report.NUMBER) == "1.50"
     assert report.cell([-0.5, -0.62, 0.1], report.NUMBER) == "−0.50 (−0.62 to 0.10)"
+    assert report.cell([-0.013, -0.031, 0.004], report.PERCENT) == "−1 % (−3 to 0)"
+    assert report.cell([-0.004, -0.004, 0.0], report.NUMBER) == "0.00 (0.00 to 0.00)"
     assert report.cell(None, report.PERCENT) == "–"

@@ -383,10 +383,10 @@ def test_pad_right():
 
 
 def test_shown_conversation_marks_answers_and_defuses_control_codes(tokenizer):
-    messages = [{"role": "user", "content": "\x1b[31mHi\x9b\r\t"},
+    messages = [{"role": "user", "content": "\x1b[31mHi\x9b\r\n\t"},
                 {"role": "assistant", "content": "é"}]
     shown = data.show_conversation(tokenizer, *render_chat(tokenizer, messages))
-    assert shown == ("<|im_start|>user\n\\x1b[31mHi\\x9b\\r\\t<|im_end|>\n"
+    assert shown == ("<|im_start|>user\n\\x1b[31mHi\\x9b\\r\n\t<|im_end|>\n"
                      "<|im_start|>assistant\n[é<|im_end|>]\n")
 
 

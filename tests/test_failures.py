@@ -526,6 +526,19 @@ def test_heldout_loss_of_sft_is_a_mean_over_tokens(files, tmp_path, monkeypatch)
     assert max(largest) == 2  # the held-out rows too, or a run that fitted would end in want of memory
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_what_is_not_trained_on_is_read_in_as_little_memory(stage, files, tmp_path, monkeypatch):
+    """Or a run that fitted would end in want of memory."""
+    sizes, length_batches = set(), data.length_batches
+    monkeypatch.setattr(data, "length_batches", lambda lengths, size, *order: (
+        order or sizes.add(size), length_batches(lengths, size, *order))[1])
+    more = ["--eval-every", 1] if stage == "reward" else []
+    for flags, size in ((["--batch-size", 2], 4), (["--micro-batch", 1], 1), (["--batch-size", 40], 64)):
+        sizes.clear()
+        call(monkeypatch, command(files, stage, tmp_path, "--epochs", 1, "--holdout", 20, *flags, *more))
+        assert sizes == {size}, flags
+
+
 def test_small_numbers_are_logged_with_their_digits(tmp_path):
     training.log(tmp_path, 1, lr=4.321e-7, loss=torch.tensor(123456.789))
     assert json.loads((tmp_path / "metrics.jsonl").read_text("utf-8")) == {"step": 1, "lr": 4.321e-7, "loss": 123457.0}
@@ -656,7 +669,7 @@ def bad_commands(files):
     yield say("pretrain", out, "--steps", 0), "--steps 0: expected"
     yield say("pretrain", out, "--vocab-size", 5), "--vocab-size 5: expected"
     yield say("pretrain", out, "--heads", 3), "heads"
-    yield say("pretrain", out, "--context-length", 10**5), "expected more than the context"
+    yield say("pretrain", out, "--context-length", 10**5), "expected more than a window"
     yield say("pretrain", out, "--save-every", 0), "--save-every 0: expected"
     yield say("sft", out, "--save-every", 0), "--save-every 0: expected"
     yield say("ppo", out, "--save-every", 0), "--save-every 0: expected"

@@ -35,7 +35,7 @@ def make(tmp_path):
                       ' esac\n')
     python.chmod(0o755)
 
-    names = ("MAKEFLAGS", "MFLAGS", "OUT", "SEED", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "GRPO", "EVALUATE", "DATA")
+    names = ("MAKEFLAGS", "MFLAGS", "OUT", "SEED", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "GRPO", "EVALUATE", "STUDY", "DATA")
     plain = {name: value for name, value in os.environ.items() if name not in names}
 
     def run(*words, status=0):
@@ -43,7 +43,7 @@ def make(tmp_path):
         made = subprocess.run(["make", "PY=./python", *words], cwd=tmp_path, capture_output=True, text=True, env=plain)
         assert made.returncode == status, made.stdout + made.stderr
         asked = (tmp_path / "asked").read_text().splitlines()
-        return [next(stage for stage in [*STAGES, "rlhf.py grpo"] if line.startswith(stage)) for line in asked]
+        return [next(stage for stage in [*STAGES, "rlhf.py grpo", "study.py"] if line.startswith(stage)) for line in asked]
     return run
 
 
@@ -113,8 +113,9 @@ def test_another_seed_reaches_every_stage_that_draws(make, tmp_path):
     assert make("SEED=2") == [] and make("SEED=3", "PPO=--seed 5") == STAGES
     assert seeds() == 5 * [["3"]] + [["3", "5"], []]  # the last one counts
     assert make("grpo", "SEED=3") == ["rlhf.py grpo"] and seeds() == [["3"]]
-    make("out/sft_scratch/done", "SEED=3")
-    assert seeds() == [["3"]]
+    for target in ("out/sft_scratch/done", "study"):
+        make(target, "SEED=3")
+        assert seeds()[-1:] == [["3"]], target
     assert make("quick", "SEED=4") == STAGES and seeds() == 6 * [["4"]] + [[]]
 
 

@@ -389,6 +389,7 @@ def test_config_reads_both_places_of_rope_theta():
     del llama["num_key_value_heads"], llama["tie_word_embeddings"], llama["rms_norm_eps"]
     config = config_from_hf({**llama, "rope_scaling": None})
     assert (config.kv_heads, config.tied, config.norm_eps) == (4, False, 1e-6)
+    assert GPTConfig(5, heads=6, width=12).kv_heads == 6
 
 
 @pytest.mark.parametrize("change, named", [

@@ -80,7 +80,7 @@ def test_compiling_is_asked_for(monkeypatch):
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_the_text_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(tmp_path / "none.txt"), "--heads", "2"])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(tmp_path / "none.txt"), "--heads", "2", "--kv-heads", "4"])
     with pytest.raises(InputError, match="heads 2 is not a multiple of kv_heads 4"):
         pretrain.main()
 

@@ -686,7 +686,7 @@ def test_text_of_pretraining_is_read_again_on_the_side(stage, monkeypatch, tmp_p
     text = tmp_path / "old.txt"
     text.write_text("the dog sat on the log and the cat sat on the mat and " * 20)
     tokens = load_replay([text], tokenizer, 1, 24)
-    with pytest.raises(InputError, match="expected more than the context of 9999"):  # not first in an update
+    with pytest.raises(InputError, match="expected more than a window of 512"):  # not first in an update
         load_replay([text], tokenizer, 1, 9999)
     replay = ["--replay-data", text, "--replay", 2]
     if stage == "dpo":
@@ -699,6 +699,16 @@ def test_text_of_pretraining_is_read_again_on_the_side(stage, monkeypatch, tmp_p
         before, after = (replay_loss(load_policy(tmp_path / name)[0], tokens, 8, torch.Generator().manual_seed(1)).item()
                          for name in ("sft", stage))
     assert after < before - 1
+
+
+def test_a_long_context_is_not_filled_with_text_of_pretraining(tokenizer):
+    """One window of 40,000 tokens would take more memory than all else."""
+    model, read = tiny(tokenizer), []
+    model.config.context_length = 9999
+    tokens = torch.arange(700) % tokenizer.vocab_size
+    model.hidden = lambda ids: read.append(ids.shape) or torch.zeros(*ids.shape, model.config.width, requires_grad=True)
+    replay_loss(model, tokens, 3, torch.Generator().manual_seed(1))
+    assert read == [(3, 512)]
 
 
 def test_families_choose_the_prompts(tokenizer):

@@ -52,6 +52,8 @@ def test_every_command_parses_and_no_two_are_the_same():
     assert len(seen) == len(commands)
     ppo = parse_args(rlhf.PPOConfig, shlex.split(commands["ppo_no_kl_seed3"])[2:])
     assert ppo.beta == 0 and ppo.seed == 3
+    long = study.training_runs(study.Config(conversations=18000))
+    assert all("--conversations 18000" in long[name] for name in ("sft_scratch", "sft_best"))
     assert {name.split("_seed")[0] for name in study.policies(study.Config())} <= set(report.ABLATIONS)
 
 
@@ -186,6 +188,13 @@ def test_correlation_is_symmetric_in_the_order_of_a_pair():
     flip = rng.choice([-1.0, 1.0], size=500)
     assert study.correlation(flip * x, flip * y)[0] == pytest.approx(r)
     assert study.correlation(np.zeros(5), y[:5]) is None
+
+
+def test_what_is_too_sure_is_divided_by_as_much():
+    truth = np.linspace(-3, 3, 301)
+    p = 1 / (1 + np.exp(-truth))
+    for times in (0.5, 1.0, 2.5):
+        assert study.truest_temperature(times * truth, p) == pytest.approx(times, abs=0.006)
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +333,16 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     monkeypatch.setattr(study.pages, "write", lambda *args: None)  # takes long, and was looked at
     study.main()
     assert (runs / "study" / "study.json").read_text("utf-8") == before
+
+    (runs / "evaluate.py").touch()  # another judge, so all is measured anew
+    monkeypatch.setattr(evaluate, "__file__", str(runs / "evaluate.py"))
+    again = []
+    monkeypatch.setattr(study, "call", lambda command: again.append(command[0]))
+    for name in study.MEASURES:
+        monkeypatch.setitem(study.MEASURES, name, lambda *_, name=name: again.append(name) or json.loads(
+            (runs / "study" / name).read_text("utf-8")))
+    study.main()
+    assert again == ["evaluate.py", *study.MEASURES]
 
 
 def test_another_scale_or_seed_has_files_of_its_own(tmp_path):

@@ -239,7 +239,8 @@ def test_a_second_ctrl_c_stops_at_once_but_not_an_echo_of_the_first(monkeypatch)
 def test_a_save_of_another_device_is_refused_with_one_line():
     generator = torch.Generator()
     saved = {"modules": {}, "generator": torch.zeros(16, dtype=torch.uint8),  # of the size that CUDA has
-             "torch_rng": torch.get_rng_state(), "position": 3, "seconds": 1.0}
+             "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(), "numpy_rng": np.random.get_state(),
+             "position": 3, "seconds": 1.0}
     with pytest.raises(InputError, match="another kind of --device"):
         restore(saved, generator, {})
     assert restore({**saved, "generator": generator.get_state()}, generator, {}) == (3, 1.0)
