@@ -56,6 +56,7 @@ def run(main):
             stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +36,7 @@ SIZES = [(32, 1), (32, 2), (48, 2), (64, 2), (64, 3), (80, 4), (96, 4)]  # width
 BUDGETS = [0.5e12, 1.5e12, 4.5e12]  # FLOPs; each with five of SIZES, starting at the first, second and third
 LARGER = 13.5e12
 CONTEXT, BATCH, VOCABULARY = 192, 8, 1024
+MADE_FROM = ("world.py", "world_facts.txt", "data.py", "model.py", "tokenizer.py", "training.py", "pretrain.py")
 
 
 def shape(width, layers):
@@ -121,7 +123,10 @@ def main():
     training.keep_freed_memory()
     path = HERE / "scaling.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {tuple(row["run"]): row for row in map(json.loads, lines)}
+    code = b"".join((HERE.parent / name).read_bytes() for name in MADE_FROM)
+    made_from = f"{zlib.crc32(code):08x}"  # runs of other code or texts are not to be compared with
+    done = {tuple(row["run"]): row for row in map(json.loads, lines) if row.get("made_from") == made_from}
+    print(f"kept: {len(done)} finished runs")
     tokenizer = train_bpe(world.documents(5000, "scaling tokenizer"), VOCABULARY)
     heldout = pack_documents(world.documents(400, "scaling heldout"), tokenizer)
 
@@ -130,7 +135,7 @@ def main():
         if key not in done:
             start = time.perf_counter()
             loss = train(width, layers, budget, tokenizer, heldout, seed)
-            done[key] = {"run": key, "loss": loss, "seconds": round(time.perf_counter() - start)}
+            done[key] = {"run": key, "loss": loss, "seconds": round(time.perf_counter() - start), "made_from": made_from}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[key]) + "\n")
         return done[key]["loss"]

@@ -47,8 +47,12 @@ def tasks():
             for call in re.findall(r"^(check_\w+)\((\w+)\)", code, re.M) if hasattr(checks, call[0])]
 
 
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+
+
 def definitions(path):
-    """What a submission's cells define: {name: function}, and {name: why its cell could not be read}."""
+    """What a submission's cells define, functions and constants: {name: what}, and {name: why its cell could not be
+    read}. Everything else in them is not run."""
     space, broken = {"__name__": "submission"}, {}
     exec("from start import *", space)
     for _, code in cells(path):
@@ -60,7 +64,8 @@ def definitions(path):
             broken |= dict.fromkeys(names, f"the cell is not Python: {error.msg}, line {error.lineno} of the cell")
             continue
         for statement in statements:
-            if isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+            if isinstance(statement, DEFINITIONS) or isinstance(statement, ast.Assign) and isinstance(
+                    statement.value, (ast.Lambda, ast.Constant)):
                 try:
                     exec(compile(ast.Module([statement], []), str(path), "exec"), space)
                 except (Exception, SystemExit) as error:

@@ -370,9 +370,10 @@ def main():
 
         def find(number):
             copy = copies.get()
-            found = planted(copy, MUTANTS[number - 1])
-            copies.put(copy)
-            return number, found
+            try:
+                return number, planted(copy, MUTANTS[number - 1])
+            finally:
+                copies.put(copy)
         for number, found in pool.map(find, chosen):
             what, name, *_ = MUTANTS[number - 1]
             rows[number] = (number, what, f"`{name}`", f"`{found}`" if found else "**nothing**")

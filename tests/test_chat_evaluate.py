@@ -338,6 +338,41 @@ def test_a_stamp_that_was_touched_has_no_seconds(tmp_path):
     assert evaluate.stage_seconds([tmp_path / name / "done" for name in ("base", "sft", "none")]) == {"sft": 12.0}
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_system_prompt_and_examples_come_first(raw, tokenizer):
+    speaker = chat.Speaker("m", tiny(tokenizer, context_length=160), tokenizer, raw, "Be brief.", set())
+    begin = "<|endoftext|>Be kind.\n\n" if raw else "<|im_start|>system\nBe kind.<|im_end|>\n"
+    for turns in ([], [(f"question {n}", f"answer {n}") for n in range(9)]):
+        ids, kept = speaker.fit("last", turns, chat.Config(["m"], system="Be kind.", max_new_tokens=10))
+        assert tokenizer.decode(ids).startswith(begin) and len(kept) < max(1, len(turns))
+    tasks, speaker.model = list(world.COURSE_PROMPTS), tiny(tokenizer, context_length=9999)
+    for shots in (0, 2):
+        found = evaluate.prompts_for(speaker, tasks, evaluate.Config(["m"], system="Be kind.", seed=3), shots)
+        assert found == [speaker.prompt(t.prompt, world.few_shot_examples(t, shots, 3), "Be kind.") for t in tasks]
+
+
+def test_what_the_reference_can_answer_is_a_quarter_right(tokenizer, monkeypatch, tmp_path):
+    by_family, asked, marked, measure, made = {}, {}, [], evaluate.measure, evaluate.Row.__post_init__
+    for task in world.heldout_tasks():
+        by_family.setdefault(task.family, []).append(task)
+    save_checkpoint(tmp_path / "sft", tiny(tokenizer, 1), tokenizer)
+    monkeypatch.setattr(world, "heldout_tasks", lambda t=[t for f in by_family.values() for t in f[:3]]: t)
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+
+    def check(task, text):  # of eight samples two are right, or one
+        asked[task] = asked.get(task, -1) + 1
+        return asked[task] % (4, 8, 10**9)[len(task.prompt) % 3] == 0
+    monkeypatch.setattr(evaluate.Row, "__post_init__", lambda self: (made(self), asked.clear())[0])
+    monkeypatch.setattr(world, "check", check)
+    monkeypatch.setattr(evaluate, "measure", lambda row, *rest: marked.append((row.tasks, rest[1])) or measure(row, *rest))
+    evaluate.main([str(tmp_path / "sft"), "--out", str(tmp_path / "r"), "--max-new-tokens", "4", "--device", "cpu",
+                   "--best-of", "8", "--per-family", "3", "--best-of-per-family", "2"])
+    ((tasks, can),), seen = marked, {}
+    for task, able in zip(tasks, can):
+        seen[task.family] = seen.get(task.family, 0) + 1
+        assert able == (seen[task.family] <= 2 and task.kind == "answerable" and len(task.prompt) % 3 == 0)
+
+
 def test_no_run_takes_the_name_of_another_in_the_times(tmp_path):
     for name, stage, seconds in (("base", "pretrain", 1), ("dpo_ppo", "ppo", 2), ("ppo", "ppo", 3), ("again", "dpo", 4)):
         finish(tmp_path / name, stage, seconds)
@@ -755,6 +790,14 @@ def test_the_difference_in_right_answers_is_shown(written):
     last = {row[0].split()[0]: row[-1] for row in rows}
     assert headings[-1] == "right, less SFT’s" and {len(row) for row in rows} == {len(headings)}
     assert last["ppo"] == "−1 % (−3 to 0)" and last["sft"] == "0 % (0–0)" and last["best_of_4"] == "–"
+
+
+def test_the_top_of_the_page_says_before_and_after(written):
+    found = json.loads((written / "report.json").read_text("utf-8"))
+    for name, share in (("base", 0.1), ("sft", 0.2), ("ppo", 0.3)):
+        row, value = found["checkpoints"][name], [share, 0.0, 1.0]
+        row["accuracy"]["all"] = row["hallucination_rate"] = row["refusal_rate"]["harmful"] = row["win_rate_vs_sft"] = value
+    assert [number for number, _ in report.headlines(found)] == ["10 % → 20 %", "30 %", *["20 % → 30 %"] * 3]
 
 
 def test_many_curves_leave_their_picture_room():

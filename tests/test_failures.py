@@ -375,11 +375,72 @@ def test_what_cannot_be_written_is_said_in_one_line(files, tmp_path):
         training.start_run(sft.Config(out=str(tmp_path)), "sft")
 
 
-def test_another_seed_gives_other_weights(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_seed_gives_other_weights(stage, files, tmp_path, monkeypatch):
     """That the same gives the same is what the stopped runs show."""
+    short = {"pretrain": ["--steps", 2], "ppo": ["--iterations", 1], "grpo": ["--iterations", 1]}.get(stage, ["--epochs", 1])
     for seed in (1, 2):
-        call(monkeypatch, command(files, "sft", tmp_path / str(seed), "--epochs", 2, "--seed", seed))
+        call(monkeypatch, command(files, stage, tmp_path / str(seed), *short, "--seed", seed))
     assert stage_ends(tmp_path / "1")[1] != stage_ends(tmp_path / "2")[1]
+
+
+class Reached(Exception):
+    """The place in a stage that a test wants to see: it need not go on."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_settings_reach_the_optimisers(stage, files, tmp_path, monkeypatch):
+    name = "muon_and_adam" if stage in ("pretrain", "sft") else "adamw"
+    made, clipped, create = [], [], getattr(training, name)
+    monkeypatch.setattr(STAGES[stage], name, lambda model, *args, **more: made.append(args) or create(model, *args, **more))
+
+    def clip(parameters, most):
+        clipped.append(most)
+        if len(clipped) == 1 + (stage == "ppo"):
+            raise Reached
+        return torch.zeros(())
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    both = ["--lr", 0.011, "--embed-lr", 0.012, "--head-lr", 0.013, "--weight-decay", 0.14]
+    rates = {"pretrain": both, "sft": [*both, "--adam-eps", 1e-4], "reward": ["--lr", 0.011, "--weight-decay", 0.14],
+             "ppo": ["--lr", 0.011, "--critic-lr", 0.012]}.get(stage, ["--lr", 0.011])
+    with pytest.raises(Reached):
+        call(monkeypatch, command(files, stage, tmp_path, *rates, "--clip", 0.7))
+    assert made == ([(0.011,), (0.012,)] if stage == "ppo" else [tuple(rates[1::2])]) and set(clipped) == {0.7}
+
+
+@pytest.mark.parametrize("stage, reader, n", [("pretrain", "random_windows", 300), ("sft", "sft_batch", 60)])
+def test_what_is_held_out_is_not_trained_on(stage, reader, n, files, tmp_path, monkeypatch):
+    read = []
+
+    def first(rows, *rest):
+        read.append(rows)
+        raise Reached
+    monkeypatch.setattr(data, reader, first)
+    with pytest.raises(Reached):
+        call(monkeypatch, command(files, stage, tmp_path, "--holdout", 20, "--batch-size", 60))
+    if stage == "pretrain":
+        text = train_bpe([row["text"] for row in rows_of("texts", 280)], 300).decode(read[0].tolist())
+    else:
+        text = "".join(Tokenizer.load(files / "sft").decode(ids) for ids, _ in read[0])
+    assert {int(i) for i in re.findall(r"(?:Line|Say) (\d+)", text)} == set(range(n - 20))
+
+
+def test_a_new_run_forgets_the_old_ones_checkpoints_and_nothing_else(tmp_path):
+    for name in ("step_0010/config.json", "step_mine/notes.txt", "done", "metrics.jsonl", "model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    training.start_run(sft.Config(out=str(tmp_path)), "sft")
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"notes.txt", "model.safetensors"}
+
+
+@pytest.mark.parametrize("error, status, told", [(InputError("x: no such file"), 2, "error: x: no such file\n"),
+                                                 (KeyboardInterrupt(), 130, "error: interrupted\n")])
+def test_a_script_ends_with_a_status_and_one_line(error, status, told, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        training.run(main)
+    assert caught.value.code == status and capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

@@ -106,6 +106,20 @@ def test_flags_of_the_command_line_follow_those_of_a_target(make, tmp_path):
         assert re.search(r"sft.py .*--conversations \d+ .*--epochs 9\n", asked) and "--system Be brief; be kind.\n" in asked
 
 
+def test_every_stage_is_made_from_what_it_should_be(make, tmp_path):
+    lines = []
+    for words in ([], ["grpo"]):
+        make(*words, "OUT=m")
+        lines += (tmp_path / "asked").read_text().splitlines()
+    tail = "--data world --replay-data world --out m"
+    for line in ("sft.py --init m/base --data world --out m/sft --resume", "world.py pairs --init m/sft --out m/pairs.jsonl",
+                 "reward.py --init m/sft --data m/pairs.jsonl --out m/reward --resume",
+                 "rlhf.py dpo --init m/sft --data m/pairs.jsonl --replay-data world --out m/dpo --resume",
+                 *(f"rlhf.py {s} --init m/sft --reward m/reward {tail}/{s} --resume" for s in ("ppo", "grpo")),
+                 "evaluate.py m/base m/sft m/dpo m/ppo --reward m/reward --data m/pairs.jsonl --out m/report"):
+        assert line in [found.strip() for found in lines], line
+
+
 def test_another_seed_reaches_every_stage_that_draws(make, tmp_path):
     def seeds():
         return [re.findall(r"--seed (\d)", line) for line in (tmp_path / "asked").read_text().splitlines()]

@@ -701,6 +701,30 @@ def test_text_of_pretraining_is_read_again_on_the_side(stage, monkeypatch, tmp_p
     assert after < before - 1
 
 
+@pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
+def test_every_update_reads_another_text(stage, monkeypatch, tmp_path, tokenizer):
+    (tmp_path / "old.txt").write_text("the dog sat on the log and the cat sat on the mat and " * 20)
+    states, loss = [], rlhf.replay_loss
+    monkeypatch.setattr(rlhf, "replay_loss", lambda *args: (
+        states.append(args[3].get_state().numpy().tobytes()), loss(*args))[1])
+    args = ["--lr", 0, "--sharpness-lr", 0, "--replay-data", tmp_path / "old.txt"]
+    if stage == "dpo":
+        toy_dpo(monkeypatch, tmp_path, tokenizer, *args, "--epochs", 1)
+    else:
+        toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 2, *args)
+    assert len(set(states)) == len(states) >= 8
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_held_out_prompts_are_answered_alike_before_and_after(stage, monkeypatch, tmp_path, tokenizer):
+    asked, roll = [], rlhf.sample_rollout
+    monkeypatch.setattr(rlhf, "sample_rollout", lambda *args: (asked.append([p.text for p in args[3]]), roll(*args))[1])
+    done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 1, "--lr", 0, "--sharpness-lr", 0)
+    before, practised, after = asked
+    assert before == after == [f"the cat {n}" for n in range(30, 40)] and not set(practised) & set(before)
+    assert done["heldout_score"] == done["heldout_score_before"]
+
+
 def test_a_long_context_is_not_filled_with_text_of_pretraining(tokenizer):
     """One window of 40,000 tokens would take more memory than all else."""
     model, read = tiny(tokenizer), []

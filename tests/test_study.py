@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import evaluate
 import report
 import reward
@@ -195,6 +196,32 @@ def test_what_is_too_sure_is_divided_by_as_much():
     p = 1 / (1 + np.exp(-truth))
     for times in (0.5, 1.0, 2.5):
         assert study.truest_temperature(times * truth, p) == pytest.approx(times, abs=0.006)
+
+
+def test_the_reward_model_is_measured_as_it_is(monkeypatch, tmp_path):
+    """Where it says what is true, and where it likes long answers too much."""
+    rng = np.random.default_rng(1)
+    truth, longer = rng.normal(0, 1.5, size=4000), rng.choice([-1.0, 1.0], size=4000)  # of the first of two answers
+    sign = np.where(rng.random(4000) < 1 / (1 + np.exp(-truth)), 1.0, -1.0)  # 1: the first was chosen
+    truth, longer = sign * truth, sign * longer
+    pairs = [data.Pair([], *(("so be it", "be it") if more > 0 else ("be it", "so be it")), float(1 / (1 + np.exp(-x))))
+             for x, more in zip(truth, longer)]
+    for name in (*(f"reward_{n}" for n in study.SUBSETS), "reward"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "done").write_text('{"train_pairs": 9}')
+    model = SimpleNamespace(config=SimpleNamespace(context_length=9))
+    monkeypatch.setattr(study, "fresh", lambda *_: True)
+    monkeypatch.setattr(data, "load_preferences", lambda _: pairs)
+    monkeypatch.setattr(data, "encode_pairs", lambda pairs, *_: pairs)
+    monkeypatch.setattr(study, "load_reward", lambda *_: (model, SimpleNamespace(pad_id=0), 0.0, 2.0))
+    for bias in (0.0, 0.8):
+        margin = torch.tensor((truth + bias * longer) / 2)  # times `scale`: log-odds
+        monkeypatch.setattr(study, "score_pairs", lambda *_: (margin, torch.zeros_like(margin)))
+        found = study.measure_reward_model(study.Config(runs=str(tmp_path), out=str(tmp_path)), "cpu")
+        if bias == 0:
+            assert found["calibration_error"] < 0.02 and found["temperature"] == pytest.approx(1, abs=0.02)
+            assert all(g["right"][0] == 1 for g in found["by_gap"] if g["pairs"])
+    assert found["likes"]["length in words"][1] > 0.3
 
 
 @pytest.fixture(scope="module")

@@ -437,6 +437,10 @@ def test_there_are_no_more_examples_than_there_are():
     task = world.all_tasks()["trivia"][0]
     assert 100 < len(world.few_shot_examples(task, 1000)) == len(world.all_tasks()["trivia"]) < 1000
     assert len(world.few_shot_examples(task, 3)) == 3
+    asked = world.all_tasks("unseen_family")["grammar"]  # whose examples are held out as well
+    subject = {task.prompt: task.subject for task in asked}
+    for task in asked[:40]:
+        assert task.subject not in {subject[p] for p, _ in world.few_shot_examples(task, 10**4)}
 
 
 def test_right_is_the_checker_as_a_reward():
