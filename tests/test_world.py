@@ -405,7 +405,7 @@ def test_a_third_animal_or_another_thing_is_no_answer():
     converse = "lighter" if asked == "heavier" else "heavier"
     for right in (f"The {good}.", good, f"The {good} is {asked}.", f"A {other} is {converse} than a {good}."):
         assert world.check(compared, right), right
-    for wrong in (f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"A {other} is {converse}.",
+    for wrong in (f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"A {other} is {converse}.", f"The {good} is {converse}.",
                   f"A {good} is {converse} than a {other}.", f"A {other} is {asked} than a {good}."):
         assert not world.check(compared, wrong), wrong
     for third in ("lizard", "tiger"):
