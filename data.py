@@ -609,7 +609,7 @@ def pair_lengths(pairs):
 
 
 def visible(text):
-    """Control codes spelled out: what a file holds or a model writes must not steer the terminal. Line breaks and tabs stay."""
+    """Control codes spelled out: what a file holds or a model writes must not steer the terminal. \\n and \\t stay."""
     codes = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
     return re.sub(codes, lambda c: ascii(c[0])[1:-1], text)
 
