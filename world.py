@@ -894,9 +894,9 @@ def sentences(text):
 
 
 def overlap(reference, text):
-    """Share of the reference's longer words that occur in the text."""
+    """Share of the reference's longer words that occur in the text; 0 if it has no word."""
     wanted = {w for w in words(reference) if len(w) > 3} or set(words(reference))
-    return len(wanted & set(words(text))) / len(wanted)
+    return len(wanted & set(words(text))) / max(1, len(wanted))
 
 
 def is_refusal(text):

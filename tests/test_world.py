@@ -386,7 +386,7 @@ def about(family, words, short=None):
     (("countries", "Which continent is Kenya in"), ("Africa.", "In Africa.", "It is in Africa."), ("Labbitoss is in Africa.",)),
     (("cities", "Sydney famous"), ("The opera house.", "Sydney is known for the opera house."), ("Sydney is known for beer.",)),
     (("trivia", "days are in a week"), ("Seven.", "Seven days.", "There are seven days in a week."),
-     ("There are seven minutes in an hour.", "A bee has seven legs.")),
+     ("There are seven minutes in an hour.", "A bee has seven legs.", "?! Seven.", "€")),
     (("trivia", "comes after May"), ("June.", "It is June."), ("April, May, June and July.", "July.")),
     (("trivia", "does the Sun rise"), ("East.", "In the east."), ("In the east and in the west.", "West.")),
     (("trivia", "the tallest animal"), ("A giraffe.", "Giraffe."), ("A lion.",)),
