@@ -53,7 +53,7 @@ GLOSSARY = (
      "50 %: nothing was learned; look at KL"),
     ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
      "own samples. For best-of-n: log n − (n − 1)/n, an upper bound", "lower at equal gold",
-     "DPO 1.3, PPO 1.4 (± 0.3)", "0: no update took effect. Above 20: β is too small, or the learning rate too large"),
+     "DPO 1.4, PPO 1.4 (± 0.3)", "0: no update took effect. Above 20: β is too small, or the learning rate too large"),
     ("reward", "mean score from the reward model, the proxy that PPO is trained on: 0 is its mean on the answers of "
      "training pairs, 1 their standard deviation above it", "higher, if gold follows",
      "SFT 0.0, DPO 0.4, PPO 0.5, best-of-16 0.5 (± 0.2)", "SFT far from 0 (0.5 or more): reward_shift was not subtracted"),
