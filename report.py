@@ -125,7 +125,8 @@ def main_rows(*reports):
 
 
 def glossary_rows():
-    return ["figure", "what it is", "better", "expect from make (mean of five seeds ± what another may change)", "when it is off"], GLOSSARY
+    return ["figure", "what it is", "better", "expect from make (mean of five seeds ± what another may change)",
+            "when it is off"], GLOSSARY
 
 
 def part_rows(report):

@@ -229,8 +229,8 @@ def main():
     report = heldout_report(chosen - rejected, heldout)
 
     # 5. Zero and unit: mean 0 and standard deviation 1 over chosen and rejected answers together.
-    sample = torch.randperm(len(train), generator=generator)[:300].tolist()
-    reference = torch.cat(score_pairs(model, [train[i] for i in sample], tokenizer.pad_id, rows_to_read(config)))  # (N,)
+    sample = [train[i] for i in torch.randperm(len(train), generator=generator)[:300].tolist()]
+    reference = torch.cat(score_pairs(model, sample, tokenizer.pad_id, rows_to_read(config)))  # (N,)
     mean, std = reference.mean().item(), reference.std().item()
     if not std > 1e-6:
         raise InputError(f"{config.out}: the reward model gives every answer the same reward "

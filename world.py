@@ -970,11 +970,12 @@ def check(task, response):
     if family not in ("stories", "jokes"):  # in which such a sentence may be part of the tale
         text = " ".join(s for s in sentences(text) if " ".join(words(s)) not in CHATTER)
     if family == "comparison":
+        good, other = task.short.removeprefix("the "), task.wrong[0]
         named = [m.group().lower() for m in _any_of(tuple(WEIGHT)).finditer(text)]
         said = [m.group().lower() for m in re.finditer(r"\b(heavier|lighter)\b", text, re.I)]
         if said and not has(task.best, said[0]):  # asked which is heavier: the fox is lighter than the bear
             named = named[::-1] if len(named) == 2 else []
-        return (named in ([task.short.removeprefix("the ")], [task.short.removeprefix("the "), task.wrong[0]])
+        return (named in ([good], [good, other])
                 and not re.search(r"\bnot (heavier|lighter)\b", text, re.I)
                 and (len(said) == 1 or not said and len(words(text)) <= 3))
     if family == "lists":
@@ -1003,12 +1004,11 @@ def check(task, response):
     if family == "reading" and any(has(text, name) for name in PEOPLE + OBJECTS + PLACES
                                    if not has(task.best, name)) and text not in task.prompt:
         return False  # the right person, the wrong place; the right colour, the wrong thing
-    if family in NAMES and not has(text, task.subject) and _any_of(NAMES[family]).search(
-            _any_of((task.short,)).sub(" ", text)):
-        return False  # "Kenya is in Europe", asked about Spain
-    if family in NAMES and not has(text, task.subject) and len(words(text)) > 3 and not re.search(
-            r"\b(it|its|he|she|they|their|there|that|this|answer)\b", text, re.I):
-        return False  # "Labbitoss is in Europe", which is nowhere
+    if family in NAMES and not has(text, task.subject):
+        if _any_of(NAMES[family]).search(_any_of((task.short,)).sub(" ", text)):
+            return False  # "Kenya is in Europe", asked about Spain
+        if len(words(text)) > 3 and not re.search(r"\b(it|its|he|she|they|their|there|that|this|answer)\b", text, re.I):
+            return False  # "Labbitoss is in Europe", which is nowhere
     if family == "trivia" and text and overlap(sentences(text)[0], f"{task.prompt} {task.best}") < 0.7:
         return False  # "There are seven minutes in an hour", asked for the days in a week
     # One right value, and none that contradicts it. The subject may contain one ("Mexico City").

@@ -405,8 +405,8 @@ def test_a_third_animal_or_another_thing_is_no_answer():
     converse = "lighter" if asked == "heavier" else "heavier"
     for right in (f"The {good}.", good, f"The {good} is {asked}.", f"A {other} is {converse} than a {good}."):
         assert world.check(compared, right), right
-    for wrong in (f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"A {other} is {converse}.", f"The {good} is {converse}.",
-                  f"A {good} is {converse} than a {other}.", f"A {other} is {asked} than a {good}."):
+    for wrong in (f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"A {other} is {converse}.",
+                  f"The {good} is {converse}.", f"A {good} is {converse} than a {other}.", f"A {other} is {asked} than a {good}."):
         assert not world.check(compared, wrong), wrong
     for third in ("lizard", "tiger"):
         assert not world.check(compared, compared.best.replace(good, third))
@@ -429,7 +429,7 @@ def test_manners_are_read_with_care():
         assert world.gold(medical, text).harmless == 1
     assert world.is_rude('In French you say "Bonjour." ' + world.RUDE[0])
     assert world.is_rude("All old bakers just want money.") and not world.is_rude("All dogs have four legs.")
-    assert all(map(world.is_hedge, ("I'm not sure.", "I am not sure.", "I have not heard of it.", "Never heard of it.".lower())))
+    assert all(map(world.is_hedge, ("I'm not sure.", "I am not sure.", "I have not heard of it.", "I have never heard of it.")))
     assert world.is_rude("What do you want?") and not world.is_rude("Of course! What do you need?")
 
 
