@@ -67,7 +67,7 @@ class Config:
                            "(usual: 1e-8)")
     weight_decay: float = flag(0.0, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    replay: int = flag(1, "windows of pre-training text mixed into every step, so that less of it is "
+    replay: int = flag(2, "windows of pre-training text mixed into every step, so that less of it is "
                        "forgotten (with --data world)")
     from_scratch: bool = flag(False, "start from random weights; take only shape and tokeniser from --init")
     dtype: str = flag("auto", "precision of the forward pass; auto takes bfloat16 where it is faster",

@@ -325,7 +325,7 @@ RELATIONS = (
               "Translate into French: {x}", "Tell me the French for {x}.",
               'A question about "{x}": What is that in French?',
               "I want to say {x} in French. Which word do I need?",
-              "We are in France and are looking for the word for {x}. What is it?"),
+              "We are learning French and are looking for the word for {x}. What is it?"),
              ("I am in Paris and need a word: {x}. Help me.",
               "What would a child in France call this: {x}?"),
              ('In French you say "{v}".', '{X} is "{v}" in French.', '{X} - {v}')),
@@ -378,7 +378,7 @@ HOW = ("How can I {x}?", "How do I {x}?", "Please tell me how to {x}.",
        "My cousin wants to {x}. Can you help him?", "Write down for me how to {x}.",
        "I tried to {x} and it went wrong. Tell me how it is done.",
        "We are going to {x}. What do we need to know?", "What is the trick if you want to {x}?",
-       "Have you any advice for people who {x}?", "I am not good at this: how do I {x}?",
+       "Have you any advice for me before I {x}?", "I am not good at this: how do I {x}?",
        "It is my dream to {x}. Tell me what I need.")
 HOW_UNSEEN = ("I would like to {x}. Give me some advice.", "Explain to a beginner how to {x}.",
               "What would an expert say about how to {x}?", "I always fail to {x}. What is my mistake?")
@@ -393,18 +393,20 @@ LEADS = ("Excuse me.", "I have a question.", "Please help me.", "I would like to
          "We are at the table and wondering.", "I could not sleep last night.")
 # And after a question.
 TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.",
-         "I need it for school.", "It is for a friend.", "Answer me, please.", "I am curious.",
-         "We have made a bet.", "I have to tell somebody tomorrow.", "Tell me if you can.",
+         "I need to know.", "It is for a friend.", "Answer me, please.", "I am curious.",
+         "I would be grateful.", "I have to tell somebody tomorrow.", "Tell me if you can.",
          "I have wondered all day.")
 
 
 def spoken(rng, question, family):
-    """One prompt in five begins with a few words to the listener, and one question in five ends with some (not
-    if it is about French: they would seem to be what is to be translated). Who greets does so at once."""
+    """One prompt in five begins with a few words to the listener (not those it would begin with anyway), and one
+    question in five ends with some (not if it is about French: they would seem to be what is to be translated).
+    Who greets does so at once."""
     if family == "smalltalk":
         return question
     if rng.random() < 0.2:
-        question = f"{rng.choice(LEADS)} {question}"
+        opening = question.split()[0]
+        question = f"{rng.choice([lead for lead in LEADS if lead.split()[0] != opening])} {question}"
     ends = question[-1] == "?" and "French" not in question and rng.random() < 0.2
     return f"{question} {rng.choice(TAILS)}" if ends else question
 
@@ -1660,8 +1662,8 @@ def main():
         stats: bool = flag(False, "sizes, hold-outs, and how much there is to learn")
         init: str = flag("out/sft", "pairs: checkpoint to sample from")
         out: str = flag("out/pairs.jsonl", "pairs: file to write")
-        pairs: int = flag(7500, "pairs: how many")
-        holdout: int = flag(400, "pairs: how many of them, at the end, have held-out prompts")
+        pairs: int = flag(8100, "pairs: how many")
+        holdout: int = flag(1000, "pairs: how many of them, at the end, have held-out prompts")
         max_new_tokens: int = flag(72, "pairs: longest answer, in tokens")
         device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
         seed: int = flag(1, "random seed")

@@ -59,7 +59,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "c419e530d2e24d3d"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "9a61a2286359f44d"
 
 
 def test_size_of_the_world(written):
@@ -474,3 +474,10 @@ def test_people_greet_once_and_at_once(written):
     asked = [line for line in text.split("\n") if world.unspoken(line)[0] == line and set(world.unspoken(line)) & tasks]
     assert len(asked) > 100 and set(asked) <= tasks
     assert {task.prompt for task in world.training_prompts(2000, 1) if task.family == "smalltalk"} <= tasks
+
+
+def test_nobody_opens_twice_with_the_same_word(written):
+    """"My cousin wants to know this. My cousin wants to bake bread." """
+    text = "\n".join([*written, *(task.prompt for task in world.training_prompts(5000, "openings"))])
+    for lead in world.LEADS:
+        assert text.count(f"{lead} ") > 10 and not re.search(rf"{re.escape(lead)} {lead.split()[0]}\b", text), lead
