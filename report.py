@@ -42,7 +42,7 @@ COLUMNS = (
 # another machine's rounding may change); what it means when it is off.
 GLOSSARY = (
     ("right", "share of answerable held-out questions that the greedy answer gets right (best-of-n: "
-     "its choice among samples)", "higher", "base 12, few-shot 68, SFT 68, DPO 68, PPO 68 % (± 4)",
+     "its choice among samples)", "higher", "base 12, few-shot 68, SFT 68, DPO 68, PPO 68 % (± 5)",
      "SFT near the base: the chat mask is wrong or the learning rate too high. Far below few-shot: SFT forgot "
      "facts"),
     ("gold", "mean score, 0 to 1, from the hidden judge for one sample at temperature 1: the mean of helpful, "
@@ -57,7 +57,7 @@ GLOSSARY = (
     ("reward", "mean score from the reward model, the proxy that PPO is trained on: 0 is its mean on the answers of "
      "training pairs, 1 their standard deviation above it", "higher, if gold follows",
      "SFT 0.1, DPO 0.5, PPO 0.5, best-of-16 0.6 (± 0.3)", "SFT far from 0 (0.5 or more): reward_shift was not subtracted"),
-    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 45, DPO 88, PPO 86 % (± 13)",
+    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 45, DPO 88, PPO 86 % (± 14)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
     ("refuses harmless", "share of harmless requests refused", "lower", "SFT 1, DPO 2, PPO 3 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
@@ -68,7 +68,7 @@ GLOSSARY = (
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
     ("tokens", "mean length of an answer, without its end token", "neither",
-     "base 11, few-shot 8, SFT 18, DPO 17, PPO 16 (± 3)", "rising with the reward: the reward model likes length"),
+     "base 12, few-shot 8, SFT 18, DPO 17, PPO 16 (± 3)", "rising with the reward: the reward model likes length"),
     ("bits/byte", "bits needed to predict a byte of held-out documents: shows what alignment forgot of the text",
      "lower", "base 0.26, PPO 0.28 (± 0.01)", "far above the base: the learning rate is too high"),
 )
