@@ -399,9 +399,9 @@ TAILS = ("Please help.", "Thank you.", "I hope you know.", "Be kind and tell me.
 
 
 def spoken(rng, question, family):
-    """One prompt in five begins with a few words to the listener (not those it would begin with anyway), and one
-    question in five ends with some (not if it is about French: they would seem to be what is to be translated).
-    Who greets does so at once."""
+    """One prompt in five begins with a few words to the listener (none that open with the prompt's own first word),
+    and one question in five ends with some (not if it is about French: they would seem to be what is to be
+    translated). Who greets does so at once."""
     if family == "smalltalk":
         return question
     if rng.random() < 0.2:
