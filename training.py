@@ -162,11 +162,11 @@ def check_range(config, **bounds):
 
 
 def pick_device(name):
-    """'auto' takes CUDA, then Apple's MPS, then the CPU. Returns a torch.device."""
+    """'auto' takes CUDA, else the CPU: Apple's MPS, untested, must be asked for. Returns a torch.device."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(),
                  "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if available[d])
+        name = "cuda" if available["cuda"] else "cpu"
     if not available.get(name, False):
         raise InputError(f"--device {name}: not available here; "
                          f"use one of {', '.join(d for d in available if available[d])}")

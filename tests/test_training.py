@@ -151,6 +151,15 @@ def test_precision_is_measured_and_other_work_does_not_decide(busy, bfloat16, ch
     assert len(products) <= 4 or bfloat16 < 100  # where it is emulated, two turns are enough
 
 
+@pytest.mark.parametrize("cuda, taken", [(True, "cuda"), (False, "cpu")])
+def test_no_flag_means_a_device_that_was_tried(cuda, taken, monkeypatch):
+    """MPS, which nobody has run this code on, is taken only by those who ask for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert training.pick_device("auto").type == taken
+    assert training.pick_device("mps").type == "mps"
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
 def test_freed_memory_is_kept():
     # In a process of its own: what is freed elsewhere counts too. Three tensors of 16 MB at a time: 12,288 pages, which soon need not be fetched again.
