@@ -90,8 +90,10 @@ def compare(fn, right, inputs, hints=(), also=(), tol=1e-4, grad=0, general=None
                 same_gradient(fn, right, args, tol, grad)
         return
     bad = next(i for i, (f, e) in enumerate(zip(found, expected)) if not same(f, e, tol))
+    # Where every call fails there is no wrong result to explain: the error itself says most.
+    hints, slips = ((), ()) if all(isinstance(f, Exception) for f in found) else (hints, SLIPS)
     hint = next((text for functions, text in hints if any(map(explains, either(functions)))), None)
-    hint = hint or next((text for slip, text in SLIPS if all(
+    hint = hint or next((text for slip, text in slips if all(
         same(f, attempt(slip, [e]), tol) for f, e in zip(found, expected))), None)
     hint = hint or complaint(found[bad], expected[bad]) or general
     hint = hint or "none of the mistakes that we know. Go through the small example by hand, line by line."
@@ -111,7 +113,8 @@ SLIPS = [
     (lambda y: torch.as_tensor(y) / math.log(2), "these are bits (log2); nats (natural log) are asked for."),
     (lambda y: torch.as_tensor(y).exp(), "that is exp(…) of what is asked for; stay with the logarithm."),
     (lambda y: torch.as_tensor(y).mean(), "that is the mean of what is asked for: no mean here."),
-    (lambda y: torch.as_tensor(y).sum(), "that is the sum of what is asked for: no sum here."),
+    (lambda y: torch.as_tensor(y).sum(), "that is one sum over everything; give the numbers one by one "
+     "(a sum along one dimension is .sum(1))."),
     (lambda y: tuple(x.sum(1) for x in y), "you sum over dimension 1; return the tables themselves."),
 ]
 
@@ -199,7 +202,8 @@ def complaint(found, expected):
         return f"{len(f)} numbers came out, expected {len(e)}."
     if f.shape != e.shape:
         return f"the shape is {f.shape}, expected {e.shape or '() (one number)'}."
-    if e.ndim == 1 and abs(e.sum() - 1) < 1e-5 and (e >= 0).all() and abs(f.sum() - 1) > 1e-3:
+    whole = isinstance(expected, torch.Tensor) and not expected.is_floating_point()
+    if not whole and e.ndim == 1 and abs(e.sum() - 1) < 1e-5 and (e >= 0).all() and abs(f.sum() - 1) > 1e-3:
         return f"your numbers sum to {f.sum():.3g}; probabilities sum to 1."
     if np.isnan(f).any() and not np.isnan(e).any():
         return "there is NaN in it: from 0/0, from inf − inf, or from a softmax over nothing but −inf."
@@ -279,7 +283,8 @@ def answers(g, rows, length):
     """Masks (rows, length): 0 on a prompt, 1 on the answer, 0 on the padding; no two of equal length."""
     place = torch.arange(length)
     first = whole(g, 1, 2, rows, 1)
-    count = 2 + torch.randperm(length - 4, generator=g)[:rows, None]  # never to the end
+    count = 2 + torch.randperm(length - 4, generator=g)[:rows, None]
+    count[count.argmax()] = length  # only the longest reaches the end of its row, as in a real batch
     return ((place >= first) & (place < first + count)).float()
 
 
@@ -527,6 +532,8 @@ def check_rms_norm(fn, g):
          "the mean of the squares."),
         (by(lambda x, eps: (x.square().mean(0) + eps).sqrt()), "your mean runs over the first dimension; "
          "each vector has its own: .mean(-1, keepdim=True)."),
+        (by(lambda x, eps: (x.square().mean(1, keepdim=True) + eps).sqrt()), "right for a table of two dimensions only: your "
+         "mean runs over dimension 1; it is the *last* one, -1."),
         (by(lambda x, eps: square(x) + eps), "the root is missing: you divide by the mean square."),
         (lambda x, weight, eps: right(x, 1.0, eps), "the gain, `weight`, is missing."),
         (lambda x, weight, eps: right(x, 1 + weight, eps), "you multiply by 1 + weight (as Gemma does); here "
@@ -732,8 +739,8 @@ def check_parameter_count(fn, g):
 
     inputs = []
     for tied in (True, False, True, False):
-        kv = whole(g, 1, 3)
-        inputs.append((GPTConfig(whole(g, 20, 90), layers=whole(g, 2, 4), heads=2 * kv, kv_heads=kv,
+        kv, group = whole(g, 1, 3), 3 if tied else 2
+        inputs.append((GPTConfig(whole(g, 20, 90), layers=whole(g, 2, 4), heads=group * kv, kv_heads=kv,
                                  width=24 * kv, head_dim=None if tied else 10, ffn_width=whole(g, 30, 60),
                                  tied=tied),))
     per_layer = lambda change: lambda c: right(c) + c.layers * change(c)
@@ -801,6 +808,9 @@ def check_learning_rate(fn, g):
          "steps. What is left of the run, over `decay`, is the share itself."),
         (rule(falling=lambda i, n, w, d: 1.0), "there is no decay at the end."),
         (rule(rising=lambda i, n, w, d: 1.0), "there is no warm-up at the beginning."),
+        (lambda i, n, peak, w, d: peak * ((i + 1) / w if i < w else min(1.0, (n - i) / d)), "where warm-up and decay overlap "
+         "(a short run) the smaller of the two counts."),
+        (rule(falling=lambda i, n, w, d: (n - i + 1) / d), "your fall comes one step late: (steps − step) / decay."),
         (rule(join=lambda a, b: a * b), "you multiply rise and fall; the smaller of the two counts."),
         (rule(falling=cosine), "your fall is a cosine; here it is a straight line."),
         (lambda step, steps, peak, warmup, decay: right(step, steps, 1.0, warmup, decay),
@@ -1078,9 +1088,16 @@ def check_top_p(fn, g):
          "and divide by their sum, or logits to −inf."),
         (lambda x, p: in_order(x, p)[x.argsort(descending=True)], "sorted_ones[order] mixes them once more; "
          "to undo the sorting, result[order] = sorted_ones."),
+        (lambda x, p: x.masked_fill(~(lambda q: q.cumsum(-1) - q < p)(x.softmax(-1).sort(descending=True).values),
+                                    -math.inf).softmax(-1), "your mask is in sorted order, and you lay it on logits that are not: "
+         "mask[order] = sorted_mask first."),
+        (lambda x, p: x.masked_fill(~(lambda q: q.cumsum(-1) - q < p)(x.softmax(-1)), -math.inf).softmax(-1),
+         "you add up in the order of the vocabulary: sort first, likeliest first."),
         (in_order, "the result is still sorted; undo the sorting: result[order] = sorted ones."),
         (lambda x, p: x.softmax(-1), "nothing is cut off."),
     ])
+    compare(fn, right, [(normal(g, 8), 1.0) for _ in range(20)], general="p = 1 cuts nothing off. (By rounding the sum "
+            "of all may stay just below 1.)")
     return "right on 7 distributions, the crossing token kept"
 
 
@@ -1213,7 +1230,7 @@ def check_vote(fn, g):
     nothing = type("Nothing", (int,), {"__repr__": lambda self: "None"})(-10**6)
     kept = lambda facts: [fact for fact in facts if fact is not None]
     seen = lambda function: wraps(function)(lambda facts: nothing if (found := function(facts)) is None else found)  # None is compared, too
-    inputs = [([None, 4, None, None],), ([5, 5, None, 5],), ([7, 2, 7, 2],), ([None, 3, 1, None, 1, None, None],), ([3, 8, 3, 8],), ([1, 4, 1, 4],), ([None, None],)]
+    inputs = [([None, 4, None, None],), ([5, 5, None, 5],), ([7, 2, 7, 2],), ([None, 3, 1, None, 1, None, None],), ([3, 8, 3, 8],), ([0, 0, 5],), ([1, 4, 1, 4],), ([None, None],)]
     inputs += [([None if fact > 6 else fact for fact in whole(g, 1, 9, n).tolist()] + [whole(g, 1, 6)],) for n in (5, 9, 14, 20)]
     compare(seen(fn), seen(right), inputs, [(tuple(map(seen, either(wrong))), text) for wrong, text in (
         (lambda facts: None, "it returns None each time. Is the line with `return` missing?"),
@@ -1223,6 +1240,9 @@ def check_vote(fn, g):
           lambda facts: max(kept(facts), key=lambda fact: (facts.count(fact), fact), default=None),
           lambda facts: max(set(kept(facts)), key=facts.count, default=None)),
          "of equally common facts take the one drawn first, not the smallest or largest, nor the first of a set, which has no order."),
+        (lambda facts: Counter(kept(facts)).most_common(1)[0] if kept(facts) else None, "you return the count too; return the "
+         "fact alone."),
+        (lambda facts: right([fact for fact in facts if fact]), "a fact that is 0 or \"\" loses its votes: ask `is not None`."),
         (lambda facts: next(iter(kept(facts)), None), "that is the first fact, not the commonest."),
         (lambda facts: facts.count(right(facts)) if kept(facts) else None, "that is the number of its votes; return the fact."),
         ((lambda facts: right(facts) if 2 * facts.count(right(facts)) > len(kept(facts)) else None,
@@ -1231,7 +1251,7 @@ def check_vote(fn, g):
         (lambda facts: min(kept(facts), key=facts.count, default=None), "that is the rarest fact."),
         (lambda facts: right(facts) if kept(facts) else 0, "if no answer states anything, return None: max(…, default=None)."),
     )], tol=0)
-    return "right on 11 lists, ties and silent answers among them"
+    return "right on 12 lists, ties and silent answers among them"
 
 
 # ---- 05: supervised fine-tuning ------------------------------------------------------------------
@@ -1273,6 +1293,16 @@ def check_sft_mask(fn, g):
         start = len(render_chat(tokenizer, messages[:n])[0])
         return ids, [0] * start + [1] * (len(ids) - start)
 
+    def partly(but_last):
+        """From the first answer's content on: to the end, to the end but for the last line break (True), or that answer alone (None)."""
+        def other(tokenizer, messages):
+            ids, _ = render_chat(tokenizer, messages)
+            n = [message["role"] for message in messages].index("assistant")
+            start = len(render_chat(tokenizer, messages[:n], generation_prompt=True)[0])
+            end = len(render_chat(tokenizer, messages[:n + 1])[0]) - 1 if but_last is None else len(ids) - bool(but_last)
+            return ids, [int(start <= i < end) for i in range(len(ids))]
+        return other
+
     def written_out(tokenizer, messages):
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
         return tokenizer.encode(text)
@@ -1307,6 +1337,11 @@ def check_sft_mask(fn, g):
         (shifted(1), "the mask is shifted by one place. Entry i belongs to ids[i]; the loss does the shift."),
         (from_the_first, "from the first answer on everything is learned: headers, line breaks, and what "
          "the user says next. Each message has its own beginning and end."),
+        (partly(False), "without the header now; but after the first answer everything is learned: line breaks, and what "
+         "the user says next. Each answer has its own beginning and end."),
+        (partly(True), "right for one turn; with several, everything between the first answer and the last is learned. Each "
+         "answer has its own beginning and end: go through the messages."),
+        (partly(None), "only the first answer has mask 1; all answers of the assistant are learned."),
         (shifted(-1), "the mask is shifted by one place. Entry i belongs to ids[i]."),
         (render(closing=False), "<|im_end|> is missing after the content."),
         (render(line=False), "the newline after <|im_end|> is missing."),
@@ -1440,7 +1475,9 @@ def check_preference_loss(fn, g):
     ], grad=2)
     # (B,) minus (B, 1) would silently compare every answer with every other.
     for shape in ((3, 1), (1,), (4,)):
-        result = attempt(fn, (torch.zeros(3), torch.zeros(shape)))
+        result = attempt(lambda *args: (fn(*args),), (torch.zeros(3), torch.zeros(shape)))
+        if isinstance(result, tuple) and isinstance(result[0], Exception):
+            raise Wrong("you return the ValueError; raise it.")
         if isinstance(result, Exception) and not isinstance(result, ValueError):
             kind = type(result).__name__
             raise Wrong(f"the values are right, but chosen (3,) and rejected {shape} end in a {kind}: raise a "
@@ -1603,6 +1640,14 @@ def check_token_rewards(fn, g):
         table[torch.arange(len(score)), last_token(mask)] = score
         return table
 
+    def where_it_falls(score, logp, ref_logp, mask, beta):
+        return -beta * (logp - ref_logp) + score[:, None] * F.pad(mask[:, :-1] * (1 - mask[:, 1:]), (0, 1))
+
+    def every_row(score, logp, ref_logp, mask, beta):
+        table = -beta * (logp - ref_logp)
+        table[:, last_token(mask)] += score
+        return table
+
     def one_sum(score, logp, ref_logp, mask, beta):
         table = torch.zeros_like(logp)
         table[torch.arange(len(score)), last_token(mask)] = score - beta * (logp - ref_logp).sum(1)
@@ -1624,6 +1669,8 @@ def check_token_rewards(fn, g):
          "the last token of the answer: the prompt stands before it, and has mask 0."),
         (lambda s, lp, ref, m, b: right(s, lp, ref, m, b, m.argmax(1)), "the score stands on the first "
          "token of the answer; it is known at the last."),
+        (where_it_falls, "an answer that fills its row gets no score: its mask never falls from 1 to 0."),
+        (every_row, "table[:, last] adds every score in every row; pair them: table[torch.arange(B), last]."),
         (instead, "add the score to the token's price and do not replace it: the last token has a price too."),
         (one_sum, "the whole price stands on the last token; every token pays its own."),
         (lambda s, lp, ref, m, b: right(s, lp, ref, m, 1.0), "β is missing."),
@@ -1663,6 +1710,18 @@ def check_gae(fn, g):
 
     def monte_carlo(rewards, values, mask, gamma, lam):
         return right(rewards, values, mask, gamma, lam)[0], right(rewards, values * 0, mask, gamma, 1.0)[0]
+
+    def short_of_the_end(rewards, values, mask, gamma, lam):
+        last = torch.zeros_like(mask)
+        last[:, -1] = mask[:, -1]  # the value there is still read as V_{t+1}
+        paid = rewards + last * (values - rewards)  # δ = 0 in the last column
+        advantages = right(paid, values, mask, gamma, lam)[0]
+        return advantages, (advantages + values) * mask
+
+    def itself_next(rewards, values, mask, gamma, lam):
+        paid = rewards.clone()
+        paid[:, -1] += gamma * values[:, -1] * mask[:, -1]
+        return right(paid, values, mask, gamma, lam)
 
     def forwards(rewards, values, mask, gamma, lam):
         flipped = [x.flip(1) for x in (rewards, values, mask)]
@@ -1707,6 +1766,10 @@ def check_gae(fn, g):
          "you add the rewards; returns = advantages + values, and 0 outside the mask."),
         (_gae(returns=lambda a, v, raw, m: a), "you return the advantages twice; returns = advantages + "
          "values."),
+        (short_of_the_end, "an answer that fills its row gets nothing for its last token: begin at the last column, T − 1, where "
+         "the value of what follows is 0."),
+        (itself_next, "in the last column you take the value of that column itself for what follows; it is 0, the answer is "
+         "over."),
         (forwards, "you walk from the first token to the last; each advantage needs the one after it."),
     ])
     return "agrees with rlhf.gae on 8 random tables"
@@ -1734,6 +1797,8 @@ def check_whiten(fn, g):
                for n in (0, 1)),
          "the zeros of the padding are in your mean and standard deviation: divide by mask.sum(), not B·T."),
         (by(all_mean), "padding is in your mean."),
+        (tuple(by(spread=lambda x, mask, n=n: x.std(correction=n)) for n in (0, 1)), "the mean is right; padding is still in "
+         "your standard deviation."),
         (by(spread=lambda x, mask: ((x - masked_mean(x, mask)) * mask).square().mean().sqrt()),
          "your variance is divided by B·T; divide by mask.sum()."),
         (by(spread=lambda x, mask: masked_mean((x * mask - masked_mean(x, mask))**2, torch.ones_like(mask)).mul(
@@ -1841,7 +1906,8 @@ def check_sequence_logprob(fn, g):
     inputs = [(2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T)) for B, T, V in
               ((2, 7, 4), (3, 9, 6), (4, 11, 5))]
     compare(fn, right, inputs, [
-        (lambda logits, ids, mask: (every(logits, ids) * mask[:, :-1]).sum(1), "one token of the answer "
+        ((lambda logits, ids, mask: (every(logits, ids) * mask[:, :-1]).sum(1),
+          lambda logits, ids, mask: (token_logprobs(logits, ids.roll(-1, 1)) * mask).sum(1)), "one token of the answer "
          "is missing in your sum, and one is in it that is none. To which token does entry t of the mask "
          "belong, and which one do you meet at t?"),
         (lambda logits, ids, mask: (token_logprobs(logits, ids) * mask).sum(1), "you do not shift: the "
@@ -1870,6 +1936,7 @@ WRONG_MARGINS = [
     (lambda pc, pr, rc, rr, b: b * (pc - pr), "the reference is missing in the margin: each log-probability "
      "is measured from the reference's (eq. 7 of arXiv 2305.18290)."),
     (lambda pc, pr, rc, rr, b: (pc - rc) - (pr - rr), "β is missing in the margin."),
+    (lambda pc, pr, rc, rr, b: b * b * ((pc - rc) - (pr - rr)), "β comes twice: the implicit rewards have it already."),
     (lambda pc, pr, rc, rr, b: b * ((pc - pr) + (rc - rr)), "a sign of the reference, or the two references "
      "are crossed: it is (π_c − ref_c) minus (π_r − ref_r)."),
     (lambda pc, pr, rc, rr, b: b * (pc - pr) - (rc - rr), "β multiplies the policy's part only; it "
@@ -2010,6 +2077,7 @@ def check_best_of_n(fn, g):
     compare(fn, right, inputs, [
         (lambda s: s.max(1).values, "these are the best scores; return their places, argmax."),
         (lambda s: s.argmin(1), "these are the worst answers."),
+        (lambda s: s.argmax(1) + 1, "you count the places from 1; they run from 0 to n − 1."),
         (lambda s: s.argmax(0), "you choose along the prompts (dim 0); the answers to one prompt are dim 1."),
         (lambda s: s.argmax(), "that is the one best of all; return one per prompt (dim 1)."),
         (lambda s: s.abs().argmax(1), "you take the largest absolute value; a very low score is not good."),
@@ -2028,6 +2096,8 @@ def check_best_of_n_kl(fn, g):
         (lambda n: math.log(n), "(n − 1)/n is missing: the best of n is not *one* given answer, but may be "
          "any of them."),
         (lambda n: math.log(n) + (n - 1) / n, "a sign: (n − 1)/n is subtracted."),
+        (lambda n: (math.log2(n) - (n - 1) / n) * math.log(2), "you turn both terms into nats, but (n − 1)/n is in nats "
+         "already: its integral is of a natural logarithm (9.2)."),
         (lambda n: math.log2(n) - (n - 1) / n, "the first term is not in nats: which logarithm is it?"),
         (lambda n: math.log(n) - (n - 1), "you subtract n − 1; it is (n − 1)/n."),
         (lambda n: math.log(n) - n - 1 / n, "brackets: (n − 1)/n."),
@@ -2084,6 +2154,11 @@ def check_expected_best(fn, g):
          "the i − 1 below it: C(i − 1, n − 1) / C(N, n), i = 1 … N."),
         (off_by(1, lambda n: n - 1), "your ranks are one too high. C(i − 1, n − 1) / C(N, n) counts i = 1 … "
          "N; in a loop from 0 the i-th place has C(i, n − 1)."),
+        (lambda gold, scores, n: right(gold, scores, n) - gold[scores.argmax()] * n / len(gold), "the best-scored of all is "
+         "missing: i runs to N, it too; range(n, N + 1)."),
+        (lambda gold, scores, n: sum(math.comb(i - 1, n - 1) / math.comb(len(gold), n) * gold[scores.argsort()[i]]
+                                     for i in range(n, len(gold))), "i counts from 1 in the formula and from 0 in your "
+         "list: the i-th lowest is order[i − 1], and i runs to N, it too."),
         (first_n, "you use only the first n; average over all ways to choose n of the N."),
         (lambda gold, scores, n: gold.mean(), "that is the case n = 1, any answer."),
         (lambda gold, scores, n: gold[scores.argmax()], "that is the best of all N; you need the best of n, "
@@ -2098,7 +2173,7 @@ def check_expected_best(fn, g):
 @check
 def check_bootstrap(fn, g):
     """fn(values (N,) NumPy, seed) -> (mean, low, high), 95 %, by resampling; 200 resamples or more."""
-    ratios, names = [], ["values", "seed"]
+    ratios, sides, names = [], [], ["values", "seed"]
     for i in range(6):
         N = whole(g, 60, 140)
         values = uniform(g, 1, 3) * normal(g, N).double().numpy() + uniform(g, -2, 2)
@@ -2112,7 +2187,7 @@ def check_bootstrap(fn, g):
                 "  likely:    ")
         if not low - 1e-6 * error <= mean <= high + 1e-6 * error:
             why = "Return (mean, low, high), in this order."
-            if low <= high:
+            if low <= high and abs(low - values.mean()) > 0.25 * error:
                 why = ("Both ends lie on one side of it. In which unit does your function for percentiles "
                  "want them?")
             raise Wrong(f"{told}the mean does not lie between low and high. {why}")
@@ -2122,6 +2197,7 @@ def check_bootstrap(fn, g):
             raise Wrong(f"{told}the interval has no width. Draw *with* replacement (rng.choice): "
                         "without it, every resample holds the same values.")
         ratios.append((high - low) / (2 * 1.96 * error))
+        sides.append(((mean - low) / (1.96 * error), (high - mean) / (1.96 * error)))
     ratio = sum(ratios) / len(ratios)
     between = "95 % lie between the percentiles 2.5 and 97.5."
     known = [(1.64 / 1.96, f"That is a 90 % interval: {between}"),
@@ -2136,6 +2212,9 @@ def check_bootstrap(fn, g):
             hint = ("Draw N values with replacement, average, do this 1000 times, and take the percentiles "
                     "2.5 and 97.5 of the averages. With under 200 resamples the ends are too noisy.")
         raise Wrong(f"{told}the interval is {ratio:.2f} times as wide as it should be. {hint}")
+    for side, width in zip(("lower", "upper"), np.mean(sides, 0)):
+        if not 0.86 < width < 1.14:
+            raise Wrong(f"{told}the {side} end is {width:.2f} times as far from the mean as it should be, the other is right: {between}")
     if not same(tuple(outcome(fn, (values, seed), names)), tuple(result), 0):
         raise Wrong(f"{told}the same seed gives another interval: make the generator from the seed, inside.")
     if same(tuple(outcome(fn, (values, seed + 1), names)), tuple(result), 0):

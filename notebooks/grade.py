@@ -3,8 +3,8 @@
     pytest notebooks/grade.py SUBMISSION        SUBMISSION: a folder of notebooks, one notebook, or a solutions.py
     pytest notebooks/grade.py SUBMISSION -k 07  only one notebook's exercises
 
-No notebook is run. Only the imports and the definitions of functions and classes are taken from its cells, in order,
-so grading takes a minute, needs no trained models, and does not stop at the first gap. It is still the
+No notebook is run. Only imports, definitions of functions and classes, and constants (what is assigned without calling
+anything) are taken from its cells, in order, so grading takes a minute, needs no trained models, and does not stop at the first gap. It is still the
 student's code: grade strangers' work where it can do no harm. A function that needs a variable of another
 cell fails here; in the course none does. In a solutions.py the functions have the notebooks' names.
 """
@@ -64,8 +64,9 @@ def definitions(path):
             broken |= dict.fromkeys(names, f"the cell is not Python: {error.msg}, line {error.lineno} of the cell")
             continue
         for statement in statements:
-            if isinstance(statement, DEFINITIONS) or isinstance(statement, ast.Assign) and isinstance(
-                    statement.value, (ast.Lambda, ast.Constant)):
+            constant = isinstance(statement, (ast.Assign, ast.AnnAssign)) and (isinstance(
+                statement.value, ast.Lambda) or not any(isinstance(node, ast.Call) for node in ast.walk(statement)))
+            if constant or isinstance(statement, DEFINITIONS):
                 try:
                     exec(compile(ast.Module([statement], []), str(path), "exec"), space)
                 except (Exception, SystemExit) as error:

@@ -316,6 +316,16 @@ def gae(rewards, values, mask, gamma, lam, value_of_padding=False, carry=False, 
     return advantages, advantages + values * mask
 
 
+def gae_of_a_loop(rewards, values, mask, gamma, lam, columns, end=None):
+    advantages, following = torch.zeros_like(rewards), 0.0
+    nexts = F.pad(values * mask, (0, 1)) if end is None else torch.cat([values * mask, values[:, end:] * mask[:, end:]], 1)
+    for t in reversed(columns):
+        delta = rewards[:, t] + gamma * nexts[:, t + 1] - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, advantages + values * mask
+
+
 def whiten(x, mask):
     real = x[mask > 0]
     return torch.where(mask > 0, (x - real.mean()) / real.std(correction=0), 0.0)
@@ -556,6 +566,7 @@ TABLE = {
         (lambda x, p: top_p(x, p, drop=True), "is cut off with you"),
         (lambda x, p: top_p(x, p, renormalise=False), "do not sum to 1"),
         (lambda x, p: top_p(x, p, sort_back=False), "still sorted"),
+        (lambda x, p: top_p(x, p) if p < 1 else x.masked_fill(x == x.min(), -inf).softmax(0), "p = 1 cuts nothing off"),
         (lambda x, p: top_p(x, p, sort_back=False)[x.argsort(descending=True)], "mixes them once more"),
         (lambda x, p: x.where(top_p(x, p) > 0, torch.tensor(0.0)).softmax(0), "exp(0) = 1"),
         (lambda x, p: top_p(x, p, renormalise=False).softmax(0), "exp(0) = 1"),
@@ -623,6 +634,7 @@ TABLE = {
         (lambda c, r: F.softplus(r - c).sum(), "that is the sum"),
         (lambda c, r: -(c - r).sigmoid().mean(), "logarithm is missing"),
         (lambda c, r: preference_loss(c, r, refuse=False), "Raise a ValueError"),
+        (lambda c, r: preference_loss(c, r) if c.shape == r.shape else ValueError(), "raise it"),
         (lambda c, r: preference_loss(c, r, refuse=c.dim() != r.dim()), "and rejected (1,) pass"),
         (lambda c, r: preference_loss(c, r.detach()), "its gradient for `rejected`"),
         (lambda c, r: preference_loss(c, r) if c.shape == r.shape else [][0], "not IndexError"),
@@ -653,6 +665,8 @@ TABLE = {
         (lambda *args: token_rewards(*args, sign=1), "pay the policy"),
         (lambda *args: token_rewards(*args, last=lambda row: -1), "last column"),
         (lambda *args: token_rewards(*args, last=lambda row: int(row.sum()) - 1), "the prompt stands before"),
+        (lambda s, lp, ref, m, b: -b * (lp - ref) + s[:, None] * F.pad((m[:, :-1] > m[:, 1:]).float(), (0, 1)),
+         "never falls from 1 to 0"),
         (lambda s, lp, ref, m, b: -b * (lp - ref) + s[:, None] * m, "on every token"),
         (lambda s, lp, ref, m, b: torch.where((m > 0) & (m.flip(1).cumsum(1).flip(1) == 1), s[:, None],
                                               -b * (lp - ref)), "do not replace it"),
@@ -665,6 +679,8 @@ TABLE = {
          "whitened"),
         (lambda *args: gae(*args, value_of_padding=True), "value at the padding"),
         (lambda *args: gae(*args, carry=True), "carries their rewards"),
+        (lambda *args: gae_of_a_loop(*args, range(args[0].size(1) - 1)), "begin at the last column"),
+        (lambda *args: gae_of_a_loop(*args, range(args[0].size(1)), end=-1), "the value of that column itself"),
         (lambda r, v, m, c, lam: (gae(r, v, m, c, lam)[0], gae(r, v, m, c, lam)[0] + v), "not 0 outside"),
         (lambda r, v, m, c, lam: (gae(r, v, m, c, lam)[0], (gae(r, v, m, c, lam)[0] + r) * m),
          "add the rewards"),
@@ -753,6 +769,8 @@ TABLE = {
     "bootstrap": ([bootstrap], [
         (lambda *args: bootstrap(*args, ends=(5, 95)), "90 % interval"),
         (lambda *args: bootstrap(*args, ends=(0.025, 0.975)), "In which unit"),
+        (lambda *args: bootstrap(*args, ends=(2.5, 95)), "the upper end is"),
+        (lambda *args: tuple(bootstrap(*args)[i] for i in (1, 0, 2)), "in this order"),
         (lambda *args: bootstrap(*args, of=np.ravel), "the *values*, not their mean"),
         (lambda *args: bootstrap(*args, size=0.5), "half as large"),
         (lambda *args: bootstrap(*args, replace=False), "*with* replacement"),
@@ -832,6 +850,11 @@ def test_an_unfilled_exercise_is_not_wrong():
 
 @pytest.mark.parametrize("name", TABLE)
 def test_none_a_text_and_an_exception_get_a_plain_answer(name):
+    for error in (ValueError, TypeError, AttributeError, IndexError, RuntimeError):  # no wrong result: no guess at one
+        def breaking(*args):
+            raise error("lost")
+
+        assert f"{error.__name__}: lost" in refused(name, breaking).split("likely:")[-1]
     assert "None" in refused(name, lambda *args: None)
     assert re.search("found str|str of 4", refused(name, lambda *args: "text"))
 

@@ -166,7 +166,7 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "✗"  # the one in solutions.py
     file.write_text("def best_of_n_kl(n):\n    import math\n    return math.log(n) - (n - 1) / n\n", encoding="utf-8-sig")
     assert grade(file)[1]["9.3 best_of_n_kl"] == "✓"  # Windows' editors begin with a BOM
-    file.write_text("SIX = 6\ntraining_flops = lambda parameters, tokens: SIX * parameters * tokens\n")
+    file.write_text("SIX: int = 3 - -3\ntraining_flops = lambda parameters, tokens: SIX * parameters * tokens\n")
     assert grade(file)[1]["3.8 training_flops"] == "✓"
     file.write_text("def noise_ceiling(:\n")
     assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
