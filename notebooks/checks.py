@@ -197,7 +197,8 @@ def complaint(found, expected):
         return next((f"result {i} of {len(parts)}: {text}" for i, text in enumerate(parts, 1) if text), None)
     f, e = numbers(found), numbers(expected)
     if f is None:
-        return f"expected numbers, found {type(found).__name__}."
+        nested = isinstance(found, list) and any(isinstance(x, list) for x in found)
+        return f"expected numbers, found {'lists in a list: use += or extend' if nested else type(found).__name__}."
     if f.shape != e.shape and f.ndim == e.ndim == 1:
         return f"{len(f)} numbers came out, expected {len(e)}."
     if f.shape != e.shape:
@@ -1490,7 +1491,7 @@ def check_preference_loss(fn, g):
 
 @check
 def check_read_last(fn, g):
-    """fn(values (B, T), mask (B, T)) -> (B,), values at the last real tokens; padding on either side."""
+    """fn(values (B, T), mask (B, T)) -> (B,), values at the last real tokens; padding on either side or on both."""
     def right(values, mask):
         return values[torch.arange(len(values)), last_token(mask)]
 
