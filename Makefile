@@ -21,8 +21,8 @@
 PYTHON ?= python3
 PY     := .venv/bin/python
 OUT    ?= out
-ifneq ($(words $(OUT)) $(OUT),1 $(firstword $(OUT)))
-$(error OUT='$(OUT)': expected one folder without spaces)
+ifneq ($(words $(OUT)) $(OUT) $(findstring %,$(OUT)) $(findstring :,$(OUT)),1 $(firstword $(OUT))  )
+$(error OUT='$(OUT)': expected one folder, without spaces, % and :)
 endif
 # quick and long have folders of their own, unless OUT was given.
 own = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
@@ -150,25 +150,25 @@ study: all
 # are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
 # the stories, so SFT and DPO take higher learning rates than in the world, and SFT the usual Adam epsilon.
 # Finished stages are kept: to train anew, remove out/real.
-REAL := out/real
+REAL := $(call own,out/real)
 real: .venv/installed
-	@test -d "$(DATA)" || { echo "usage: make real DATA=FOLDER (see the README)"; exit 2; }
+	@test -f "$(DATA)/tinystories-train-2mb.txt" || { echo "usage: make real DATA=FOLDER, with the files named below"; exit 2; }
 	@mkdir -p $(REAL); test -e $(REAL)/data || (cd "$(DATA)" && pwd) > $(REAL)/data
 	@(cd "$(DATA)" && pwd) | cmp -s - $(REAL)/data || { echo "$(REAL) was made from other data; remove it first"; exit 2; }
 	test -e $(REAL)/base/done || $(PY) pretrain.py --data "$(DATA)/tinystories-train-2mb.txt" --holdout 0.05 --out $(REAL)/base \
-		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume
+		--context-length 512 --batch-size 2 --steps 1200 --vocab-size 4096 --resume $(call seeded,)
 	test -e $(REAL)/sft/done || $(PY) sft.py --init $(REAL)/base --data "$(DATA)/instructions-1100.json" --holdout 110 \
 		--epochs 3 --batch-size 16 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 \
-		--adam-eps 1e-8 --out $(REAL)/sft --resume
+		--adam-eps 1e-8 --out $(REAL)/sft --resume $(call seeded,)
 	test -e $(REAL)/reward/done || $(PY) reward.py --init $(REAL)/sft --data "$(DATA)/preferences-1100.json" --holdout 110 \
-		--out $(REAL)/reward --resume
+		--out $(REAL)/reward --resume $(call seeded,)
 	test -e $(REAL)/reward_hh/done || $(PY) reward.py --init $(REAL)/sft --data "$(DATA)/hh-harmless-test.jsonl.gz" --holdout 312 \
-		--out $(REAL)/reward_hh --resume
+		--out $(REAL)/reward_hh --resume $(call seeded,)
 	test -e $(REAL)/dpo/done || $(PY) rlhf.py dpo --init $(REAL)/sft --data "$(DATA)/preferences-1100.json" --holdout 110 \
-		--epochs 2 --lr 2e-4 --out $(REAL)/dpo --resume
+		--epochs 2 --lr 2e-4 --out $(REAL)/dpo --resume $(call seeded,)
 	test -e $(REAL)/ppo/done || $(PY) rlhf.py ppo --init $(REAL)/sft --reward $(REAL)/reward --data "$(DATA)/preferences-1100.json" \
 		--holdout 110 --iterations 20 --episodes 64 --beta 0.1 --max-new-tokens 96 \
-		--out $(REAL)/ppo --resume
+		--out $(REAL)/ppo --resume $(call seeded,)
 
 # The solved edition must end with every check passed; the student's must stop at its first gap.
 notebooks: all

@@ -29,6 +29,7 @@ Left out: tools, and templates other than ChatML.
 import codecs
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -43,7 +44,7 @@ from data import visible
 from model import GPT, generate, stream
 from reward import score
 from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat, same_tokens
-from training import (InputError, check_range, flag, load_checkpoint, load_reward, parse_args,
+from training import (InputError, check_jsonl, check_range, flag, load_checkpoint, load_reward, parse_args,
                       pick_device, run, writing)
 
 HELP = """/compare [QUESTION]  put this question (or the last one) to every model beside this one
@@ -239,8 +240,10 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
     """Draw n answers to every prompt (chat ids) and choose by r + `beta` log π, with `reward` = (model,
     shift) and log π of the whole answer, in nats, under the distribution it was sampled from.
 
+    An answer that the limit cut off is chosen only if all n were: the reward model has read no such answers.
+
     -> (best answers, all samples as a list of n for each prompt, rewards (P, n), log-probs (P, n)).
-    `sampling` goes to `generate`: temperature, top_k, top_p, eos_ids, generator.
+    `sampling` goes to `generate`: temperature, top_k, top_p, eos_ids (which is needed here), generator.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]
     answers, logprobs = generate_all(policy, rows, max_new_tokens, **sampling)
@@ -248,7 +251,9 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
     scores = score(model, rows, answers, tokenizer.pad_id).reshape(len(prompts), n) - shift
     logprobs = torch.tensor([sum(row) for row in logprobs]).reshape(len(prompts), n)
     samples = [answers[i:i + n] for i in range(0, len(answers), n)]
-    choices = (scores + beta * logprobs).argmax(1).tolist()
+    ended = torch.tensor([bool(row) and row[-1] in sampling["eos_ids"] for row in answers]).reshape(len(prompts), n)
+    passed_over = ~ended & ended.any(1, keepdim=True)  # (P, n)
+    choices = (scores + beta * logprobs).masked_fill(passed_over, -math.inf).argmax(1).tolist()
     return [drawn[choice] for drawn, choice in zip(samples, choices)], samples, scores, logprobs
 
 
@@ -392,6 +397,7 @@ def reply(line, speakers, histories, config, sampling, reward):
 def label(speakers, config, sampling, reward):
     """Show two answers to each question, from the first and the last model in random order (so that
     the judge is blind); the choice becomes one line of a preference file."""
+    check_jsonl("label", config.label)
     with writing(config.label):  # now, not after the first judgement
         Path(config.label).parent.mkdir(parents=True, exist_ok=True)
         open(config.label, "ab").close()
@@ -409,7 +415,8 @@ def label(speakers, config, sampling, reward):
         else:
             print("(no two different answers in 8 tries; try a higher --temperature)")
             continue
-        random.Random(f"{config.seed} {question}").shuffle(pair)  # the order varies even with one question a run
+        # Another order each time, even with one question in every run, or the same one again and again.
+        random.Random(f"{config.seed} {question} {os.path.getsize(config.label)}").shuffle(pair)
         print(f"A: {visible(pair[0])}\nB: {visible(pair[1])}", flush=True)
         replies = (line.lower() for line in questions("better, a or b (s skips)? "))
         choice = next((line for line in replies if line in ("a", "b", "s")), "s")
@@ -450,12 +457,14 @@ def main(argv=None):
         reward = (model, shift)
         for speaker in speakers:
             check_judge(model, tokenizer, speaker, config.reward)
-    if config.label:
+    if config.label is not None:
         label(speakers, config, sampling, reward)
     elif config.prompt is not None:
         shots = examples_like(config.prompt, config)
         for speaker in speakers:
-            ids, _ = speaker.fit(config.prompt, shots, config)
+            ids, kept = speaker.fit(config.prompt, shots, config)
+            if len(kept) < len(shots):
+                print(f"({speaker.name}: only {len(kept)} of {len(shots)} examples fit its context)", file=sys.stderr)
             sampling["generator"].manual_seed(config.seed)  # so that the order of models does not matter
             text = visible(answer(speaker, ids, config, sampling, reward))
             print(f"== {speaker.name} ==\n{text}\n" if len(speakers) > 1 else text)

@@ -308,11 +308,11 @@ def stage_seconds(folders):
         if stamp.is_file():
             try:
                 done = json.loads(stamp.read_text(encoding="utf-8"))
-            except ValueError:  # `touch done`, to tell make that the stage is done
+                stage, taken = done.get("stage", stamp.parent.name), float(done["seconds"])
+            except (ValueError, AttributeError, KeyError, TypeError):  # `touch done`, to tell make that it is done
                 continue
-            stage, name = done.get("stage", stamp.parent.name), stamp.parent.name
-            taken = stage in seconds or stage in names - {name}
-            seconds[name if taken else stage] = done.get("seconds")
+            name = stamp.parent.name
+            seconds[name if stage in seconds or stage in names - {name} else stage] = taken
     return seconds
 
 

@@ -39,7 +39,8 @@ def matrices(model, kind):
 
 
 def add_lora(model, rank, alpha=16.0):
-    """Freeze `model` (a GPT) and give every matrix inside its blocks a correction of this rank."""
+    """Freeze `model` (a GPT) and give every matrix inside its blocks a correction of this rank. As α is divided by the
+    rank, the correction is about as large for any rank, and --lr suits them all."""
     model.requires_grad_(False)
     for owner, name, linear in matrices(model, nn.Linear):
         setattr(owner, name, LoRA(linear, rank, alpha))

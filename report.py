@@ -609,9 +609,19 @@ def write(folder, report):
     """Write report.md and report.html into the folder, with what its study.json holds if there is one."""
     path = Path(folder) / "study.json"
     study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    report = {**report, "ablations": bool(study)}
-    pages = {"report.md": build_markdown(report, study), "report.html": build_html(report, folder, study)}
-    for name, text in pages.items():
+
+    def pages(study):
+        told = {**report, "ablations": bool(study)}
+        return {"report.md": build_markdown(told, study), "report.html": build_html(told, folder, study)}
+    try:
+        made = pages(study)
+    except (KeyError, TypeError) as error:
+        if not study:
+            raise
+        print(f"report: {path} is of other checkpoints or another version ({type(error).__name__}: {error}); left out",
+              file=sys.stderr)
+        made = pages(None)
+    for name, text in made.items():
         write_text(Path(folder) / name, text)
 
 
@@ -625,6 +635,11 @@ def load(folder):
     rows = report.get("checkpoints") if isinstance(report, dict) else None
     if not rows or not isinstance(rows, dict):
         raise InputError(f"{path}: found no checkpoints, expected what evaluate.py writes")
+    missing = {"prompts", "best_of_prompts", "reward_model", "seconds", "settings", "runs", "transcripts"} - set(report)
+    missing |= {"reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode"} - set(report.get("settings", ()))
+    if missing:
+        raise InputError(f"{path}: found no {', '.join(sorted(missing))}; another version wrote it, run evaluate.py "
+                         "again")
     return report
 
 
@@ -634,6 +649,8 @@ def main():
         print(__doc__)
         return
     reports = [load(folder) for folder in folders]
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise InputError("found the same report twice, expected different runs")
     if len(folders) == 1:
         write(folders[0], reports[0])
         print(f"report: wrote {Path(folders[0])}/report.html and report.md")
@@ -645,6 +662,10 @@ def main():
         if measured(report) != measured(reports[0]):
             raise InputError(f"{folder}: measured with other settings or prompts than {folders[0]}, expected the same")
     print(main_table(*reports))
+    some = set().union(*(report["checkpoints"] for report in reports))
+    left_out = sorted(some - set.intersection(*(set(report["checkpoints"]) for report in reports)))
+    if left_out:
+        print(f"\nLeft out, as not all of them have it: {', '.join(left_out)}")
     judge = across([report["reward_model"] for report in reports], ("normalised",), NUMBER)
     print("\nThe mean of", len(reports), "runs; in brackets the least and the most.\n"
           f"The reward model's accuracy, from 0 (guessing) to 1 (all that its noisy labels allow): {judge}")

@@ -168,7 +168,8 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
 
 
 def explained_variance(values, returns, mask):
-    """The share of the variance of `returns` over the mask that the critic's `values` predict: 1 is all, 0 none."""
+    """The share of the variance of `returns` over the mask that the critic's `values` predict: 1 is all, 0 none,
+    below 0 worse than a constant. Where λ < 1 it flatters: GAE's returns lean on the values themselves."""
     surprise = returns - values
     spread = masked_mean((returns - masked_mean(returns, mask))**2, mask)
     left = masked_mean((surprise - masked_mean(surprise, mask))**2, mask)
@@ -288,7 +289,7 @@ class Sharpness(torch.nn.Module):
     only went from 1.733 to 1.735 in a run of PPO. The gradient of log s adds up those of all these gains,
     Σ g ∂L/∂g, so that their noise cancels, and its learning rate is its own, some hundred times theirs. (CLIP
     learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a
-    temperature for every token.) Replayed pre-training text is read without s, so that s learns from answers
+    temperature for every token.) It is not among the gradients that --clip shortens together. Replayed pre-training text is read without s, so that s learns from answers
     alone; the saved model applies it to everything.
     """
 
@@ -590,8 +591,8 @@ def load_reward_source(spec, policy, tokenizer, device):
 
         def model_score(prompts, responses):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
-        # The critic starts as the reward model: its estimate would be exact after the last token, and is
-        # close before it. A copy, because the critic goes on learning and the reward must stay fixed.
+        # The critic starts as the reward model (InstructGPT does the same): inside an answer it overshoots, but
+        # tells good beginnings from bad ones. A copy, because the critic goes on learning and the reward must stay fixed.
         return model_score, copy.deepcopy(model), shift
 
     function = load_function(path, name)
@@ -630,8 +631,8 @@ def call(function, spec, prompt, response):
     except (Exception, SystemExit) as error:
         raise InputError(f"--reward {spec}: {in_words(error)}; on the prompt "
                          f"{prompt!r} and the response {response!r}") from error
-    if not math.isfinite(value):
-        raise InputError(f"--reward {spec}: returned {value}, expected a finite number; on the "
+    if not abs(value) < 1e6:  # its square must be a number, too
+        raise InputError(f"--reward {spec}: returned {value}, expected a number between −10⁶ and 10⁶; on the "
                          f"prompt {prompt!r} and the response {response!r}")
     return value
 
@@ -676,7 +677,8 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
 
     # 3. Score the whole response, as the reward model saw it in training: at the last real token.
     scores = score_responses(prompts, responses)  # (B,)
-    # 4. A response cut off by --max-new-tokens gets a fixed bad score, or rambling would pay.
+    # 4. A response without its <|im_end|> (most were cut off by --max-new-tokens) gets a fixed bad score, or
+    #    rambling would pay.
     ended = torch.tensor([response[-1] == tokenizer.im_end_id for response in responses])
     if config.no_eos_score is not None:
         scores = torch.where(ended, scores, config.no_eos_score)
@@ -741,6 +743,7 @@ def ppo(argv=None):
     if config.lora:
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
+    # β₂ and ε are those usual in PPO (OpenAI's code): its gradients are small and noisy.
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = learn_sharpness(policy_optimiser, config.sharpness_lr, device)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
@@ -751,7 +754,7 @@ def ppo(argv=None):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
                               generator, sharpness().item())
 
-    def heldout_proxy():  # its own seed: the same random numbers before and after, and in every run
+    def heldout_proxy():  # its own seed, so that measuring uses up none of training's random numbers
         return summarise(roll(heldout, torch.Generator(device).manual_seed(0)))
 
     if config.show_batch:

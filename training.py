@@ -132,7 +132,12 @@ def parse_args(Config, argv=None, description=None, prog=None):
             base = kind.split("|")[0].strip()
             options["type"] = {"int": int, "float": float}.get(base, str)
         parser.add_argument(name, **options)
-    return Config(**vars(parser.parse_args(argv)))
+    config = Config(**vars(parser.parse_args(argv)))
+    for name in ("init", "reward", "runs"):
+        source, out = getattr(config, name, None), getattr(config, "out", None)
+        if source and out and os.path.realpath(source) == os.path.realpath(out):
+            raise InputError(f"--out {out}: what --{name} reads would be replaced; expected another folder")
+    return config
 
 
 # Allowed values of flags, in whichever stage they occur: counts from 1, rates from 0.
@@ -333,7 +338,7 @@ def orthogonal_blocks(matrices, iterations=3):
         for _ in range(iterations):
             a = torch.bmm(x, x.mT)
             b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-            x = torch.baddbmm(x, b, x, beta=3.4445)
+            x = torch.baddbmm(x, b, x, beta=3.4445)  # a value s becomes 3.4445 s − 4.7750 s³ + 2.0315 s⁵
         parts = x.float().split([len(blocks) for _, _, blocks in members])
         for (i, rows, _), part in zip(members, parts):
             tall = part.reshape(-1, side)[:rows]
@@ -348,10 +353,10 @@ def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
 
     β₂ is 0.99, not the usual 0.95, because batches are small. At 0.95 Adam has forgotten after
     twenty steps how large the gradient of a rare word was; then the tiny ones of steps without the
-    word, divided by their own size, push its row down. The row of a word that occurs in one step in 200,
-    if its gradients add up to zero, sinks at a third of the full rate; at 0.99, at a thirtieth. (2,400
-    steps of 5 windows: held-out text went from 0.307 to 0.291 bits per byte, and 45 % instead of 36 % of
-    SFT's samples, on other training prompts, were right.)
+    word, divided by their own size, push its row down. The row of a word that occurs, by chance, in one
+    step of 200 sinks at half of the full rate, even if its gradients add up to zero; at 0.99, at an eighth.
+    (2,400 steps of 5 windows: held-out text went from 0.307 to 0.291 bits per byte, and 45 % instead of 36 %
+    of SFT's samples, on other training prompts, were right.)
     """
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
@@ -419,6 +424,12 @@ def make_folder(path):
     with writing(path):
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
+
+
+def check_jsonl(flag, path):
+    """InputError for the name of a file of rows to write that data.py would not read as rows."""
+    if not str(path).endswith(".jsonl"):
+        raise InputError(f"--{flag} {path}: expected a file whose name ends in .jsonl")
 
 
 def sync(path):
@@ -589,10 +600,11 @@ def start_run(config, stage, first=True):
             raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
         if saved["stage"] != stage:
             raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
-        for path in read_by(config):
-            if path.stat().st_mtime > state.stat().st_mtime:
-                raise InputError(f"--resume: {path} is younger than {state}, which was made from an older version; "
-                                 "start without --resume, or delete the state")
+        for path in read_by(config):  # what was moved here may be older than the state, but hardly of the same size
+            now, size = path.stat(), saved.get("sizes", {}).get(str(path))
+            if now.st_mtime > state.stat().st_mtime or size not in (None, now.st_size):
+                raise InputError(f"--resume: {path} has changed since {state} was made; start without --resume, or "
+                                 "delete the state")
         mine = settings_of(config)
         for name in sorted(set(mine) | set(settings)):
             old, new = settings.get(name), mine.get(name)
@@ -618,6 +630,7 @@ def save_state(config, stage, position, seconds, generator, modules, **extra):
     `modules` maps names to objects with a state_dict (models and optimisers)."""
     state = {"stage": stage, "settings": settings_of(config), "position": position,
              "seconds": seconds, "generator": generator.get_state(),
+             "sizes": {str(path): path.stat().st_size for path in read_by(config)},
              "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
              "numpy_rng": [x.tolist() if hasattr(x, "tolist") else x for x in np.random.get_state()],
              "modules": {name: module.state_dict() for name, module in modules.items()}, **extra}
@@ -693,8 +706,10 @@ def read_metrics(folder):
     path, rows = Path(folder) / "metrics.jsonl", []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                if row["step"] >= 0:
+                    rows.append(row)
     return rows
 
 

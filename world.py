@@ -1652,7 +1652,7 @@ def main():
 
     from tqdm import tqdm
 
-    from training import (InputError, check_range, flag, load_policy, make_folder, parse_args,
+    from training import (InputError, check_jsonl, check_range, flag, load_policy, make_folder, parse_args,
                           pick_device, write_text)
 
     @dataclass
@@ -1677,6 +1677,7 @@ def main():
     started = time.perf_counter()
     if os.path.isdir(config.out):
         raise InputError(f"--out {config.out}: found a folder, expected a file")
+    check_jsonl("out", config.out)
     make_folder(Path(config.out).parent)
     model, tokenizer = load_policy(config.init, pick_device(config.device))
     with tqdm(total=config.pairs, desc="pairs", unit="pair") as bar:

@@ -13,6 +13,7 @@ import ast
 import os
 import re
 import signal
+import sys
 from typing import NamedTuple
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -126,3 +127,7 @@ def test_exercise(task, submitted):
         pytest.skip("not filled in")
     except checks.Wrong as wrong:
         pytest.fail(str(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))

@@ -140,8 +140,20 @@ def test_best_of_n_takes_the_best_sample_of_each_prompt(tokenizer, monkeypatch):
     assert [len(drawn) for drawn in samples] == [8, 8, 8]
     assert scores.tolist() == counts
     assert len(set(counts[0])) > 1  # otherwise any choice would pass
-    for choice, drawn, row in zip(best, samples, counts):
-        assert choice == drawn[row.index(max(row))]
+    ends = [[ids[-1] == tokenizer.im_end_id for ids in drawn] for drawn in samples]
+    assert sum(map(sum, ends)) not in (0, 24)
+    for choice, drawn, row, ended in zip(best, samples, counts, ends):  # of those that were not cut off, if any
+        rivals = [count for count, whole in zip(row, ended) if whole or not any(ended)]
+        assert choice == drawn[row.index(max(rivals))]
+
+
+def test_best_of_n_takes_an_answer_that_was_cut_off_only_if_all_were(tokenizer, monkeypatch):
+    end, drawn = tokenizer.im_end_id, [[5, 6, 7], [5, 6], [5, 6, 7], [7, 7, 7], [8, 8, 8], [9, 9, 9]]
+    drawn[1].append(end)
+    monkeypatch.setattr(chat, "generate_all", lambda *args, **more: (drawn, [[0.0]] * 6))
+    monkeypatch.setattr(chat, "score", lambda *args: torch.tensor([3.0, 1.0, 2.0, 1.0, 3.0, 2.0]))
+    best, *_ = chat.best_of_n(None, tokenizer, (None, 0.0), [[1], [2]], 3, 3, eos_ids={end})
+    assert best == [[5, 6, end], [8, 8, 8]]
 
 
 def test_best_of_n_prices_what_is_rare(tokenizer, monkeypatch):
@@ -157,7 +169,9 @@ def test_best_of_n_prices_what_is_rare(tokenizer, monkeypatch):
                 whole = torch.tensor([prompt + ids])
                 read = token_logprobs(model(whole)[:, :-1], whole[:, 1:])[0, len(prompt) - 1:]
                 assert logprob.item() == pytest.approx(read.sum().item(), abs=1e-3)
-            value = [r.item() + beta * p.item() for r, p in zip(reward, row)]
+            whole = [ids[-1] == tokenizer.im_end_id for ids in drawn]
+            value = [r.item() + beta * p.item() if ended or not any(whole) else -math.inf
+                     for r, p, ended in zip(reward, row, whole)]
             assert choice == drawn[value.index(max(value))]
         choices.append(best)
     assert choices[0] != choices[1] != choices[2]  # otherwise beta would not have been seen
@@ -333,9 +347,13 @@ def test_examples_are_of_the_family_of_the_question():
 def test_a_stamp_that_was_touched_has_no_seconds(tmp_path):
     """It would end the evaluation after everything has been measured."""
     finish(tmp_path / "sft", "sft", 12.0)
+    stamps = [tmp_path / name / "done" for name in ("none", "base", "sft", "dpo", "ppo", "grpo")]
+    for stamp, content in zip(stamps[3:], ("1", '{"stage": "ppo", "seconds": "18 s"}', "{}")):
+        stamp.parent.mkdir()
+        stamp.write_text(content)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "done").touch()
-    assert evaluate.stage_seconds([tmp_path / name / "done" for name in ("base", "sft", "none")]) == {"sft": 12.0}
+    assert evaluate.stage_seconds(stamps) == {"sft": 12.0}
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -411,18 +429,26 @@ def test_label_shows_answers_in_either_order(folders, monkeypatch, capsys, tmp_p
                                        "--prompt", f"Hi {n}?"], "about the same\nBoth are bad.\nA\n")
         run_chat(monkeypatch, capsys, [folders / "sft", folders / "ppo", "--label", tmp_path / "mine.jsonl",
                                        "--prompt", f"Hi {n}?"], "about the same\nBoth are bad.\nS\n")  # no row
+    run_chat(monkeypatch, capsys, [folders / "sft", folders / "ppo", "--label", tmp_path / "mine.jsonl"], "Hi?\na\n" * 8)
     chosen = [json.loads(line)["chosen"] for line in (tmp_path / "mine.jsonl").read_text("utf-8").splitlines()]
-    assert len(chosen) == 8 and set(chosen) == {"I am sft.", "I am ppo."}
+    assert len(chosen) == 16
+    for part in (chosen[:8], chosen[8:]):  # the second: one question again and again
+        assert set(part) == {"I am sft.", "I am ppo."}
 
 
 def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
     path = tmp_path / "new" / "mine.jsonl"
-    for choice in "ab":
-        run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1],
-                 f"Hi?\n{choice}\nHi?\ns\n")
-    first, second = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert first["prompt"] == "Hi?" and first["chosen"] != first["rejected"]
-    assert (second["chosen"], second["rejected"]) == (first["rejected"], first["chosen"])
+    monkeypatch.setattr(chat, "answer", lambda *args, texts=itertools.count(): f"Answer {next(texts)}.")
+    for n, choice in enumerate("ab"):
+        out = run_chat(monkeypatch, capsys, [folders / "sft", "--label", path], f"Hi?\n{choice}\nHi?\ns\n")
+        a, b = re.search(r"A: (.*)\nB: (.*)", out).groups()
+        row = json.loads(path.read_text("utf-8").splitlines()[n])
+        assert row == {"prompt": "Hi?", "chosen": a if choice == "a" else b, "rejected": b if choice == "a" else a}
+    for name in ("mine.json", "mine.jsonl.gz"):  # lines at the end of such a file would spoil it
+        (tmp_path / name).write_bytes(b"all there was")
+        with pytest.raises(InputError, match="ends in .jsonl"):
+            run_chat(monkeypatch, capsys, [folders / "sft", "--label", tmp_path / name], "Hi?\na\n")
+        assert (tmp_path / name).read_bytes() == b"all there was"
 
 
 def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsys, tmp_path):
@@ -442,8 +468,10 @@ def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsy
 
 
 def test_label_refuses_what_it_could_not_write_before_it_asks(folders, monkeypatch, capsys, tmp_path):
-    with pytest.raises(InputError, match="could not be written"):
-        run_chat(monkeypatch, capsys, [folders / "sft", "--label", tmp_path, "--temperature", 1], "")
+    (tmp_path / "folder.jsonl").mkdir()
+    for path, message in ((tmp_path / "folder.jsonl", "could not be written"), ("", "--label : expected")):
+        with pytest.raises(InputError, match=message):
+            run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1], "")
     path = tmp_path / "mine.jsonl"  # and a byte in an argument that is not UTF-8 loses no judgement
     run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1, "--system", "Be ki\udcffnd."], "Hi?\na\n")
     assert json.loads(path.read_text("utf-8"))["prompt"][0]["content"] == "Be ki?nd."
@@ -730,7 +758,8 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(folders, tmp_p
     monkeypatch.setattr(world, "sample_pairs", lambda *args, **more: pytest.fail("too late"))
     with pytest.raises(InputError, match="could not be written"):
         evaluate.main([str(folders / "sft"), "--out", str(tmp_path / "file" / "report")])
-    for out, message in ((tmp_path, "found a folder"), (tmp_path / "file" / "pairs.jsonl", "could not be written")):
+    for out, message in ((tmp_path, "found a folder"), (tmp_path / "file" / "pairs.jsonl", "could not be written"),
+                         (tmp_path / "pairs.jsonl.gz", "ends in .jsonl")):
         monkeypatch.setattr(sys, "argv", ["world.py", "pairs", "--init", str(folders / "sft"), "--out", str(out)])
         with pytest.raises(InputError, match=message):
             world.main()
@@ -837,6 +866,16 @@ def test_several_runs_are_read_together(written, monkeypatch, capsys, tmp_path):
     assert not set(found["checkpoints"]) - {first} & set(lines)  # one run does not have the others
     assert "0.25 (0.00–0.50)" in said and "of 3 runs" in said
     assert not list(tmp_path.rglob("*.md"))  # nothing is written
+    assert "Left out, as not all of them have it: " + ", ".join(sorted(set(found["checkpoints"]) - {first})) in said
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "0"), str(tmp_path / "1"), str(tmp_path / "0")])
+    with pytest.raises(InputError, match="the same report twice"):
+        report.main()
+    monkeypatch.setattr(sys, "argv", ["report.py", *(str(tmp_path / name) for name in "012")])
+    for missing in ("settings", "transcripts", "best_of_prompts"):
+        older = {key: value for key, value in run.items() if key != missing}
+        (tmp_path / "1" / "report.json").write_text(json.dumps(older), "utf-8")
+        with pytest.raises(InputError, match=f"found no .*{missing}.*another version"):
+            report.main()
     for other in ({"settings": {**run["settings"], "reference": "base"}}, {"best_of_prompts": run["best_of_prompts"] + 1},
                   {"prompts": run["prompts"] + 1}):
         (tmp_path / "1" / "report.json").write_text(json.dumps({**run, **other}), "utf-8")

@@ -213,15 +213,26 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
     later, before = time.time() + 60, (files / changed).stat().st_mtime
     os.utime(files / changed, (later, later))
     try:
-        with pytest.raises(InputError, match=f"{Path(changed).name} is younger than"):
+        with pytest.raises(InputError, match=f"{Path(changed).name} has changed since"):
             call(monkeypatch, [*words, "--resume"])
     finally:
+        os.utime(files / changed, (before, before))
+    if changed == "sft/model.safetensors":  # of another size it would not be read at all
+        return
+    whole = (files / changed).read_bytes()
+    try:
+        (files / changed).write_bytes(whole + b"\n")  # as `mv` or `cp -p` would leave it: older, but another
+        os.utime(files / changed, (before, before))
+        with pytest.raises(InputError, match=f"{Path(changed).name} has changed since"):
+            call(monkeypatch, [*words, "--resume"])
+    finally:
+        (files / changed).write_bytes(whole)
         os.utime(files / changed, (before, before))
 
 
 def test_metrics_that_cannot_be_read_are_dropped(tmp_path):
     good = ['{"step": 1, "loss": 2.0}\n', '{"step": 2, "loss": 1.0}\n']
-    (tmp_path / "metrics.jsonl").write_bytes(good[0].encode() + b'\0\0\0\n\n{"step": 2\n\xff\n' + good[1].encode() + b'{"step": 3}\n{"step": 2')
+    (tmp_path / "metrics.jsonl").write_bytes(good[0].encode() + b'\0\0\0\n\n{"step": 2\n\xff\n5\n{}\n{"step": "2"}\n' + good[1].encode() + b'{"step": 3}\n{"step": 2')
     training.cut_metrics(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_text("utf-8") == "".join(good)
 
@@ -700,6 +711,8 @@ def bad_commands(files):
     yield say("sft", out, "--init", files / "no_tokens"), "no_tokens: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "plain"), "its tokenizer has no <|im_start|>"
     yield say("ppo", out, "--reward", files / "short"), "reads 32 tokens, --init 64"
+    yield say("sft", files / "sft", "--init", files / "sft" / ".." / "sft"), "what --init reads would be replaced"
+    yield say("ppo", files / "reward", "--reward", f"{files}/reward/"), "what --reward reads would be replaced"
     yield say("ppo", out, "--no-eos-score", "inf"), "expected a finite number, or nan"
     yield say("sft", out, "--init", files / "wide"), "wide: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "reward"), "reward: a reward model; expected a language model"
@@ -707,7 +720,7 @@ def bad_commands(files):
     yield say("ppo", out, "--reward", files / "sft"), "sft: a language model; expected a reward model"
     yield say("ppo", out, "--reward", files / "other"), "reads other tokens than --init"
     yield say("ppo", out, "--reward", f"{files}/score.py:fails"), "KeyError"
-    yield say("ppo", out, "--reward", f"{files}/score.py:nan"), "returned nan, expected a finite number"
+    yield say("ppo", out, "--reward", f"{files}/score.py:nan"), "returned nan, expected a number between"
     yield say("ppo", out, "--reward", f"{files}/score.py:none"), "could not be loaded (AttributeError"
     yield say("ppo", out, "--reward", f"{files}/score.py"), "score.py:FUNCTION"
     yield say("ppo", out, "--reward", f"{files}/score.py:says"), "ValueError: two lines; on the prompt"

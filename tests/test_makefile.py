@@ -29,6 +29,7 @@ def make(tmp_path):
         os.utime(tmp_path / path.name, (1000, 1000))
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "installed").touch()
+    (tmp_path / "tinystories-train-2mb.txt").touch()  # `make real` looks whether its data are there
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> asked\nwhile [ "$1" != --out ]; do shift; done\n'
                       'case "$2" in *.jsonl) touch "$2";; *report) touch "$2/report.json";; *) mkdir -p "$2"; touch "$2/done";;'
@@ -88,13 +89,18 @@ def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_fro
 
 
 def test_real_goes_on_where_it_stopped(make, tmp_path):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "tinystories-train-2mb.txt").touch()
+    (tmp_path / "empty").mkdir()
+    assert make("real", "DATA=empty", status=2) == []  # before the folder of results remembers it
     assert make("real", "DATA=.") == ["pretrain.py", "sft.py", "reward.py", "reward.py", "rlhf.py dpo", "rlhf.py ppo"]
     assert make("real", "DATA=.") == [] and make("real", f"DATA={tmp_path}") == []  # the same folder
     (tmp_path / "out" / "real" / "dpo" / "done").unlink()
     assert make("real", "DATA=.") == ["rlhf.py dpo"] and make("real", "DATA=..", status=2) == []
     assert make("real", "DATA=nowhere", status=2) == make("real", status=2) == []
     shutil.rmtree(tmp_path / "out")
-    (tmp_path / "my data").mkdir()
+    assert len(make("real", "DATA=my data", "SEED=7", "OUT=out/mine")) == 6 and not (tmp_path / "out" / "real").exists()
+    assert (tmp_path / "asked").read_text().count("--seed 7") == 6
     assert len(make("real", "DATA=my data")) == 6 and make("real", f"DATA={tmp_path}/my data") == []
 
 

@@ -283,7 +283,7 @@ def test_what_is_older_than_a_run_or_the_code_is_measured_anew(tmp_path):
     assert not study.fresh(config, path)
 
 
-def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
+def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys):
     by_family = {}
     for task in world.heldout_tasks():
         by_family.setdefault(task.family, []).append(task)
@@ -354,6 +354,12 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch):
     assert "PPO without whitening" in notes and "3 seeds" in notes
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 100
+    report_now = json.loads((runs / "study" / "report.json").read_text("utf-8"))  # a study of others is left out
+    report_now["checkpoints"] = {"sft": report_now["checkpoints"]["sft"]}
+    capsys.readouterr()
+    report.write(runs / "study", report_now)
+    assert "study.json is of other checkpoints" in capsys.readouterr().err
+    assert "Which stage buys what" not in (runs / "study" / "report.html").read_text("utf-8")
     assert "ppo_no_whitening</dt>" not in page and "ppo</dt>" in page  # the browser shows the method's stages
     before = (runs / "study" / "study.json").read_text("utf-8")
     (runs / "study" / "costs.json").unlink()  # a part that is lost is measured again, the same
@@ -394,6 +400,12 @@ def test_ctrl_c_waits_for_the_script_to_save(status, tmp_path):
     with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
         study.call([str(script)])
     assert ended.type is SystemExit and ended.value.code == 130
+
+
+def test_a_study_does_not_replace_the_main_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--runs", str(tmp_path), "--out", f"{tmp_path}/x/.."])
+    with pytest.raises(InputError, match="what --runs reads would be replaced"):
+        study.main()
 
 
 def test_a_study_needs_the_main_runs(tmp_path, monkeypatch):

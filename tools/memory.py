@@ -68,10 +68,10 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
 
 
 def main():
-    if sys.argv[1:] in (["-h"], ["--help"]):
+    if len(sys.argv) == 2:  # --help, or what it does not take
         print(__doc__)
         return
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 3:  # how it calls itself
         shape, case = SHAPES[sys.argv[1]], CASES[sys.argv[2]]
         print(json.dumps(step(shape, **case)))
         return
