@@ -192,8 +192,9 @@ class GPT(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
 
-    def hidden(self, ids, attention_mask=None, cache=None):
-        """ids (B, T) int64 -> states (B, T, C) after the final norm, ready for `head`.
+    def hidden(self, ids, attention_mask=None, cache=None, extra=None):
+        """ids (B, T) int64 -> states (B, T, C) after the final norm, ready for `head`. `extra` (B, T, C) is added to
+        the embeddings.
 
         attention_mask (B, T), or (B, past+T) with a cache: 1 = real token, 0 = padding on either
         side; the state at a padded position is meaningless. None = every token is real. That is faster,
@@ -221,6 +222,8 @@ class GPT(nn.Module):
             # Padding may see itself: a softmax over nothing is NaN, which would spread.
             mask = (mask & real[:, None, :] | (column == row))[:, None]  # (B, 1, T, past+T)
         x = self.embed(ids)  # (B, T, C)
+        if extra is not None:
+            x = x + F.pad(extra, (0, 0, 0, T - asked))
         cos = self.cos[positions].unsqueeze(-2)  # (T, 1, D) or (B, T, 1, D)
         sin = self.sin[positions].unsqueeze(-2)
         for layer, block in enumerate(self.blocks):
@@ -253,22 +256,48 @@ def deepen(gpt, extra):
 class ScalarModel(nn.Module):
     """The backbone of `gpt` (not a copy) with one number per position in place of the logits.
 
-    The reward model reads it at the last real token, the PPO critic everywhere.
+    The reward model reads it at the last real token, the PPO critic everywhere. With a `reader`, a GPT that stays as
+    it is, it is also told what that one thought of each token (`surprisals`).
     """
 
-    def __init__(self, gpt):
+    def __init__(self, gpt, reader=None):
         super().__init__()
         gpt.lm_head = None  # an untied head is unused here, and would be saved for nothing
         self.config = gpt.config
         self.gpt = gpt
         self.score = nn.Linear(gpt.config.width, 1, bias=False)
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(gpt.config.width + 1))  # Stiennon et al. 2020
+        self.reader = reader
+        if reader is not None:
+            reader.requires_grad_(False)
+            self.surprisal = nn.Linear(3, gpt.config.width, bias=False)
+            nn.init.normal_(self.surprisal.weight, std=0.02)
+
+    def hidden(self, ids, attention_mask=None):
+        """ids (B, T) -> states (B, T, C)."""
+        told = None if self.reader is None else self.surprisal(surprisals(self.reader, ids, attention_mask))
+        return self.gpt.hidden(ids, attention_mask, extra=told)
 
     def forward(self, ids, attention_mask=None):
         """ids (B, T) -> (B, T)."""
-        hidden = self.gpt.hidden(ids, attention_mask)  # (B, T, C)
+        hidden = self.hidden(ids, attention_mask)  # (B, T, C)
         with torch.autocast(ids.device.type, enabled=False):  # in bfloat16, 4.00 and 4.01 are the same number
             return self.score(hidden.float()).squeeze(-1)
+
+
+@torch.no_grad()
+def surprisals(gpt, ids, attention_mask=None):
+    """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 3), in nats, its log-prob, that less the
+    log-prob of the likeliest token, and the entropy of the distribution. 0 for the first real token."""
+    states, rows = gpt.hidden(ids, attention_mask)[:, :-1], []  # (B, T-1, C)
+    for state, token in zip(states, ids[:, 1:]):  # row by row, as (B, T, V) numbers may be too many
+        logp = F.log_softmax(gpt.head(state).float(), -1)  # (T-1, V)
+        said = logp.gather(-1, token[:, None]).squeeze(-1)  # (T-1,)
+        rows.append(torch.stack([said, said - logp.amax(-1), -(logp.exp() * logp).sum(-1)], -1))
+    told = torch.stack(rows)  # (B, T-1, 3)
+    if attention_mask is not None:  # of what stands before a row's first token, padding, nothing can be said
+        told = told * attention_mask[:, :-1, None]
+    return F.pad(told, (0, 0, 1, 0))
 
 
 def token_logprobs(logits, targets, temperature=1.0):
@@ -453,14 +482,23 @@ def to_hf(model):
     for ours, theirs in hf_layout(model.config, isinstance(model, ScalarModel)).items():
         parts = state[ours].split([shape[0] for shape in theirs.values()])
         named.update((name, part.clone()) for name, part in zip(theirs, parts))
+    if getattr(model, "reader", None) is not None:  # no model of Hugging Face's has one: the names are ours
+        named["surprisal.weight"] = state["surprisal.weight"].clone()
+        named.update((f"reader.{name}", tensor) for name, tensor in to_hf(model.reader).items())
     return named
 
 
-def from_hf(state, config):
-    """Undo `to_hf`: -> state_dict of a GPT, or of a ScalarModel if there is a `score.weight`.
+def from_hf(state, config, reader=None):
+    """Undo `to_hf`: -> state_dict of a GPT, or of a ScalarModel if there is a `score.weight`; `reader` is the
+    GPTConfig of its reader.
 
     Raises ValueError naming every tensor that is missing, unknown or of the wrong shape.
     """
+    if reader:
+        state = dict(state)
+        theirs = {name[7:]: state.pop(name) for name in list(state) if name.startswith("reader.")}
+        ours = {f"reader.{name}": tensor for name, tensor in from_hf(theirs, reader).items()}
+        return ours | {"surprisal.weight": state.pop("surprisal.weight")} | from_hf(state, config)
     scalar, state = "score.weight" in state, dict(state)
     layout = hf_layout(config, scalar)
     expected = {name: shape for theirs in layout.values() for name, shape in theirs.items()}

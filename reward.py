@@ -8,6 +8,8 @@ the last real token, <|im_end|> included: only there has it seen the whole answe
 top (--extra-layers), because only after its last layer does a language model know what it would have said;
 comparing that with what was said takes one more layer (73 % of held-out pairs ordered correctly, 71 % without it,
 means of five seeds).
+With --surprisal it is also told, of every token, how likely the fine-tuned model found it (`surprisals` in
+model.py). That one knows more facts than some thousand comparisons can teach, and often wavers where it is wrong.
 Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and
 we minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
 
@@ -53,6 +55,7 @@ class Config:
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
+    surprisal: bool = flag(False, "also read what --init thinks of each token; other libraries cannot open this model")
     epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
@@ -100,7 +103,7 @@ def read_last(model, ids, last, precision=contextlib.nullcontext()):
     The head stays in float32: in bfloat16, rewards of 4.00 and 4.01 are the same number.
     """
     with precision:
-        hidden = model.gpt.hidden(ids)  # (B, T, C)
+        hidden = model.hidden(ids)  # (B, T, C)
     rows = torch.arange(len(ids), device=ids.device)
     return model.score(hidden[rows, last].float()).squeeze(-1)
 
@@ -175,7 +178,7 @@ def main():
         return
 
     # 2. The policy's backbone, --extra-layers blocks on top, and a scalar head.
-    model = ScalarModel(deepen(policy, config.extra_layers)).to(device)
+    model = ScalarModel(deepen(policy, config.extra_layers), policy if config.surprisal else None).to(device)
     model.gpt.recompute = config.recompute
     optimiser = adamw(model, config.lr, config.weight_decay)
     precision = autocast(device, config.dtype)

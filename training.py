@@ -470,6 +470,8 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
+    if scalar and model.reader is not None:  # transformers refuses this type; else it would leave the reader out
+        scalar |= {"model_type": "reward_with_reader", "reader": hf_config(model.reader.config)}
     pad_id = None if scalar and tokenizer.pad_id == tokenizer.im_end_id else tokenizer.pad_id
     config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
                        pad_token_id=pad_id, **scalar, **extra)
@@ -507,7 +509,8 @@ def load_checkpoint(folder, device="cpu"):
             raise InputError(f"{folder}: no such folder; expected a checkpoint "
                              "(config.json, model.safetensors, tokenizer.json)")
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = config_from_hf(info)
+        reader = info.get("reader") and config_from_hf(info["reader"])
+        config = config_from_hf(info | {"model_type": info["reader"]["model_type"]} if reader else info)
         index = folder / "model.safetensors.index.json"
         shards = (sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
                   if index.exists() and not (folder / "model.safetensors").exists() else ["model.safetensors"])
@@ -515,8 +518,8 @@ def load_checkpoint(folder, device="cpu"):
         for shard in shards:
             tensors |= load_file(folder / Path(shard).name)
         scalar = any("SequenceClassification" in name for name in info.get("architectures") or [])
-        model = ScalarModel(GPT(config)) if scalar else GPT(config)
-        model.load_state_dict(from_hf(tensors, config))
+        model = ScalarModel(GPT(config), reader and GPT(reader)) if scalar else GPT(config)
+        model.load_state_dict(from_hf(tensors, config, reader))
         tokenizer = Tokenizer.load(folder)
     except OSError as error:  # safetensors names no file, but says what is missing
         raise InputError(f"{error.filename or error}: missing, or not readable; is {folder} a finished "

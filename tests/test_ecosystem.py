@@ -79,6 +79,9 @@ def test_the_reward_model_is_a_sequence_classifier(tokenizer, tmp_path, measured
     ids, _ = render_chat(tokenizer, TALK[:3])
     error = (theirs(torch.tensor([ids])).logits[0, 0] - model(torch.tensor([ids]))[0, -1]).abs()
     measured("score of the reward model's folder", f"transformers {transformers.__version__}", error, 1e-4, peer=True)
+    save_checkpoint(tmp_path, shaken(ScalarModel(ours(tokenizer), ours(tokenizer))), tokenizer)
+    with pytest.raises(ValueError, match="reward_with_reader"):  # it would leave the reader out
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import (GPT, GPTConfig, KVCache, ScalarModel, attend, config_from_hf, deepen, from_hf, generate,
-                   hf_config, sample, stream, to_hf, token_logprobs)
+                   hf_config, sample, stream, surprisals, to_hf, token_logprobs)
 
 
 def tiny(scale=0.3, **changes):
@@ -167,8 +167,9 @@ def test_bfloat16_forward_is_the_float32_one_to_its_rounding():
                 model(random_ids(2, 22))
 
 
-def test_scalar_model_ignores_padding():
-    model = ScalarModel(tiny())
+@pytest.mark.parametrize("reader", [False, True])
+def test_scalar_model_ignores_padding(reader):
+    model = ScalarModel(tiny(), tiny(1.0, layers=1) if reader else None)
     ids = random_ids(1, 6)
     value = model(ids)
     assert value.shape == (1, 6)
@@ -183,6 +184,30 @@ def test_scalar_model_ignores_padding():
     torch.manual_seed(0)
     wide = ScalarModel(GPT(GPTConfig(vocab_size=5, layers=1, width=1024)))
     assert wide.score.weight.std().item() == pytest.approx(1025 ** -0.5, rel=0.1)
+
+
+def test_surprisals_are_what_the_reader_thought_of_each_token():
+    reader, ids = tiny(), random_ids(3, 9)
+    found = surprisals(reader, ids)
+    assert found.shape == (3, 9, 3) and not found[:, 0].any() and found[:, 1:, 1].max() == 0 > found[:, :, 1].min()
+    for b in range(3):
+        for t in range(1, 9):
+            p = reader(ids[b:b + 1, :t])[0, -1].double().softmax(-1)  # from what came before, and nothing else
+            said = p[ids[b, t]].log()
+            expected = torch.stack([said, said - p.max().log(), -(p * p.log()).sum()])
+            assert torch.allclose(found[b, t].double(), expected, atol=1e-5)
+
+
+def test_a_scalar_model_is_told_what_its_reader_thought():
+    model, ids = ScalarModel(tiny(), tiny(1.0, layers=1).requires_grad_(True)), random_ids(2, 7)
+    value = model(ids)
+    model.gpt.requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids).sum().backward()  # 7 tokens, which are padded to 8 there
+    assert model.surprisal.weight.grad.any() and all(p.grad is None for p in model.reader.parameters())
+    with torch.no_grad():
+        model.surprisal.weight.zero_()
+        assert torch.allclose(model(ids), model.score(model.gpt.hidden(ids)).squeeze(-1)) and not torch.allclose(model(ids), value)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -346,17 +371,18 @@ def test_token_logprobs():
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "qk_norm": False, "kv_heads": 4}])
-@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize("scalar", [False, True, "with a reader"])
 def test_hugging_face_roundtrip(changes, scalar):
-    model = ScalarModel(tiny(**changes)) if scalar else tiny(**changes)
+    reader = tiny(1.0, layers=1, **changes) if scalar == "with a reader" else None
+    model = ScalarModel(tiny(**changes), reader) if scalar else tiny(**changes)
     state = to_hf(model)
     assert ("lm_head.weight" in state) == (not scalar and not model.config.tied)
     assert all(tensor.is_contiguous() for tensor in state.values())
     config = config_from_hf(json.loads(json.dumps(hf_config(model.config))))
     assert config == model.config
     other = GPT(config)
-    other = ScalarModel(other) if scalar else other
-    other.load_state_dict(from_hf(state, config))
+    other = ScalarModel(other, reader and GPT(reader.config)) if scalar else other
+    other.load_state_dict(from_hf(state, config, reader and reader.config))
     assert torch.equal(model(random_ids(2, 7)), other(random_ids(2, 7)))
 
 

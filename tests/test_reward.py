@@ -65,8 +65,9 @@ def test_pairs_with_heldout_prompts_are_never_trained_on(tokenizer, tmp_path):
         assert [pair.p for pair in heldout] == [0.9] * 20 and [pair.p for pair in train] == [None] * 20
 
 
-def test_score_is_read_at_the_last_token_whatever_the_padding():
-    model = ScalarModel(tiny())
+@pytest.mark.parametrize("reader", [False, True])
+def test_score_is_read_at_the_last_token_whatever_the_padding(reader):
+    model = ScalarModel(tiny(), tiny(seed=3) if reader else None)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     responses = [[20, 21, 22, 23, 24, 25, 26], [30, 31], [40]]
     with torch.no_grad():
@@ -141,3 +142,27 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
     chosen, rejected = reward.score_pairs(model, pairs[200:], PAD)
     unscaled = reward.preference_loss(scale * chosen, scale * rejected)
     assert unscaled.item() == pytest.approx(done["heldout_loss"], rel=1e-4)
+
+
+def test_with_surprisals_it_knows_what_the_policy_would_say(tmp_path, tokenizer, monkeypatch):
+    """Chosen is what the policy would say, an arbitrary function of the prompt, which no pair tells of the next one."""
+    policy, generator, pairs = tiny(tokenizer.vocab_size), torch.Generator().manual_seed(1), []
+    save_checkpoint(tmp_path / "sft", policy, tokenizer)
+    for _ in range(240):
+        prompt = torch.randint(5, 250, (6,), generator=generator).tolist()
+        likeliest = policy(torch.tensor([prompt]))[0, -1].argmax().item()
+        other = (likeliest + 1 + torch.randint(200, (), generator=generator).item()) % 250
+        pairs.append(data.EncodedPair(prompt, [likeliest, tokenizer.im_end_id], [other, tokenizer.im_end_id], None))
+    monkeypatch.setattr(reward, "load_pairs", lambda *args: (pairs[:120], pairs[120:]))
+    right = {}
+    for flags in ([], ["--surprisal"]):
+        out = tmp_path / "reward" / "".join(flags)
+        monkeypatch.setattr(sys, "argv", ["reward.py", "--init", f"{tmp_path}/sft", "--out", str(out), "--epochs", "8",
+                                          "--batch-size", "20", "--lr", "3e-3", "--warmup", "2", "--dtype", "float32",
+                                          "--device", "cpu", *flags])
+        reward.main()
+        right[bool(flags)] = json.loads((out / "done").read_text("utf-8"))["heldout_accuracy"][0]
+    assert right[True] > 0.9 > 0.8 > right[False]
+    model = load_reward(out)[0]  # the folder holds the reader, as it was
+    assert all(torch.equal(tensor, policy.state_dict()[name]) for name, tensor in model.reader.state_dict().items())
+    assert json.loads((out / "config.json").read_text())["model_type"] == "reward_with_reader"

@@ -580,9 +580,11 @@ def test_an_iteration_has_its_passes_and_ends_at_its_kl(stage, monkeypatch, tmp_
         assert rows[0]["updates"] == updates
 
 
+@pytest.mark.parametrize("reader", [False, True])
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
-def test_a_reward_model_scores_with_its_shift(stage, monkeypatch, tmp_path, tokenizer):
-    save_checkpoint(tmp_path / "reward", ScalarModel(tiny(tokenizer, seed=5)), tokenizer, reward_shift=0.7, reward_scale=1.0)
+def test_a_reward_model_scores_with_its_shift(stage, reader, monkeypatch, tmp_path, tokenizer):
+    model = ScalarModel(tiny(tokenizer, seed=5), tiny(tokenizer, seed=6) if reader else None)
+    save_checkpoint(tmp_path / "reward", model, tokenizer, reward_shift=0.7, reward_scale=1.0)
     shifts, values, rollouts, roll = set(), rlhf.response_values, [], rlhf.sample_rollout
     monkeypatch.setattr(rlhf, "response_values", lambda critic, ids, mask, shift: (
         shifts.add(shift), values(critic, ids, mask, shift))[1])
