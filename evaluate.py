@@ -26,6 +26,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -369,6 +370,10 @@ def main(argv=None):
     if config.reward:
         model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
+    if pairs and all(pair.p is None for pair in pairs):
+        print(f"evaluate: no row of {' '.join(config.data)} has a p, the probability that `chosen` is preferred, so the "
+              "reward model's accuracy is not measured", file=sys.stderr)
+    judged = judge_reward_model(reward and reward[0], reward_tokenizer, pairs)  # first, as it may refuse the pairs
     tasks, ranks = choose_tasks(config)
     fair, everywhere = ranks < config.per_family, np.arange(len(tasks))
     places = np.flatnonzero(ranks < config.best_of_per_family)  # of the tasks for best-of-n
@@ -442,7 +447,6 @@ def main(argv=None):
                 say(f"no KL of {name}: {config.reference} reads other tokens, or fewer, than it writes")
         checkpoints[name] = found
         say(f"{name} is measured")
-    judged = judge_reward_model(reward and reward[0], reward_tokenizer, pairs)
 
     # 5. The report. report.json is written last: if it is there, so are the others.
     stages = [*folders.values()] + ([config.reward] if config.reward else [])

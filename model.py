@@ -270,7 +270,7 @@ class ScalarModel(nn.Module):
         self.reader = reader
         if reader is not None:
             reader.requires_grad_(False)
-            self.surprisal = nn.Linear(3, gpt.config.width, bias=False)
+            self.surprisal = nn.Linear(2, gpt.config.width, bias=False)
             nn.init.normal_(self.surprisal.weight, std=0.02)
 
     def hidden(self, ids, attention_mask=None):
@@ -287,14 +287,14 @@ class ScalarModel(nn.Module):
 
 @torch.no_grad()
 def surprisals(gpt, ids, attention_mask=None):
-    """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 3), in nats, its log-prob, that less the
-    log-prob of the likeliest token, and the entropy of the distribution. 0 for the first real token."""
+    """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 2), the log-prob of the token and that of
+    the likeliest one, in nats. 0 for the first real token."""
     states, rows = gpt.hidden(ids, attention_mask)[:, :-1], []  # (B, T-1, C)
     for state, token in zip(states, ids[:, 1:]):  # row by row, as (B, T, V) numbers may be too many
-        logp = F.log_softmax(gpt.head(state).float(), -1)  # (T-1, V)
-        said = logp.gather(-1, token[:, None]).squeeze(-1)  # (T-1,)
-        rows.append(torch.stack([said, said - logp.amax(-1), -(logp.exp() * logp).sum(-1)], -1))
-    told = torch.stack(rows)  # (B, T-1, 3)
+        logits = gpt.head(state).float()  # (T-1, V)
+        pair = torch.stack([logits.gather(-1, token[:, None]).squeeze(-1), logits.amax(-1)], -1)  # (T-1, 2)
+        rows.append(pair - logits.logsumexp(-1, keepdim=True))
+    told = torch.stack(rows)  # (B, T-1, 2)
     if attention_mask is not None:  # of what stands before a row's first token, padding, nothing can be said
         told = told * attention_mask[:, :-1, None]
     return F.pad(told, (0, 0, 1, 0))
