@@ -287,13 +287,13 @@ class ScalarModel(nn.Module):
 
 @torch.no_grad()
 def surprisals(gpt, ids, attention_mask=None):
-    """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 2), the log-prob of the token and that of
-    the likeliest one, in nats. 0 for the first real token."""
+    """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 2), its log-prob, and how far that lies
+    below the log-prob of the likeliest token, in nats. 0 for the first real token."""
     states, rows = gpt.hidden(ids, attention_mask)[:, :-1], []  # (B, T-1, C)
     for state, token in zip(states, ids[:, 1:]):  # row by row, as (B, T, V) numbers may be too many
         logits = gpt.head(state).float()  # (T-1, V)
-        pair = torch.stack([logits.gather(-1, token[:, None]).squeeze(-1), logits.amax(-1)], -1)  # (T-1, 2)
-        rows.append(pair - logits.logsumexp(-1, keepdim=True))
+        said = logits.gather(-1, token[:, None]).squeeze(-1)  # (T-1,)
+        rows.append(torch.stack([said - logits.logsumexp(-1), said - logits.amax(-1)], -1))
     told = torch.stack(rows)  # (B, T-1, 2)
     if attention_mask is not None:  # of what stands before a row's first token, padding, nothing can be said
         told = told * attention_mask[:, :-1, None]

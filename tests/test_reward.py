@@ -158,7 +158,7 @@ def test_with_surprisals_it_knows_what_the_policy_would_say(tmp_path, tokenizer,
     for flags in ([], ["--surprisal"]):
         out = tmp_path / "reward" / "".join(flags)
         monkeypatch.setattr(sys, "argv", ["reward.py", "--init", f"{tmp_path}/sft", "--out", str(out), "--epochs", "8",
-                                          "--batch-size", "20", "--lr", "3e-3", "--warmup", "2", "--dtype", "float32",
+                                          "--batch-size", "20", "--lr", "1e-2", "--warmup", "2", "--dtype", "float32",
                                           "--device", "cpu", *flags])
         reward.main()
         right[bool(flags)] = json.loads((out / "done").read_text("utf-8"))["heldout_accuracy"][0]
