@@ -152,7 +152,7 @@ study: all
 # Finished stages are kept: to train anew, remove out/real.
 REAL := $(call own,out/real)
 real: .venv/installed
-	@test -f "$(DATA)/tinystories-train-2mb.txt" || { echo "usage: make real DATA=FOLDER, with the files named below"; exit 2; }
+	@test -f "$(DATA)/tinystories-train-2mb.txt" || { echo "usage: make real DATA=FOLDER, with the files that the Makefile names"; exit 2; }
 	@mkdir -p $(REAL); test -e $(REAL)/data || (cd "$(DATA)" && pwd) > $(REAL)/data
 	@(cd "$(DATA)" && pwd) | cmp -s - $(REAL)/data || { echo "$(REAL) was made from other data; remove it first"; exit 2; }
 	test -e $(REAL)/base/done || $(PY) pretrain.py --data "$(DATA)/tinystories-train-2mb.txt" --holdout 0.05 --out $(REAL)/base \

@@ -289,8 +289,8 @@ class Sharpness(torch.nn.Module):
     only went from 1.733 to 1.735 in a run of PPO. The gradient of log s adds up those of all these gains,
     Σ g ∂L/∂g, so that their noise cancels, and its learning rate is its own, some hundred times theirs. (CLIP
     learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a
-    temperature for every token.) It is not among the gradients that --clip shortens together. Replayed pre-training text is read without s, so that s learns from answers
-    alone; the saved model applies it to everything.
+    temperature for every token.) --clip leaves its gradient as it is. Replayed pre-training text is read without
+    s, so that s learns from answers alone; the saved model applies it to everything.
     """
 
     def __init__(self):
@@ -743,7 +743,7 @@ def ppo(argv=None):
     if config.lora:
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
-    # β₂ and ε are those usual in PPO (OpenAI's code): its gradients are small and noisy.
+    # ε is that of OpenAI's code for PPO, β₂ Adam's usual one.
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = learn_sharpness(policy_optimiser, config.sharpness_lr, device)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
