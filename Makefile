@@ -149,8 +149,8 @@ study: all
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
 # are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
 # the stories, so SFT and DPO take higher learning rates than in the world, and SFT the usual Adam epsilon.
-# Finished stages are kept: to train anew, remove out/real.
-REAL := $(call own,out/real)
+# Finished stages are kept: to train anew, remove the folder.
+REAL = $(OUT)/real
 real: .venv/installed
 	@test -f "$(DATA)/tinystories-train-2mb.txt" || { echo "usage: make real DATA=FOLDER, with the files that the Makefile names"; exit 2; }
 	@mkdir -p $(REAL); test -e $(REAL)/data || (cd "$(DATA)" && pwd) > $(REAL)/data

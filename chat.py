@@ -15,8 +15,8 @@ A single question is given as one line; after examples or earlier turns the layo
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
 draw n answers, show one. The one with the highest reward need not be good: among many answers, some fool
 the reward model. So, as in PPO, straying from π, the model that answers, has a price
-(regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): we show the answer
-with the highest
+(regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): of the answers that
+came to an end, we show the one with the highest
 
     r(x, y) + β log π(y|x)
 
@@ -240,8 +240,6 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
     """Draw n answers to every prompt (chat ids) and choose by r + `beta` log π, with `reward` = (model,
     shift) and log π of the whole answer, in nats, under the distribution it was sampled from.
 
-    An answer that the limit cut off is chosen only if all n were: the reward model has read no such answers.
-
     -> (best answers, all samples as a list of n for each prompt, rewards (P, n), log-probs (P, n)).
     `sampling` goes to `generate`: temperature, top_k, top_p, eos_ids (which is needed here), generator.
     """
@@ -251,10 +249,15 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
     scores = score(model, rows, answers, tokenizer.pad_id).reshape(len(prompts), n) - shift
     logprobs = torch.tensor([sum(row) for row in logprobs]).reshape(len(prompts), n)
     samples = [answers[i:i + n] for i in range(0, len(answers), n)]
-    ended = torch.tensor([bool(row) and row[-1] in sampling["eos_ids"] for row in answers]).reshape(len(prompts), n)
-    passed_over = ~ended & ended.any(1, keepdim=True)  # (P, n)
-    choices = (scores + beta * logprobs).masked_fill(passed_over, -math.inf).argmax(1).tolist()
+    choices = values(answers, scores, logprobs, beta, sampling["eos_ids"]).argmax(1).tolist()
     return [drawn[choice] for drawn, choice in zip(samples, choices)], samples, scores, logprobs
+
+
+def values(answers, scores, logprobs, beta, eos_ids):
+    """r + β log π of n answers to each of P prompts, (P, n); −∞ for an answer that the limit cut off, unless all n
+    were: the reward model has read no such answers."""
+    ended = torch.tensor([bool(row) and row[-1] in eos_ids for row in answers]).reshape(scores.shape)
+    return (scores + beta * logprobs).masked_fill(~ended & ended.any(1, keepdim=True), -math.inf)
 
 
 def speak(speaker, ids, max_new_tokens, sampling):
@@ -331,7 +334,9 @@ def candidates(question, n, speaker, config, sampling, device):
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
     texts = [visible(speaker.text(answer)) for answer in drawn]
     shown = {}  # text -> place of its best sample: the same text can come from different tokens
-    for place in (scores + config.best_of_beta * logprobs).argsort(descending=True).tolist():
+    value = values(drawn, scores[None], logprobs[None], config.best_of_beta, speaker.end_ids)[0].tolist()
+    plain = (scores + config.best_of_beta * logprobs).tolist()
+    for place in sorted(range(n), key=lambda i: (value[i], plain[i]), reverse=True):  # those cut off come last
         shown.setdefault(texts[place], place)
     for text, place in shown.items():
         times = texts.count(text)

@@ -492,7 +492,8 @@ def from_hf(state, config, reader=None):
     """Undo `to_hf`: -> state_dict of a GPT, or of a ScalarModel if there is a `score.weight`; `reader` is the
     GPTConfig of its reader.
 
-    Raises ValueError naming every tensor that is missing, unknown or of the wrong shape.
+    Raises ValueError naming every tensor that is missing, unknown or of the wrong shape (KeyError for
+    `surprisal.weight`).
     """
     if reader:
         state = dict(state)

@@ -181,7 +181,7 @@ def notes(report):
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
         f"KL is measured on {report['best_of_prompts']:,} of them" + (
             f", as are best-of-{settings['best_of']} and the needless “I do not know”; the KL of best-of-n is "
-            f"log n − (n − 1)/n. Best-of-n chooses by reward + {settings['best_of_beta']} log π."
+            f"log n − (n − 1)/n. Best-of-n chooses by reward + {settings['best_of_beta']} log π among answers that ended."
             if settings["best_of"] > 1 else "."),
         "A base model reads plain text, the instruction and a line break; what it writes up to the "
         f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "
@@ -254,8 +254,8 @@ def core_of(report):
 
 
 ABLATIONS = {  # what each row is
-    "base": "base, zero-shot", "base_few_shot": "base, few-shot", "sft_scratch": "SFT without pre-training",
-    "sft": "SFT", "sft_best": "SFT on the best demonstrations only", "best_of_16": "SFT, best of 16",
+    "base": "base", "base_few_shot": "base few shot", "sft_scratch": "SFT without pre-training",
+    "sft": "SFT", "sft_best": "SFT on the best demonstrations only", "best_of_16": "best of 16",
     "rejection": "SFT continued on its own best of 8", "dpo": "DPO",
     "dpo_no_nll": "DPO without the chosen answers' own loss", "grpo": "GRPO",
     "grpo_right": "GRPO, rewarded for right answers (arithmetic and rewriting)", "ppo": "PPO",
@@ -605,18 +605,19 @@ def build_html(report, folder, study=None):
             + "\n".join(sections) + "\n</body></html>\n")
 
 
-def write(folder, report):
-    """Write report.md and report.html into the folder, with what its study.json holds if there is one."""
+def write(folder, report, study=None):
+    """Write report.md and report.html into the folder, with `study`, or what the folder's study.json holds if that is
+    there and fits the report."""
     path = Path(folder) / "study.json"
-    study = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    found = study is None and path.exists() and json.loads(path.read_text(encoding="utf-8"))
 
     def pages(study):
         told = {**report, "ablations": bool(study)}
         return {"report.md": build_markdown(told, study), "report.html": build_html(told, folder, study)}
     try:
-        made = pages(study)
+        made = pages(study or found)
     except (KeyError, TypeError) as error:
-        if not study:
+        if not found:
             raise
         print(f"report: {path} is of other checkpoints or another version ({type(error).__name__}: {error}); left out",
               file=sys.stderr)
@@ -636,7 +637,9 @@ def load(folder):
     if not rows or not isinstance(rows, dict):
         raise InputError(f"{path}: found no checkpoints, expected what evaluate.py writes")
     missing = {"prompts", "best_of_prompts", "reward_model", "seconds", "settings", "runs", "transcripts"} - set(report)
-    missing |= {"reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode"} - set(report.get("settings", ()))
+    settings = report.get("settings")
+    missing |= {"reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode"} - set(
+        settings if isinstance(settings, dict) else ())
     if missing:
         raise InputError(f"{path}: found no {', '.join(sorted(missing))}; another version wrote it, run evaluate.py "
                          "again")

@@ -593,7 +593,7 @@ def load_reward_source(spec, policy, tokenizer, device):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
         # The critic starts as the reward model (InstructGPT does the same): inside an answer it overshoots, but
         # tells good beginnings from bad ones. A copy, because the critic goes on learning and the reward must stay fixed.
-        return model_score, copy.deepcopy(model), shift
+        return model_score, copy.deepcopy(model, {id(model.reader): model.reader}), shift  # but for the frozen reader
 
     function = load_function(path, name)
 
@@ -732,7 +732,7 @@ def ppo(argv=None):
     seed_everything(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)  # the sampler draws on the device
 
-    # Four models: the policy, the frozen reference, the reward and the critic.
+    # Four models: the policy, the frozen reference, the reward and the critic (and what --surprisal reads).
     policy, tokenizer = load_policy(config.init, device)
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)

@@ -98,8 +98,10 @@ def training_runs(config):
         for name in ("ppo", "ppo_no_kl"):
             command = found[name].split(" --keep-every")[0]
             found[f"{name}_seed{n}"] = f"{command} --seed {config.seed + n - 1}"
+    judge = Path(config.runs) / "reward" / "config.json"  # those on fewer pairs are told what it is told
+    told = " --surprisal" if judge.exists() and "reader" in json.loads(judge.read_text(encoding="utf-8")) else ""
     for n in SUBSETS:
-        found[f"reward_{n}"] = f"reward.py --init {sft} --data {out}/pairs_{n}.jsonl"
+        found[f"reward_{n}"] = f"reward.py --init {sft} --data {out}/pairs_{n}.jsonl{told}"
     weak = f"{out}/reward_{SUBSETS[0]}"
     found["ppo_hacked"] = (f"rlhf.py ppo --init {sft} --reward {weak} --data world --beta 0 "
                            f"--iterations {times(84)} --lr 5e-4 --max-kl 1e9 --keep-every {times(6)}")
@@ -535,7 +537,7 @@ def main():
                         for name in training_runs(config)}
     write_text(out / "study.json", json.dumps(study, indent=1, ensure_ascii=False) + "\n")
     result = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    pages.write(out, result)
+    pages.write(out, result, study)
     print(f"study: wrote {os.path.join(config.out, 'report.html')}")
 
 

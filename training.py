@@ -135,8 +135,9 @@ def parse_args(Config, argv=None, description=None, prog=None):
     config = Config(**vars(parser.parse_args(argv)))
     for name in ("init", "reward", "runs"):
         source, out = getattr(config, name, None), getattr(config, "out", None)
-        if source and out and os.path.realpath(source) == os.path.realpath(out):
-            raise InputError(f"--out {out}: what --{name} reads would be replaced; expected another folder")
+        if (source and out and os.path.realpath(source) == os.path.realpath(out)
+                and not getattr(config, "show_batch", False)):
+            raise InputError(f"--out {out}: what --{name} reads would be replaced; give another folder")
     return config
 
 
@@ -426,10 +427,10 @@ def make_folder(path):
         tempfile.TemporaryFile(dir=path).close()
 
 
-def check_jsonl(flag, path):
-    """InputError for the name of a file of rows to write that data.py would not read as rows."""
+def check_jsonl(name, path):
+    """InputError for a file of rows to write (--`name`) that data.py would not read as rows."""
     if not str(path).endswith(".jsonl"):
-        raise InputError(f"--{flag} {path}: expected a file whose name ends in .jsonl")
+        raise InputError(f"--{name} {path}: expected a file whose name ends in .jsonl")
 
 
 def sync(path):

@@ -154,6 +154,8 @@ def test_best_of_n_takes_an_answer_that_was_cut_off_only_if_all_were(tokenizer, 
     monkeypatch.setattr(chat, "score", lambda *args: torch.tensor([3.0, 1.0, 2.0, 1.0, 3.0, 2.0]))
     best, *_ = chat.best_of_n(None, tokenizer, (None, 0.0), [[1], [2]], 3, 3, eos_ids={end})
     assert best == [[5, 6, end], [8, 8, 8]]
+    values = chat.values([[5, 6, 7], [5, end], [8, end]], torch.tensor([[3.0, 1.0, 2.0]]), torch.zeros(1, 3), 0.3, {end})
+    assert values.tolist() == [[-math.inf, 1.0, 2.0]]  # so /best lists it last
 
 
 def test_best_of_n_prices_what_is_rare(tokenizer, monkeypatch):
@@ -315,17 +317,22 @@ def test_best_shows_candidates_with_their_scores(folders, monkeypatch, capsys):
                    "/best 16\n/best 0 Hi?\n/best 16 Hi?\n")
     lines = out.split("\n")
     assert all(line.startswith("(ask something first") for line in lines[:2])
-    found = [float(reward) + chat.BEST_OF_BETA * float(logprob)
-             for reward, logprob in re.findall(r"^([+-]\d+\.\d\d) +(-?\d+\.\d)  ", out, re.M)]
-    assert 2 < len(found) <= 16 and all(a > b - 0.05 for a, b in zip(found, found[1:])) and found[0] > found[-1] + 0.1
     speaker, (reward, _, shift, _) = (chat.open_speaker(folders / "sft"),
                                       chat.load_reward(folders / "reward"))
     _, (samples,), (scores,), (logprobs,) = chat.best_of_n(
         speaker.model, speaker.tokenizer, (reward, shift), [speaker.prompt("Hi?")], 16, 12,
         temperature=1.0, eos_ids=speaker.end_ids, generator=torch.Generator().manual_seed(1))
-    best = (scores + chat.BEST_OF_BETA * logprobs).argmax()
-    first = f"{scores[best]:+.2f} {logprobs[best]:6.1f}  {chat.visible(speaker.text(samples[best]))}"
-    assert out.split("Hi?")[-1].find(first) >= 0
+    value = (scores + chat.BEST_OF_BETA * logprobs).tolist()
+    ended = [ids[-1] in speaker.end_ids for ids in samples]
+    expected, seen = [], set()
+    for i in sorted(range(16), key=lambda i: (ended[i], value[i]), reverse=True):
+        text = chat.visible(speaker.text(samples[i]))
+        if text not in seen:
+            expected.append(f"{scores[i]:+.2f} {logprobs[i]:6.1f}  {text}")
+            seen.add(text)
+    assert {True, False} == set(ended) and len(expected) > 3
+    places = [out.find(line) for line in expected]
+    assert -1 not in places and places == sorted(places)
 
 
 def test_a_sampler_of_one_token_is_greedy(folders, monkeypatch, capsys):

@@ -99,7 +99,8 @@ def test_real_goes_on_where_it_stopped(make, tmp_path):
     assert make("real", "DATA=.") == ["rlhf.py dpo"] and make("real", "DATA=..", status=2) == []
     assert make("real", "DATA=nowhere", status=2) == make("real", status=2) == []
     shutil.rmtree(tmp_path / "out")
-    assert len(make("real", "DATA=my data", "SEED=7", "OUT=out/mine")) == 6 and not (tmp_path / "out" / "real").exists()
+    assert len(make("real", "DATA=my data", "SEED=7", "OUT=mine")) == 6 and (tmp_path / "mine" / "real" / "ppo" / "done").exists()
+    assert not (tmp_path / "out" / "real").exists()
     assert (tmp_path / "asked").read_text().count("--seed 7") == 6
     assert len(make("real", "DATA=my data")) == 6 and make("real", f"DATA={tmp_path}/my data") == []
 

@@ -40,8 +40,16 @@ def test_folders_that_cannot_be_used_get_one_line(monkeypatch, tmp_path):
             study.main()
 
 
+def test_reward_models_on_fewer_pairs_are_told_what_the_main_one_is(tmp_path):
+    (tmp_path / "reward").mkdir()
+    for told, config in ((False, {"model_type": "qwen3"}), (True, {"model_type": "reward_with_reader", "reader": {}})):
+        (tmp_path / "reward" / "config.json").write_text(json.dumps(config))
+        commands = study.training_runs(study.Config(runs=str(tmp_path)))
+        assert {"--surprisal" in commands[f"reward_{n}"] for n in study.SUBSETS} == {told}
+
+
 def test_every_command_parses_and_no_two_are_the_same():
-    commands = study.training_runs(study.Config())
+    commands = study.training_runs(study.Config(runs="nowhere"))
     seen = set()
     for command in commands.values():
         script, *flags = shlex.split(command)
@@ -357,6 +365,8 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
     report_now = json.loads((runs / "study" / "report.json").read_text("utf-8"))  # a study of others is left out
     report_now["checkpoints"] = {"sft": report_now["checkpoints"]["sft"]}
     capsys.readouterr()
+    with pytest.raises(KeyError):  # study.py's own must fit
+        report.write(runs / "study", report_now, found)
     report.write(runs / "study", report_now)
     assert "study.json is of other checkpoints" in capsys.readouterr().err
     assert "Which stage buys what" not in (runs / "study" / "report.html").read_text("utf-8")
