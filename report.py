@@ -181,7 +181,8 @@ def notes(report):
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
         f"KL is measured on {report['best_of_prompts']:,} of them" + (
             f", as are best-of-{settings['best_of']} and the needless “I do not know”; the KL of best-of-n is "
-            f"log n − (n − 1)/n. Best-of-n chooses by reward + {settings['best_of_beta']} log π among answers that ended."
+            f"log n − (n − 1)/n. Best-of-n chooses by reward + {settings['best_of_beta']} log π "
+            "among answers that ended."
             if settings["best_of"] > 1 else "."),
         "A base model reads plain text, the instruction and a line break; what it writes up to the "
         f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "

@@ -103,7 +103,8 @@ def parse_args(Config, argv=None, description=None, prog=None):
 
     `data_file: str` becomes `--data-file`. A field's type is its annotation: bool fields are
     switches, list[...] fields take several values, `X | None` fields an X. A field with
-    `positional=True` in its options has no dashes, and is required if it has no default.
+    `positional=True` in its options has no dashes, and is required if it has no default. InputError if --out is
+    a folder that the run reads, which it would replace.
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
