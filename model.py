@@ -289,12 +289,13 @@ class ScalarModel(nn.Module):
 def surprisals(gpt, ids, attention_mask=None):
     """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 2), its log-prob, and how far that lies
     below the log-prob of the likeliest token, in nats. 0 for the first real token."""
-    states, rows = gpt.hidden(ids, attention_mask)[:, :-1], []  # (B, T-1, C)
-    for state, token in zip(states, ids[:, 1:]):  # row by row, as (B, T, V) numbers may be too many
-        logits = gpt.head(state).float()  # (T-1, V)
-        said = logits.gather(-1, token[:, None]).squeeze(-1)  # (T-1,)
-        rows.append(torch.stack([said - logits.logsumexp(-1), said - logits.amax(-1)], -1))
-    told = torch.stack(rows)  # (B, T-1, 2)
+    states, tokens = gpt.hidden(ids, attention_mask)[:, :-1], ids[:, 1:]  # (B, T-1, C), (B, T-1)
+    told = []
+    for state, token in zip(states.flatten(0, 1).split(256), tokens.flatten().split(256)):  # (B, T, V) may be too many
+        logprobs = gpt.head(state).float().log_softmax(-1)  # (256, V)
+        said = logprobs.gather(-1, token[:, None]).squeeze(-1)  # (256,)
+        told.append(torch.stack([said, said - logprobs.amax(-1)], -1))
+    told = torch.cat(told).view(*tokens.shape, 2)  # (B, T-1, 2)
     if attention_mask is not None:  # of what stands before a row's first token, padding, nothing can be said
         told = told * attention_mask[:, :-1, None]
     return F.pad(told, (0, 0, 1, 0))
