@@ -342,7 +342,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "return token in self.end_ids and not self.raw", "test_chat_evaluate.py"),
     ("preference pairs tell of what only documents may tell", "world.py",
      ' or not held and only_for_documents(f"{first}\\n{second}")', "", "test_world.py"),
-    ("surprisals are of the token before", "model.py", "zip(states, ids[:, 1:])", "zip(states, ids[:, :-1])", "test_model.py"),
+    ("surprisals are of the token before", "model.py", "[:, :-1], ids[:, 1:]  # (B, T-1, C)", "[:, :-1], ids[:, :-1]  # (B, T-1, C)", "test_model.py"),
     ("padding before a row is a surprise", "model.py", "told = told * attention_mask[:, :-1, None]", "pass", "test_model.py"),
     ("the reward model is told nothing", "model.py", "told = None if self.reader is None else", "told = None if True else",
      "test_model.py test_reward.py"),
