@@ -68,7 +68,7 @@ seeded = $(if $(SEED),--seed $(SEED) )$(1)
 SETTINGS_base = $(call seeded,$(PRETRAIN))
 SETTINGS_sft = $(call seeded,$(SFT))
 SETTINGS_pairs = $(call seeded,$(PAIRS))
-SETTINGS_reward = $(call seeded,$(REWARD))
+SETTINGS_reward = $(call seeded,--surprisal $(REWARD))
 SETTINGS_dpo = $(call seeded,$(DPO))
 SETTINGS_ppo = $(call seeded,$(PPO))
 SETTINGS_grpo = $(call seeded,$(GRPO))
@@ -128,7 +128,7 @@ quick:
 long:
 	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 --replay 4 $(call also,SFT)' \
-		PAIRS='--pairs 20600 $(call also,PAIRS)' REWARD='--surprisal $(call also,REWARD)' PPO='--iterations 80 $(call also,PPO)'
+		PAIRS='--pairs 20600 $(call also,PAIRS)' PPO='--iterations 80 $(call also,PPO)'
 
 # What pre-training is worth: SFT on the same demonstrations from random weights, at the learning rates
 # of pre-training, since the low ones of SFT would not even teach the format.

@@ -264,6 +264,7 @@ ABLATIONS = {  # what each row is
     "ppo_no_sharpness": "PPO without learned sharpness",
     "ppo_no_eos_score": "PPO without a penalty for unfinished answers",
     "ppo_no_whitening": "PPO without whitening", "ppo_no_critic": "PPO without a critic",
+    "ppo_untold": "PPO, its reward model made without --surprisal",
     "ppo_hacked": "PPO without KL, longer, against a weak reward model"}
 
 

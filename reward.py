@@ -8,8 +8,8 @@ the last real token, <|im_end|> included: only there has it seen the whole answe
 top (--extra-layers), because only after its last layer does a language model know what it would have said;
 comparing that with what was said takes one more layer (73 % of held-out pairs ordered correctly, 71 % without it,
 means of five seeds).
-With --surprisal it is also told, of every token, how likely the fine-tuned model found it (`surprisals` in
-model.py): that one knows more facts than some thousand comparisons can teach, and often wavers where it is wrong
+With --surprisal, as in `make`, it is also told, of every token, how likely the fine-tuned model found it (`surprisals`
+in model.py): that one knows more facts than some thousand comparisons can teach, and often wavers where it is wrong
 (78 % instead of 73 % of held-out pairs, means of five seeds).
 Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and
 we minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):

@@ -98,9 +98,12 @@ def training_runs(config):
         for name in ("ppo", "ppo_no_kl"):
             command = found[name].split(" --keep-every")[0]
             found[f"{name}_seed{n}"] = f"{command} --seed {config.seed + n - 1}"
-    judge = Path(config.runs) / "reward" / "config.json"  # those on fewer pairs are told what it is told
+    judge = Path(config.runs) / "reward" / "config.json"
     told = " --surprisal" if judge.exists() and "reader" in json.loads(judge.read_text(encoding="utf-8")) else ""
-    for n in SUBSETS:
+    if told:
+        found["reward_untold"] = f"reward.py --init {sft} --data {pairs}"
+        found["ppo_untold"] = ppo.replace(f"--reward {reward}", f"--reward {out}/reward_untold")
+    for n in SUBSETS:  # what the main one is told, they are told
         found[f"reward_{n}"] = f"reward.py --init {sft} --data {out}/pairs_{n}.jsonl{told}"
     weak = f"{out}/reward_{SUBSETS[0]}"
     found["ppo_hacked"] = (f"rlhf.py ppo --init {sft} --reward {weak} --data world --beta 0 "

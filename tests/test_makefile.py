@@ -120,7 +120,7 @@ def test_every_stage_is_made_from_what_it_should_be(make, tmp_path):
         lines += (tmp_path / "asked").read_text().splitlines()
     tail = "--data world --replay-data world --out m"
     for line in ("sft.py --init m/base --data world --out m/sft --resume", "world.py pairs --init m/sft --out m/pairs.jsonl",
-                 "reward.py --init m/sft --data m/pairs.jsonl --out m/reward --resume",
+                 "reward.py --init m/sft --data m/pairs.jsonl --out m/reward --resume --surprisal",
                  "rlhf.py dpo --init m/sft --data m/pairs.jsonl --replay-data world --out m/dpo --resume",
                  *(f"rlhf.py {s} --init m/sft --reward m/reward {tail}/{s} --resume" for s in ("ppo", "grpo")),
                  "evaluate.py m/base m/sft m/dpo m/ppo --reward m/reward --data m/pairs.jsonl --out m/report"):

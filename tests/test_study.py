@@ -40,12 +40,16 @@ def test_folders_that_cannot_be_used_get_one_line(monkeypatch, tmp_path):
             study.main()
 
 
-def test_reward_models_on_fewer_pairs_are_told_what_the_main_one_is(tmp_path):
+def test_what_the_main_reward_model_is_told_the_smaller_ones_are_too(tmp_path):
     (tmp_path / "reward").mkdir()
     for told, config in ((False, {"model_type": "qwen3"}), (True, {"model_type": "reward_with_reader", "reader": {}})):
         (tmp_path / "reward" / "config.json").write_text(json.dumps(config))
         commands = study.training_runs(study.Config(runs=str(tmp_path)))
         assert {"--surprisal" in commands[f"reward_{n}"] for n in study.SUBSETS} == {told}
+        assert ("ppo_untold" in commands) is ("reward_untold" in commands) is told
+    assert "--surprisal" not in commands["reward_untold"] and "ppo_untold" in report.ABLATIONS
+    judged = commands["ppo_untold"].replace("out/study/reward_untold", f"{tmp_path}/reward")  # by another, else as usual
+    assert judged == commands["ppo_no_whitening"].replace(" --no-whiten", "")
 
 
 def test_every_command_parses_and_no_two_are_the_same():
