@@ -592,8 +592,10 @@ def load_reward_source(spec, policy, tokenizer, device):
         def model_score(prompts, responses):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
         # The critic starts as the reward model (InstructGPT does the same): inside an answer it overshoots, but
-        # tells good beginnings from bad ones. A copy, because the critic goes on learning and the reward must stay fixed.
-        return model_score, copy.deepcopy(model, {id(model.reader): model.reader}), shift  # but for the frozen reader
+        # tells good beginnings from bad ones. A copy, because the critic goes on learning and the reward must stay fixed,
+        # but for the reader, which is frozen. (Told nothing by a reader, the critic of `make` explains 6 to 64 % of the
+        # returns' variance at the end, told it 66 to 82 %, and PPO wins more often.)
+        return model_score, copy.deepcopy(model, {id(model.reader): model.reader}), shift
 
     function = load_function(path, name)
 

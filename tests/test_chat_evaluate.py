@@ -351,6 +351,14 @@ def test_examples_are_of_the_family_of_the_question():
     assert chat.examples_like("Hi?", chat.Config([], few_shot=0)) == []
 
 
+def test_examples_that_do_not_fit_are_counted(folders, monkeypatch, capsys):
+    for shots, fit in ((1, 1), (60, None)):
+        chat.main([str(folders / "sft"), "--prompt", "What is four plus five?", "--few-shot", str(shots), "--max-new-tokens", "4",
+                   "--device", "cpu"])
+        said = capsys.readouterr().err
+        assert not said if fit else re.fullmatch(r"\(sft: only \d+ of 60 examples fit its context\)\n", said)
+
+
 def test_a_stamp_that_was_touched_has_no_seconds(tmp_path):
     """It would end the evaluation after everything has been measured."""
     finish(tmp_path / "sft", "sft", 12.0)
@@ -715,6 +723,19 @@ def test_a_kl_that_cannot_be_had_is_said(folders, tokenizer, some_tasks, monkeyp
                    "cpu", "--best-of", "1", "--per-family", "1"])
     assert "no KL of long: sft reads other tokens, or fewer" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["checkpoints"]["long"]["kl_from_sft"] is None
+
+
+def test_pairs_that_tell_no_p_measure_no_reward_model(folders, some_tasks, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+    rows = [json.loads(line) for line in (folders / "pairs.jsonl").read_text("utf-8").splitlines()]
+    for keep in (True, False):
+        (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({k: v for k, v in row.items() if keep or k != "p"}) for row in rows))
+        evaluate.main([str(folders / "sft"), "--reward", str(folders / "reward"), "--data", str(tmp_path / "pairs.jsonl"), "--out",
+                       str(tmp_path), "--max-new-tokens", "4", "--device", "cpu", "--best-of", "1", "--per-family", "1"])
+        assert ("no row of" in capsys.readouterr().err) is not keep
+        found = json.loads((tmp_path / "report.json").read_text("utf-8"))["reward_model"]
+        assert (found["accuracy"] is not None) is keep and (found["pairs"] > 0) is keep
 
 
 def test_the_same_seed_gives_the_same_answers(written, folders):

@@ -315,16 +315,21 @@ def test_what_was_sampled_is_read_without_a_gradient(tokenizer):
     assert values.any() and not values.requires_grad
 
 
-def test_reward_model_becomes_score_and_critic(tokenizer, tmp_path):
-    model = ScalarModel(tiny(tokenizer, seed=5))
+@pytest.mark.parametrize("reader", [False, True])
+def test_reward_model_becomes_score_and_critic(reader, tokenizer, tmp_path):
+    model = ScalarModel(tiny(tokenizer, seed=5), tiny(tokenizer, seed=6) if reader else None)
     save_checkpoint(tmp_path / "reward", model, tokenizer, reward_shift=0.7, reward_scale=2.0)
     scores, critic, shift = rlhf.load_reward_source(str(tmp_path / "reward"), tiny(tokenizer), tokenizer, "cpu")
     prompts, responses = [rlhf.Prompt([5, 6], "")] * 2, [[7], [8, 9, 10]]
     expected = score(model, [[5, 6]] * 2, responses, 0) - 0.7
     assert torch.allclose(scores(prompts, responses), expected, atol=1e-6)
     assert shift == 0.7
+    ids = torch.tensor([[5, 6, 8, 9, 10]])
     with torch.no_grad():
-        critic.score.weight.zero_()  # the critic learns; the reward must not change with it
+        assert torch.allclose(critic(ids), model(ids), atol=1e-6)  # told what the reward model is told
+        for parameter in critic.parameters():  # the critic learns; the reward must not change with it
+            if parameter.requires_grad:
+                parameter.zero_()
     assert torch.allclose(scores(prompts, responses), expected, atol=1e-6)
 
 
