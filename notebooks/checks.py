@@ -1550,6 +1550,47 @@ def check_noise_ceiling(fn, g):
 
 
 @check
+def check_surprisals(fn, g):
+    """fn(logits (B, T, V), ids (B, T)) -> (B, T, 2): log-probs of the tokens, and how far each lies below the likeliest's."""
+    def both(logits, ids, shift=1, scale=torch.log_softmax):
+        scores = scale(logits[:, :logits.size(1) - shift], -1)
+        said = scores.gather(-1, ids[:, shift:, None]).squeeze(-1)
+        return said, scores.amax(-1)
+
+    def right(logits, ids):
+        said, most = both(logits, ids)
+        return F.pad(torch.stack([said, said - most], -1), (0, 0, 1, 0))
+
+    def table(first, second, before=1, after=0):
+        return F.pad(torch.stack([first, second], -1), (0, 0, before, after))
+
+    def wrong(change, **settings):
+        return lambda logits, ids: change(*both(logits, ids, **settings))
+
+    inputs = []
+    for shape in ((1, 3, 4), (2, 5, 7), (3, 9, 6)):
+        logits = 2 * normal(g, *shape)
+        inputs.append((logits, torch.randint(shape[-1], shape[:2], generator=g)))
+    compare(fn, right, inputs, [
+        (wrong(lambda said, most: table(said, said - most, before=0), shift=0), "you read at place t what foretells the token "
+         "at t + 1: shift, logits[:, :-1] with ids[:, 1:]."),
+        (wrong(lambda said, most: torch.stack([said, said - most], -1)), "one place is missing: the first token gets two zeros."),
+        (wrong(lambda said, most: table(said, said - most, 0, 1)), "the zeros belong to the first token, not to the last."),
+        (wrong(lambda said, most: table(said, most - said)), "below the likeliest means 0 or less: the token's minus the "
+         "likeliest's."),
+        (wrong(lambda said, most: table(said, most)), "the second number is the likeliest token's own; how far below it does "
+         "the token lie?"),
+        (wrong(lambda said, most: table(said - most, said)), "the two numbers are exchanged."),
+        (wrong(lambda said, most: table(said, said - most), scale=lambda x, _: x), "the second number is right; for the first "
+         "you take logits as they are: log_softmax makes log-probs of them."),
+        (wrong(lambda said, most: table(said, said - most), scale=torch.softmax), "these are probabilities; take their "
+         "logarithm (log_softmax)."),
+        (lambda logits, ids: right(logits.transpose(0, 1), ids.t()).transpose(0, 1), "you shift along the batch; the places are dimension 1."),
+    ])
+    return "right on 3 batches"
+
+
+@check
 def check_normalise_reward(fn, g):
     """fn(scores (N,)) -> (shift, scale), so that scores / scale − shift has mean 0 and std 1 (reward.py)."""
     def right(scores):

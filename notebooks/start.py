@@ -4,6 +4,7 @@ It gives torch, np, plt, F and Path, the checks of checks.py, and
 
     RUN        the folder of trained models that `make` left: out/, or the one that the environment variable RUN names,
                relative to the repository
+    plain_reward()    the folder of a reward model that is told nothing of what SFT thought; made when first asked for
     few(n)     n; only a few when the tests run the notebooks ($FAST=1), where nothing has to be learned
     todo(...)  stands where you fill something in, and says so
     show_table, show_code    tables, our source
@@ -14,6 +15,7 @@ and makes `import model, rlhf, …` find the code of the repository.
 import html
 import inspect
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,6 +64,20 @@ def _run():
 
 
 RUN = _run()
+
+
+def plain_reward():
+    """The folder of a reward model made without --surprisal, of the run's own SFT model and pairs: RUN/reward_plain. It
+    is made if it is missing or older than the pairs."""
+    folder, pairs = RUN / "reward_plain", RUN / "pairs.jsonl"
+    done = folder / "done"
+    if not done.exists() or done.stat().st_mtime < pairs.stat().st_mtime:
+        print(f"making {folder.name} with reward.py, which takes a minute or less …")
+        made = subprocess.run([sys.executable, ROOT / "reward.py", "--init", RUN / "sft", "--data", pairs, "--out", folder],
+                              capture_output=True, text=True)
+        if made.returncode:
+            raise RuntimeError(made.stderr)
+    return folder
 
 
 class Shown:

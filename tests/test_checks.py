@@ -283,6 +283,16 @@ def read_last(values, mask):
     return values.gather(1, (place * mask).argmax(1, keepdim=True)).squeeze(1)
 
 
+def surprisals(logits, ids):
+    told = torch.zeros(*ids.shape, 2, dtype=logits.dtype)
+    for b, row in enumerate(ids.tolist()):
+        for t, token in list(enumerate(row))[1:]:
+            foretold = logits[b, t - 1].exp() / logits[b, t - 1].exp().sum()
+            told[b, t, 0] = foretold[token].log()
+            told[b, t, 1] = (foretold[token] / foretold.max()).log()
+    return told
+
+
 def calibration(p, outcome, bins, weighted=True, top=True):
     total, which = 0.0, np.floor(p.numpy() * bins)
     which = np.minimum(which, bins - 1) if top else which
@@ -653,6 +663,20 @@ TABLE = {
         (lambda s: (s.mean(), 1 / s.std()), "(scores − shift) · scale"),
         (lambda s: (s.std(), s.mean() / s.std()), "exchanged"),
         (lambda s: (s.mean() / s.var(), s.var()), "variance")]),
+    "surprisals": ([surprisals], [
+        (lambda x, ids: surprisals(x, ids)[:, 1:], "one place is missing"),
+        (lambda x, ids: surprisals(x, ids).roll(-1, 1), "not to the last"),
+        (lambda x, ids: surprisals(x, ids) * torch.tensor([1.0, -1.0]), "0 or less"),
+        (lambda x, ids: surprisals(x, ids).flip(-1), "exchanged"),
+        (lambda x, ids: surprisals(x, ids).cumsum(-1) - surprisals(x, ids) * torch.tensor([0.0, 2.0]), "the likeliest token's own"),
+        (lambda x, ids: torch.stack([x.log_softmax(-1).gather(-1, ids[..., None])[..., 0],
+                                     x.gather(-1, ids[..., None])[..., 0] - x.amax(-1)], -1), "foretells the token"),
+        (lambda x, ids: surprisals(x, ids) + torch.stack([F.pad(x[:, :-1].logsumexp(-1), (1, 0)), torch.zeros(ids.shape)], -1),
+         "for the first you take logits"),
+        (lambda x, ids: surprisals(x.transpose(0, 1), ids.t()).transpose(0, 1), "along the batch"),
+        (lambda x, ids: torch.where(torch.arange(ids.size(1))[None, :, None] > 0, torch.stack([
+            surprisals(x, ids)[..., 0].exp(), surprisals(x, ids)[..., 0].exp()
+            - F.pad(x[:, :-1].softmax(-1).amax(-1), (1, 0))], -1), 0.0), "these are probabilities")]),
     "calibration": ([calibration], [
         (lambda *args: calibration(*args, weighted=False), "average the bins alike"),
         (lambda *args: calibration(*args, top=False), "exactly 1"),
