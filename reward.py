@@ -56,7 +56,7 @@ class Config:
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
-    surprisal: bool = flag(False, "also read what --init thinks of each token; other libraries cannot open this model")
+    surprisal: bool = flag(False, "also read what --init thinks of each token; other libraries then need the code that the folder has")
     epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")

@@ -461,6 +461,9 @@ def write_text(path, text):
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+CODE = Path(__file__).resolve().parent / "tools" / "reward_with_reader.py"
+
+
 def save_checkpoint(folder, model, tokenizer, **extra):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
@@ -472,8 +475,10 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
-    if scalar and model.reader is not None:  # transformers refuses this type; else it would leave the reader out
-        scalar |= {"model_type": "reward_with_reader", "reader": hf_config(model.reader.config)}
+    told = scalar and model.reader is not None  # no model of transformers': its folder brings code for one
+    if told:
+        scalar |= {"model_type": CODE.stem, "reader": hf_config(model.reader.config), "auto_map": {
+            "AutoConfig": f"{CODE.stem}.RewardConfig", "AutoModelForSequenceClassification": f"{CODE.stem}.RewardWithReader"}}
     pad_id = None if scalar and tokenizer.pad_id == tokenizer.im_end_id else tokenizer.pad_id
     config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
                        pad_token_id=pad_id, **scalar, **extra)
@@ -484,6 +489,8 @@ def save_checkpoint(folder, model, tokenizer, **extra):
         with writing(folder):
             part.mkdir(parents=True, exist_ok=True)
             tokenizer.save(part)
+            if told:
+                shutil.copyfile(CODE, part / CODE.name)
             save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
             for name, value in (("generation_config.json", ends), ("config.json", config)):
                 (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -346,7 +346,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("padding before a row is a surprise", "model.py", "told = told * attention_mask[:, :-1, None]", "pass", "test_model.py"),
     ("the reward model is told nothing", "model.py", "told = None if self.reader is None else", "told = None if True else",
      "test_model.py test_reward.py"),
-    ("transformers would leave the reader out", "training.py", '"model_type": "reward_with_reader", ', "", "test_reward.py"),
+    ("the folder has no code for its model", "training.py", "shutil.copyfile(CODE, part / CODE.name)", "pass", "test_reward.py"),
+    ("transformers would leave the reader out", "training.py", '"model_type": CODE.stem, ', "", "test_reward.py"),
     ("the judge takes the value for the subject", "world.py", r"\b{value}\b.*\b{value}\b|", "", "test_world.py"),
 )
 

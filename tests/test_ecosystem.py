@@ -79,9 +79,28 @@ def test_the_reward_model_is_a_sequence_classifier(tokenizer, tmp_path, measured
     ids, _ = render_chat(tokenizer, TALK[:3])
     error = (theirs(torch.tensor([ids])).logits[0, 0] - model(torch.tensor([ids]))[0, -1]).abs()
     measured("score of the reward model's folder", f"transformers {transformers.__version__}", error, 1e-4, peer=True)
-    save_checkpoint(tmp_path, shaken(ScalarModel(ours(tokenizer), ours(tokenizer))), tokenizer)
-    with pytest.raises(ValueError, match="reward_with_reader"):  # it would leave the reader out
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("qk_norm, tied", [(True, False), (False, True)])
+def test_the_reward_model_with_a_reader_brings_its_code(qk_norm, tied, tokenizer, tmp_path, measured):
+    model = shaken(ScalarModel(ours(tokenizer, qk_norm, tied), shaken(ours(tokenizer, qk_norm, tied))))
+    with torch.no_grad():
+        model.surprisal.weight.mul_(50)
+    save_checkpoint(tmp_path, model, tokenizer, reward_shift=0.3, reward_scale=2.0)
+    with pytest.raises(ValueError, match="trust_remote_code"):  # never a model without its reader
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=False)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    long, short = (render_chat(tokenizer, TALK[:n])[0] for n in (3, 1))
+    expected = torch.stack([model(torch.tensor([ids]))[0, -1] for ids in (long, short)])
+    padding = [tokenizer.pad_id] * (len(long) - len(short))
+    off = [0] * len(padding)
+    for row, mask in ((padding + short, off + [1] * len(short)), (short + padding, [1] * len(short) + off)):
+        found = theirs(torch.tensor([long, row]), attention_mask=torch.tensor([[1] * len(long), mask])).logits[:, 0]
+        measured("score of a reward model with a reader", f"transformers {transformers.__version__}, our code in the folder",
+                 (found - expected).abs().max(), 1e-4, peer=True)
+    with torch.no_grad():
+        model.surprisal.weight.zero_()
+    assert (model(torch.tensor([long]))[0, -1] - expected[0]).abs() > 1e-2  # it matters what it is told
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -165,4 +165,7 @@ def test_with_surprisals_it_knows_what_the_policy_would_say(tmp_path, tokenizer,
     assert right[True] > 0.9 > 0.8 > right[False]
     model = load_reward(out)[0]  # the folder holds the reader, as it was
     assert all(torch.equal(tensor, policy.state_dict()[name]) for name, tensor in model.reader.state_dict().items())
-    assert json.loads((out / "config.json").read_text())["model_type"] == "reward_with_reader"
+    info = json.loads((out / "config.json").read_text())
+    assert info["model_type"] == "reward_with_reader"  # which transformers refuses, unless it may run the code that is there
+    for module, name in (place.split(".") for place in info["auto_map"].values()):
+        assert f"class {name}(" in (out / f"{module}.py").read_text("utf-8")
