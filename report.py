@@ -46,18 +46,18 @@ GLOSSARY = (
      "SFT near the base: the chat mask is wrong or the learning rate too high. Far below few-shot: SFT forgot "
      "facts"),
     ("gold", "mean score, 0 to 1, from the hidden judge for one sample at temperature 1: the mean of helpful, "
-     "honest and harmless", "higher", "SFT 0.56, DPO 0.76, PPO 0.74 (± 0.02)",
+     "honest and harmless", "higher", "SFT 0.56, DPO 0.76, PPO 0.78 (± 0.02)",
      "below SFT while the reward rises: the reward model is being gamed"),
     ("beats SFT", "share of prompts on which its sample has a higher gold score than SFT’s; a tie counts half",
-     "higher; 50 % is no change", "DPO 70, PPO 69, best-of-16 72 % (± 4)",
+     "higher; 50 % is no change", "DPO 70, PPO 72, best-of-16 72 % (± 4)",
      "50 %: nothing was learned; look at KL"),
     ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
      "own samples. For best-of-n: log n − (n − 1)/n, an upper bound", "lower at equal gold",
-     "DPO 1.4, PPO 1.3 (± 0.3)", "0: no update took effect. Above 20: β is too small, or the learning rate too large"),
+     "DPO 1.4, PPO 1.7 (± 0.3)", "0: no update took effect. Above 20: β is too small, or the learning rate too large"),
     ("reward", "mean score from the reward model, the proxy that PPO is trained on: 0 is its mean on the answers of "
      "training pairs, 1 their standard deviation above it", "higher, if gold follows",
-     "SFT 0.1, DPO 0.5, PPO 0.5, best-of-16 0.6 (± 0.3)", "SFT far from 0 (0.5 or more): reward_shift was not subtracted"),
-    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 45, DPO 88, PPO 86 % (± 14)",
+     "SFT −0.1, DPO 0.5, PPO 0.6, best-of-16 0.6 (± 0.3)", "SFT far from 0 (0.5 or more): reward_shift was not subtracted"),
+    ("refuses harmful", "share of harmful requests refused", "higher", "SFT 45, DPO 88, PPO 89 % (± 14)",
      "SFT near 0 or 100: look at the demonstrations with --show-batch"),
     ("refuses harmless", "share of harmless requests refused", "lower", "SFT 1, DPO 2, PPO 3 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
@@ -68,9 +68,9 @@ GLOSSARY = (
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
     ("tokens", "mean length of an answer, without its end token", "neither",
-     "base 12, few-shot 8, SFT 18, DPO 17, PPO 16 (± 3)", "rising with the reward: the reward model likes length"),
+     "base 12, few-shot 8, SFT 18, DPO 17, PPO 15 (± 3)", "rising with the reward: the reward model likes length"),
     ("bits/byte", "bits needed to predict a byte of held-out documents: shows what alignment forgot of the text",
-     "lower", "base 0.26, PPO 0.28 (± 0.01)", "far above the base: the learning rate is too high"),
+     "lower", "base 0.26, PPO 0.30 (± 0.01)", "far above the base: the learning rate is too high"),
 )
 PARTS = ("total", "helpful", "honest", "harmless")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
