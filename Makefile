@@ -27,7 +27,8 @@ endif
 # quick and long have folders of their own, unless OUT was given.
 own = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
 
-# Settings of each stage; override on the command line: make PRETRAIN='--steps 2000'
+# Settings of each stage; override on the command line: make PRETRAIN='--steps 2000', or REWARD= for a reward model
+# that is not told how likely SFT found each token
 SEED     :=
 PRETRAIN ?=
 SFT      ?=

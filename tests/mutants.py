@@ -349,6 +349,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("the folder has no code for its model", "training.py", "shutil.copyfile(CODE, part / CODE.name)", "pass", "test_reward.py"),
     ("transformers would leave the reader out", "training.py", '"model_type": CODE.stem, ', "", "test_reward.py"),
     ("the judge takes the value for the subject", "world.py", r"\b{value}\b.*\b{value}\b|", "", "test_world.py"),
+    ("the critic is told nothing", "rlhf.py", "copy.deepcopy(model, {id(model.reader): model.reader}), shift",
+     "(lambda critic: (setattr(critic, 'reader', None), critic)[1])(copy.deepcopy(model)), shift", "test_rlhf.py"),
 )
 
 
