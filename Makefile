@@ -27,13 +27,12 @@ endif
 # quick and long have folders of their own, unless OUT was given.
 own = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
 
-# Settings of each stage; override on the command line: make PRETRAIN='--steps 2000', or REWARD= for a reward model
-# that is not told how likely SFT found each token
+# Settings of each stage; override on the command line: make PRETRAIN='--steps 2000'
 SEED     :=
 PRETRAIN ?=
 SFT      ?=
 PAIRS    ?=
-REWARD   ?= --surprisal
+REWARD   ?=
 DPO      ?=
 PPO      ?=
 GRPO     ?=
@@ -69,7 +68,7 @@ seeded = $(if $(SEED),--seed $(SEED) )$(1)
 SETTINGS_base = $(call seeded,$(PRETRAIN))
 SETTINGS_sft = $(call seeded,$(SFT))
 SETTINGS_pairs = $(call seeded,$(PAIRS))
-SETTINGS_reward = $(call seeded,$(REWARD))
+SETTINGS_reward = $(call seeded,--surprisal $(REWARD))
 SETTINGS_dpo = $(call seeded,$(DPO))
 SETTINGS_ppo = $(call seeded,$(PPO))
 SETTINGS_grpo = $(call seeded,$(GRPO))

@@ -64,7 +64,7 @@ GLOSSARY = (
     ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
      "“I do not know”", "lower", "SFT 61, DPO 13, PPO 18 % (± 11)", "unchanged: too few such pairs"),
     ("needless “I do not know”", "how often this is the answer to a question that SFT gets right in a quarter or "
-     "more of 16 samples", "lower", "SFT 1, DPO 1, PPO 1 % (± 2)", "high: honesty was bought with silence"),
+     "more of 16 samples", "lower", "SFT 1, DPO 1, PPO 0 % (± 2)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
     ("tokens", "mean length of an answer, without its end token", "neither",

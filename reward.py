@@ -28,6 +28,7 @@ that `chosen` is preferred, the mean of max(p, 1 − p) is the best accuracy pos
 Left out: several ranked answers per prompt, ties, and an ensemble against over-optimisation.
 """
 
+import argparse
 import contextlib
 import math
 import time
@@ -56,7 +57,8 @@ class Config:
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
-    surprisal: bool = flag(False, "also read what --init thinks of each token; other libraries then need the code that the folder has")
+    surprisal: bool = flag(False, "also read what --init thinks of each token; other libraries then need the code that the "
+                           "folder has", action=argparse.BooleanOptionalAction)
     epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")

@@ -8,8 +8,8 @@ where it stopped. A run is repeated if its command, its code (rlhf.py, this file
 and then everything is measured again.
 
 1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO (also as published), GRPO,
-   PPO with three seeds and without each of its parts, reward models from fewer pairs, and a PPO
-   that nothing holds back.
+   PPO with three seeds, without each of its parts and with a reward model that is told nothing, reward
+   models from fewer pairs, and a PPO that nothing holds back.
 2  evaluate.py on all of them: report.json.
 3  The reward-against-KL curve (Gao, Schulman & Hilton, arXiv 2210.10760, figure 1): gold and proxy
    score of checkpoints along PPO, GRPO and DPO, and of best-of-n for n = 1 to 64: curves.json.
@@ -230,7 +230,7 @@ def policy_and_reward(config, device):
 
 
 def policies(config):
-    """Names of the runs that evaluate.py measures: all but the smaller reward models."""
+    """Names of the runs that evaluate.py measures: all but the reward models."""
     return [name for name in training_runs(config) if not name.startswith("reward_")]
 
 

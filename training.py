@@ -126,7 +126,7 @@ def parse_args(Config, argv=None, description=None, prog=None):
                 options["help"] += f" (default: {shown})"
         options["help"] = options["help"].replace("%", "%%")
         if kind == "bool":
-            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+            options.setdefault("action", argparse.BooleanOptionalAction if default else "store_true")
         elif kind.startswith("list"):
             options.setdefault("nargs", "+")
         else:
@@ -499,7 +499,7 @@ def save_checkpoint(folder, model, tokenizer, **extra):
             for path in made:
                 sync(path)
             # Besides config.json: files of someone else's model, if one was here, that readers prefer to ours.
-            for old in ("config.json", "model.safetensors.index.json", "chat_template.jinja"):
+            for old in ("config.json", "model.safetensors.index.json", "chat_template.jinja", CODE.name):
                 (folder / old).unlink(missing_ok=True)
             for path in made:
                 os.replace(path, folder / path.name)

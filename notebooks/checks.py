@@ -1574,6 +1574,8 @@ def check_surprisals(fn, g):
     compare(fn, right, inputs, [
         (wrong(lambda said, most: table(said, said - most, before=0), shift=0), "you read at place t what foretells the token "
          "at t + 1: shift, logits[:, :-1] with ids[:, 1:]."),
+        (wrong(lambda said, most: table(said[:, 1:], (said - most)[:, 1:]), shift=0), "you read at place t what foretells the "
+         "token at t + 1: shift, logits[:, :-1] with ids[:, 1:]."),
         (wrong(lambda said, most: torch.stack([said, said - most], -1)), "one place is missing: the first token gets two zeros."),
         (wrong(lambda said, most: table(said, said - most, 0, 1)), "the zeros belong to the first token, not to the last."),
         (wrong(lambda said, most: table(said, most - said)), "below the likeliest means 0 or less: the token's minus the "

@@ -14,7 +14,9 @@ and makes `import model, rlhf, …` find the code of the repository.
 
 import html
 import inspect
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -66,15 +68,24 @@ def _run():
 RUN = _run()
 
 
+def told_reward():
+    """Is RUN/reward a reward model made with --surprisal?"""
+    config = RUN / "reward" / "config.json"
+    return config.exists() and "reader" in json.loads(config.read_text(encoding="utf-8"))
+
+
 def plain_reward():
-    """The folder of a reward model made without --surprisal, of the run's own SFT model and pairs: RUN/reward_plain. It
-    is made if it is missing or older than the pairs."""
-    folder, pairs = RUN / "reward_plain", RUN / "pairs.jsonl"
+    """The folder of a reward model made like RUN/reward, but without --surprisal: RUN/reward_plain. It is made if it is missing
+    or older than the pairs. (RUN/reward itself, if that is plain.)"""
+    folder, pairs, settings = RUN / "reward_plain", RUN / "pairs.jsonl", RUN / "reward" / "settings"
+    if not told_reward():
+        return RUN / "reward"
     done = folder / "done"
-    if not done.exists() or done.stat().st_mtime < pairs.stat().st_mtime:
+    if not done.exists() or pairs.exists() and done.stat().st_mtime < pairs.stat().st_mtime:
         print(f"making {folder.name} with reward.py, which takes a minute or less …")
-        made = subprocess.run([sys.executable, ROOT / "reward.py", "--init", RUN / "sft", "--data", pairs, "--out", folder],
-                              capture_output=True, text=True)
+        flags = shlex.split(settings.read_text(encoding="utf-8")) if settings.exists() else []
+        made = subprocess.run([sys.executable, ROOT / "reward.py", "--init", RUN / "sft", "--data", pairs, "--out", folder,
+                               *flags, "--no-surprisal"], capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(made.stderr)
     return folder

@@ -98,6 +98,8 @@ def test_the_reward_model_with_a_reader_brings_its_code(qk_norm, tied, tokenizer
         found = theirs(torch.tensor([long, row]), attention_mask=torch.tensor([[1] * len(long), mask])).logits[:, 0]
         measured("score of a reward model with a reader", f"transformers {transformers.__version__}, our code in the folder",
                  (found - expected).abs().max(), 1e-4, peer=True)
+    unmasked = theirs(torch.tensor([long, short + padding])).logits[:, 0]
+    assert torch.allclose(unmasked, expected, atol=1e-5)
     with torch.no_grad():
         model.surprisal.weight.zero_()
     assert (model(torch.tensor([long]))[0, -1] - expected[0]).abs() > 1e-2  # it matters what it is told

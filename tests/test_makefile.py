@@ -113,6 +113,13 @@ def test_flags_of_the_command_line_follow_those_of_a_target(make, tmp_path):
         assert re.search(r"sft.py .*--conversations \d+ .*--epochs 9\n", asked) and "--system Be brief; be kind.\n" in asked
 
 
+def test_the_reward_model_is_told_what_sft_thought_unless_asked_otherwise(make, tmp_path):
+    for words, told in ([], True), (["REWARD=--epochs 3"], True), (["REWARD=--no-surprisal"], False):
+        assert "reward.py" in make("reward", *words)
+        (asked,) = (line for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("reward.py"))
+        assert parse_args(reward.Config, shlex.split(asked.removeprefix("reward.py"))).surprisal is told
+
+
 def test_every_stage_is_made_from_what_it_should_be(make, tmp_path):
     lines = []
     for words in ([], ["grpo"]):

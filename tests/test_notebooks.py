@@ -95,6 +95,32 @@ def test_a_notebook_has_what_every_notebook_has(path):
     assert "SOLUTION" not in text_of(NOTEBOOKS / path.name)
 
 
+def test_a_plain_reward_model_is_made_where_there_is_none(tmp_path, monkeypatch):
+    start, calls, (reward, plain) = importlib.import_module("start"), [], (tmp_path / "reward", tmp_path / "reward_plain")
+
+    def call(command, **_):
+        calls.append([str(word) for word in command])
+        plain.mkdir(exist_ok=True)
+        (plain / "done").touch()
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(start, "RUN", tmp_path)
+    monkeypatch.setattr(start.subprocess, "run", call)
+    reward.mkdir()
+    (tmp_path / "pairs.jsonl").touch()
+    (reward / "settings").write_text("--seed 2 --surprisal --warmup 2\n")
+    (reward / "config.json").write_text('{"model_type": "qwen3"}')
+    assert start.plain_reward() == reward and not calls  # it is plain itself
+    (reward / "config.json").write_text('{"reader": {}}')
+    for newer, made in ((-9, 1), (-9, 1), (9, 2)):  # the third time the pairs are newer than what was made
+        if calls:
+            when = (plain / "done").stat().st_mtime + newer
+            os.utime(tmp_path / "pairs.jsonl", (when, when))
+        assert start.plain_reward() == plain and len(calls) == made
+    assert calls[0][-7:] == [str(plain), "--seed", "2", "--surprisal", "--warmup", "2", "--no-surprisal"]
+    (tmp_path / "pairs.jsonl").unlink()
+    assert start.plain_reward() == plain and len(calls) == 2
+
+
 def test_the_index_of_exercises_is_that_of_the_notebooks():
     there = re.findall(r"^### Exercise ([\d.]+) \((\w+), (\d+) minutes, (\w+)\)", "\n".join(map(text_of, SOLVED)), re.M)
     readme = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")

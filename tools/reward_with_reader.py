@@ -1,4 +1,4 @@
-"""For transformers: the reward model that `reward.py --surprisal` makes. This file is copied into its folder, and
+"""For transformers 5: the reward model that `reward.py --surprisal` makes. This file is copied into its folder, and
 
     AutoModelForSequenceClassification.from_pretrained("out/reward", trust_remote_code=True)
 
@@ -32,8 +32,10 @@ class RewardWithReader(PreTrainedModel):
 
     def forward(self, input_ids, attention_mask=None, **_):
         """ids (B, T), padded on either side -> logits (B, 1): raw rewards, of which `reward_shift` is the mean."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        if attention_mask is None:  # as transformers does it: what is not the padding token is read
+            pad = self.config.pad_token_id
+            attention_mask = torch.ones_like(input_ids) if pad is None else input_ids.ne(pad)
+        attention_mask = attention_mask.long()
         with torch.no_grad():  # as in `surprisals`
             logits = self.reader(input_ids, attention_mask=attention_mask).logits
         logprobs = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
