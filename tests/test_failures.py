@@ -356,11 +356,13 @@ def test_a_checkpoint_takes_the_place_of_a_model_in_parts(files, tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / parts)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": parts}}))
     (tmp_path / "chat_template.jinja").write_text("[INST]")
+    (tmp_path / "reward_with_reader.py").touch()  # of a reward model that was here
     with torch.no_grad():
         model.norm.weight += 1
     save_checkpoint(tmp_path, model, tokenizer)
     assert torch.equal(load_checkpoint(tmp_path)[0].norm.weight, model.norm.weight)
     assert not (tmp_path / "model.safetensors.index.json").exists()  # some read it first
+    assert not (tmp_path / "reward_with_reader.py").exists()
     chat.open_speaker(tmp_path)
     # transformers, too, reads the whole file first: its save_pretrained leaves an index of parts that are gone.
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": parts}}))
