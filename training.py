@@ -461,7 +461,7 @@ def write_text(path, text):
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-CODE = Path(__file__).resolve().parent / "tools" / "reward_with_reader.py"
+CODE = Path(__file__).resolve().parent / "tools" / "reward_with_reader.py"  # for transformers, which has no such model
 
 
 def save_checkpoint(folder, model, tokenizer, **extra):
@@ -470,12 +470,12 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     `extra` goes into config.json (the reward model's shift and scale, the stage's name). transformers reads a
     reward at the last token that is not padding. So if <|im_end|> is also the padding token, as in some models
     from elsewhere, a reward model's config names none, and transformers refuses batches rather than misread
-    them. All files or none: they are written to a subfolder and moved when all are complete. A reader
+    them. The folder of a reward model with a reader has CODE, too. All files or none: they are written to a subfolder and moved when all are complete. A reader
     needs config.json, which is deleted first and moved last, so it never mixes two checkpoints."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
-    told = scalar and model.reader is not None  # no model of transformers': its folder brings code for one
+    told = scalar and model.reader is not None
     if told:
         scalar |= {"model_type": CODE.stem, "reader": hf_config(model.reader.config), "auto_map": {
             "AutoConfig": f"{CODE.stem}.RewardConfig", "AutoModelForSequenceClassification": f"{CODE.stem}.RewardWithReader"}}

@@ -1572,10 +1572,9 @@ def check_surprisals(fn, g):
         logits = 2 * normal(g, *shape)
         inputs.append((logits, torch.randint(shape[-1], shape[:2], generator=g)))
     compare(fn, right, inputs, [
-        (wrong(lambda said, most: table(said, said - most, before=0), shift=0), "you read at place t what foretells the token "
-         "at t + 1: shift, logits[:, :-1] with ids[:, 1:]."),
-        (wrong(lambda said, most: table(said[:, 1:], (said - most)[:, 1:]), shift=0), "you read at place t what foretells the "
-         "token at t + 1: shift, logits[:, :-1] with ids[:, 1:]."),
+        ((wrong(lambda said, most: table(said, said - most, before=0), shift=0),
+          wrong(lambda said, most: table(said[:, 1:], (said - most)[:, 1:]), shift=0)), "you read at place t what foretells "
+         "the token at t + 1: shift, logits[:, :-1] with ids[:, 1:]."),
         (wrong(lambda said, most: torch.stack([said, said - most], -1)), "one place is missing: the first token gets two zeros."),
         (wrong(lambda said, most: table(said, said - most, 0, 1)), "the zeros belong to the first token, not to the last."),
         (wrong(lambda said, most: table(said, most - said)), "below the likeliest means 0 or less: the token's minus the "
@@ -1587,7 +1586,8 @@ def check_surprisals(fn, g):
          "you take logits as they are: log_softmax makes log-probs of them."),
         (wrong(lambda said, most: table(said, said - most), scale=torch.softmax), "these are probabilities; take their "
          "logarithm (log_softmax)."),
-        (lambda logits, ids: right(logits.transpose(0, 1), ids.t()).transpose(0, 1), "you shift along the batch; the places are dimension 1."),
+        (lambda logits, ids: right(logits.transpose(0, 1), ids.t()).transpose(0, 1), "you shift along the batch; the places "
+         "are dimension 1."),
     ])
     return "right on 3 batches"
 

@@ -95,7 +95,7 @@ def test_the_reward_model_with_a_reader_brings_its_code(qk_norm, tied, tokenizer
     padding = [tokenizer.pad_id] * (len(long) - len(short))
     off = [0] * len(padding)
     for row, mask in ((padding + short, off + [1] * len(short)), (short + padding, [1] * len(short) + off)):
-        found = theirs(torch.tensor([long, row]), attention_mask=torch.tensor([[1] * len(long), mask])).logits[:, 0]
+        found = theirs(torch.tensor([long, row]), attention_mask=torch.tensor([[1] * len(long), mask]).bool()).logits[:, 0]
         measured("score of a reward model with a reader", f"transformers {transformers.__version__}, our code in the folder",
                  (found - expected).abs().max(), 1e-4, peer=True)
     unmasked = theirs(torch.tensor([long, short + padding])).logits[:, 0]
