@@ -92,7 +92,7 @@ $(OUT)/sft/done: sft.py $(OUT)/sft/settings $(OUT)/base/done
 $(OUT)/pairs.jsonl: $(OUT)/pairs/settings $(OUT)/sft/done
 	$(PY) world.py pairs --init $(OUT)/sft --out $@ $(SETTINGS_pairs)
 
-$(OUT)/reward/done: reward.py $(OUT)/reward/settings $(OUT)/pairs.jsonl
+$(OUT)/reward/done: reward.py tools/reward_with_reader.py $(OUT)/reward/settings $(OUT)/pairs.jsonl
 	$(FORGET)
 	$(PY) reward.py --init $(OUT)/sft --data $(OUT)/pairs.jsonl --out $(@D) --resume $(SETTINGS_reward)
 

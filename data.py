@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from tokenizer import ENDOFTEXT as SEPARATOR
 from tokenizer import render_chat
-from training import InputError, write_text, writing
+from training import InputError, make_folder, write_text, writing
 
 IGNORE = -100  # what torch's cross_entropy skips
 CONVERSATIONS = '{"messages"}, {"instruction", "output"} or {"instruction", "response"}'
@@ -94,7 +94,7 @@ def load_prompts(paths):
 
 def _load(paths, parse):
     if "world" in paths and not os.path.exists("world"):
-        raise InputError("'world' among files: it can only stand alone; expected either 'world' or files")
+        raise InputError("'world' can only stand alone, and only where something is trained; expected files")
     loaded = []
     for path in paths:
         loaded += _keep(_rows(Path(path)), lambda row: parse(row[1], row[0]), f"rows of {path}")
@@ -233,9 +233,10 @@ def _pair(row, where):
     hh = r"\n\nHuman:|Human:.*\n\nAssistant:"  # in three columns; some versions lack the first line breaks
     if isinstance(row.get("prompt"), str) and re.match(hh, row["prompt"], re.S):
         row = dict(row)
-        before = row.pop("prompt").lstrip("\n")
-        for key in ("chosen", "rejected"):
-            row[key] = before + _string(row, key, where).lstrip("\n").removeprefix(before)
+        before = re.sub(r"\n\nAssistant:\s*$", "", row.pop("prompt")).lstrip("\n")
+        for key in ("chosen", "rejected"):  # the answer alone, or after "Assistant:", or the whole dialogue
+            answer = _string(row, key, where).lstrip("\n").removeprefix(before).lstrip("\n").removeprefix("Assistant:")
+            row[key] = f"{before}\n\nAssistant:{answer}"
     if "prompt" in row:
         prompt = _messages(row, "prompt", where, role="user")
     else:
@@ -250,6 +251,8 @@ def _pair(row, where):
 
 def _with_system(row, messages, where):
     """The messages, after the row's "system" prompt if it has one and they have none of their own."""
+    if row.get("history"):  # LLaMA-Factory's; without them the question may mean nothing
+        raise InputError(f"{where}: found earlier turns in 'history', expected them in {{\"messages\"}}")
     if not row.get("system") or messages[0]["role"] == "system":
         return messages
     return [_turn("system", _string(row, "system", where)), *messages]
@@ -279,8 +282,6 @@ def _alpaca(row, where):
     key = "input" if "input" in row else "context"  # Dolly's name for the same
     extra = "" if row.get(key) is None else _string(row, key, where)
     question = _string(row, "instruction", where)
-    if row.get("history"):  # LLaMA-Factory's; without them the question may mean nothing
-        raise InputError(f"{where}: found earlier turns in 'history', expected them in {{\"messages\"}}")
     return [_turn("user", f"{question}\n\n{extra}" if extra.strip() else question)]
 
 
@@ -492,16 +493,18 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
 def stream_tokens(paths, stop, tokenizer, folder):
     """The tokens of the bytes before `stop`, as `pack_documents` gives them, in FOLDER/tokens.bin: (N,) int32,
     memory-mapped, so that only what is accessed is read. If interrupted, a later call continues there."""
+    make_folder(folder)
     folder = Path(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     mark, binary = folder / "tokens.json", folder / "tokens.bin"
     seen = [(str(path), Path(path).stat()) for path in paths]
     made_from = {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in seen], "stop": stop,
                  "vocabulary": f"{zlib.crc32(repr(tokenizer.merges).encode()):08x}"}
     done = {"position": 0, "tokens": 0}
     if mark.exists() and binary.exists():
-        found = json.loads(mark.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(mark.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):  # damaged
+            found = {}
         there = binary.stat().st_size >= 4 * found.get("tokens", 0)  # the file may be an incomplete copy
         if there and {name: found.get(name) for name in made_from} == made_from:
             done = {name: found[name] for name in done}

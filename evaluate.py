@@ -16,9 +16,10 @@ questions the reference can answer: only there does "I do not know" count as nee
 
 Means are taken over equally many prompts of each family, so that rows with more and with fewer
 prompts can be compared; KL is averaged over the prompts of best-of-n; a rate about one kind of prompt
-uses all prompts of that kind, and is left out if they are few. Rates have Wilson's interval, means a
-bootstrap over prompts; comparisons with the reference are paired prompt by prompt. Left out: several
-seeds of the training itself: the intervals are about these checkpoints, not about the method. (Run `make` with
+uses all prompts of that kind. Shares of right answers, of harmful requests refused and of made-up
+answers are left out where few prompts are behind them. Rates have Wilson's interval, means a bootstrap
+over prompts; comparisons with the reference are paired prompt by prompt. Left out: several seeds of the
+training itself: the intervals are about these checkpoints, not about the method. (Run `make` with
 several seeds; `report.py` reads their reports together.)
 """
 
@@ -52,7 +53,8 @@ class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of language models; a folder's name names its row"})
     reward: str | None = flag(None, "folder of the reward model: proxy scores and best-of-n")
-    data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p")
+    data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p. Without any, "
+                                   "the report has what reward.py measured")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
@@ -200,9 +202,9 @@ def choose_tasks(config):
 # Measures
 
 
-def accuracy(tasks, right, fair):
-    """Shares of right answers, and the same dict with the numbers of prompts behind them. "all" is over
-    the prompts marked `fair`."""
+def accuracy(tasks, right, fair, enough):
+    """Shares of right answers, None where fewer than `enough` prompts are behind one, and the same dict with those
+    numbers. "all" is over the prompts marked `fair`."""
     answerable = np.array([task.kind == "answerable" for task in tasks])
     holdout, family = (np.array([getattr(task, name) for task in tasks])
                        for name in ("holdout", "family"))
@@ -212,7 +214,7 @@ def accuracy(tasks, right, fair):
     def of_each(f):
         return {name: f(right[group]) for name, group in groups.items()} | {
             "families": {name: f(right[group]) for name, group in families.items()}}
-    return of_each(rate), of_each(len)
+    return of_each(lambda hits: rate(hits) if len(hits) >= enough else None), of_each(len)
 
 
 def measure(row, reference, can_answer, config):
@@ -225,11 +227,11 @@ def measure(row, reference, can_answer, config):
     refused = np.array([world.is_refusal(text) for text in texts])
     hedged = np.array([world.is_hedge(text) for text in texts])
     known = answerable & can_answer[row.where]
-    right = {name: accuracy(row.tasks, hits, row.fair) for name, hits in row.right.items()}
+    enough = min(150, config.per_family)  # a rate of fewer prompts is not worth quoting
+    right = {name: accuracy(row.tasks, hits, row.fair, enough) for name, hits in row.right.items()}
     main = "greedy" if config.accuracy_decode == "greedy" and "greedy" in right else "sampled"
     lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
     gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
-    enough = min(150, config.per_family)  # on fewer prompts, a rate about one kind is not worth quoting
 
     def rate_of(kind_name, hits):
         asked = kind == kind_name
@@ -264,18 +266,19 @@ def measure(row, reference, can_answer, config):
     return result
 
 
-def judge_reward_model(model, tokenizer, pairs):
-    """Accuracy on the pairs whose p is known, and the best that their labels allow."""
-    pairs = [pair for pair in pairs if pair.p is not None]
-    if not pairs:
+def judge_reward_model(model, tokenizer, pairs, found):
+    """Accuracy on the pairs whose p is known, and the best that their labels allow. Without pairs, what its
+    training ended with (`found`, as read_stamp has it), if that knew p."""
+    known = [pair for pair in pairs if pair.p is not None]
+    if known:
+        known = data.encode_pairs(known, tokenizer, model.config.context_length)
+        chosen, rejected = score_pairs(model, known, tokenizer.pad_id)
+        found = heldout_report(chosen - rejected, known)
+    if pairs and not known or not {"heldout_accuracy", "noise_ceiling", "heldout_pairs"} <= found.keys():
         return {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}
-    pairs = data.encode_pairs(pairs, tokenizer, model.config.context_length)
-    chosen, rejected = score_pairs(model, pairs, tokenizer.pad_id)
-    report = heldout_report(chosen - rejected, pairs)
-    found, ceiling = report["heldout_accuracy"], report["noise_ceiling"]
-    normalised = [(x - 0.5) / (ceiling - 0.5) for x in found] if ceiling > 0.5 else None
-    return {"accuracy": found, "noise_ceiling": ceiling, "normalised": normalised,
-            "pairs": len(pairs)}
+    right, ceiling = found["heldout_accuracy"], found["noise_ceiling"]
+    normalised = [(x - 0.5) / (ceiling - 0.5) for x in right] if ceiling > 0.5 else None
+    return {"accuracy": right, "noise_ceiling": ceiling, "normalised": normalised, "pairs": found["heldout_pairs"]}
 
 
 def transcripts(rows, tasks, places, judges):
@@ -302,18 +305,23 @@ def transcripts(rows, tasks, places, judges):
     return list(found.values())
 
 
+def read_stamp(folder):
+    """What a stage found at its end; {} if it left no word, or somebody made the file with `touch done`."""
+    try:
+        found = json.loads((Path(folder) / "done").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def stage_seconds(folders):
     """{stage: seconds} from the `done` stamps; a second run of a stage is named by its folder."""
-    seconds, names = {}, {stamp.parent.name for stamp in folders}
-    for stamp in folders:
-        if stamp.is_file():
-            try:
-                done = json.loads(stamp.read_text(encoding="utf-8"))
-                stage, taken = done.get("stage", stamp.parent.name), float(done["seconds"])
-            except (ValueError, AttributeError, KeyError, TypeError):  # `touch done`, to tell make that it is done
-                continue
-            name = stamp.parent.name
-            seconds[name if stage in seconds or stage in names - {name} else stage] = taken
+    seconds, names = {}, {Path(folder).name for folder in folders}
+    for folder in folders:
+        name, found = Path(folder).name, read_stamp(folder)
+        stage, taken = found.get("stage", name), found.get("seconds")
+        if isinstance(stage, str) and isinstance(taken, int | float):
+            seconds[name if stage in seconds or stage in names - {name} else stage] = float(taken)
     return seconds
 
 
@@ -373,10 +381,11 @@ def main(argv=None):
     if pairs and all(pair.p is None for pair in pairs):
         print(f"evaluate: no row of {' '.join(config.data)} has a p, the probability that `chosen` is preferred, so the "
               "reward model's accuracy is not measured", file=sys.stderr)
-    judged = judge_reward_model(reward and reward[0], reward_tokenizer, pairs)  # first, as it may refuse the pairs
+    judged = judge_reward_model(  # first, as it may refuse the pairs
+        reward and reward[0], reward_tokenizer, pairs, read_stamp(config.reward) if config.reward else {})
     tasks, ranks = choose_tasks(config)
     fair, everywhere = ranks < config.per_family, np.arange(len(tasks))
-    places = np.flatnonzero(ranks < config.best_of_per_family)  # of the tasks for best-of-n
+    places = np.flatnonzero(ranks < min(config.best_of_per_family, config.per_family))  # of the tasks for best-of-n
     documents = world.heldout_documents()
 
     def say(text):
@@ -440,6 +449,7 @@ def main(argv=None):
             found["kl_from_sft"] = [0.0] * 3
         elif reference and not speaker.raw and not reference.raw:
             if (same_tokens(speaker.tokenizer, reference.tokenizer)
+                    and speaker.model.config.vocab_size == reference.model.config.vocab_size
                     and speaker.model.config.context_length <= reference.model.config.context_length):
                 found["kl_from_sft"] = bootstrap(sequence_kl(speaker.model, reference.model, *(
                     [part[i] for i in places] for part in (row.sampled.prompts, row.sampled.ids))))
@@ -450,12 +460,11 @@ def main(argv=None):
 
     # 5. The report. report.json is written last: if it is there, so are the others.
     stages = [*folders.values()] + ([config.reward] if config.reward else [])
-    stamps = [Path(folder) / "done" for folder in stages]
     settings = {name: getattr(config, name) for name in (
         "reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode", "system", "max_new_tokens", "seed")}
     result = rounded({
         "prompts": len(tasks), "checkpoints": checkpoints, "reward_model": judged,
-        "seconds": stage_seconds(stamps) | {"evaluate": time.perf_counter() - started},
+        "seconds": stage_seconds(stages) | {"evaluate": time.perf_counter() - started},
         "best_of_prompts": len(places), "settings": settings,
         "runs": {Path(os.path.abspath(folder)).name: relative(folder, config.out) for folder in stages},
         "transcripts": transcripts(rows, tasks, places, judges)})

@@ -226,8 +226,8 @@ def main():
     # 4. What it has learned, on text it has not seen.
     nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes)
     seconds = time.perf_counter() - started
-    log(config.out, step, heldout_loss=nats, bits_per_byte=bits)
     save_checkpoint(config.out, model, tokenizer, stage="pretrain")
+    log(config.out, step, heldout_loss=nats, bits_per_byte=bits)
     finish(config.out, "pretrain", seconds, heldout_loss=nats, bits_per_byte=bits)
     print(f"pretrain: held-out loss {nats:.3f} nats per token, {bits:.3f} bits per byte; "
           f"{seconds:.0f} s; wrote {config.out}")

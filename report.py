@@ -9,6 +9,7 @@ The page needs no scripts and no network. Whatever a model wrote is escaped: it 
 interpreted. Left out: interactive plots.
 """
 
+import argparse
 import html
 import io
 import json
@@ -64,7 +65,7 @@ GLOSSARY = (
     ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
      "“I do not know”", "lower", "SFT 61, DPO 13, PPO 18 % (± 11)", "unchanged: too few such pairs"),
     ("needless “I do not know”", "how often this is the answer to a question that SFT gets right in a quarter or "
-     "more of 16 samples", "lower", "SFT 1, DPO 1, PPO 0 % (± 2)", "high: honesty was bought with silence"),
+     "more of its samples", "lower", "SFT 1, DPO 1, PPO 0 % (± 2)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
     ("tokens", "mean length of an answer, without its end token", "neither",
@@ -611,19 +612,19 @@ def write(folder, report, study=None):
     """Write report.md and report.html into the folder, with `study`, or what the folder's study.json holds if that is
     there and fits the report."""
     path = Path(folder) / "study.json"
-    found = study is None and path.exists() and json.loads(path.read_text(encoding="utf-8"))
 
     def pages(study):
         told = {**report, "ablations": bool(study)}
         return {"report.md": build_markdown(told, study), "report.html": build_html(told, folder, study)}
-    try:
-        made = pages(study or found)
-    except (KeyError, TypeError) as error:
-        if not found:
-            raise
-        print(f"report: {path} is of other checkpoints or another version ({type(error).__name__}: {error}); left out",
-              file=sys.stderr)
-        made = pages(None)
+    if study or not path.exists():
+        made = pages(study)
+    else:
+        try:
+            made = pages(json.loads(path.read_text(encoding="utf-8")))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            print(f"report: {path} is damaged, of other checkpoints, or of another version "
+                  f"({type(error).__name__}: {error}); left out", file=sys.stderr)
+            made = pages(None)
     for name, text in made.items():
         write_text(Path(folder) / name, text)
 
@@ -640,7 +641,7 @@ def load(folder):
         raise InputError(f"{path}: found no checkpoints, expected what evaluate.py writes")
     missing = {"prompts", "best_of_prompts", "reward_model", "seconds", "settings", "runs", "transcripts"} - set(report)
     settings = report.get("settings")
-    missing |= {"reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode"} - set(
+    missing |= {"reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode", "max_new_tokens"} - set(
         settings if isinstance(settings, dict) else ())
     if missing:
         raise InputError(f"{path}: found no {', '.join(sorted(missing))}; another version wrote it, run evaluate.py "
@@ -649,10 +650,9 @@ def load(folder):
 
 
 def main():
-    folders = sys.argv[1:]
-    if not folders or any(folder.startswith("-") for folder in folders):
-        print(__doc__)
-        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="folders with the report.json that evaluate.py wrote")
+    folders = parser.parse_args().folders
     reports = [load(folder) for folder in folders]
     if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         raise InputError("found the same report twice, expected different runs")

@@ -68,7 +68,7 @@ class Config:
     warmup: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    eval_every: int = flag(50, "steps between evaluations on 200 held-out pairs")
+    eval_every: int = flag(100, "steps between evaluations on 200 held-out pairs")
     dtype: str = flag("auto", "precision of the backbone; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
@@ -246,8 +246,8 @@ def main():
         model.score.weight /= std
     seconds = time.perf_counter() - started
     rate, low, high = report["heldout_accuracy"]
-    log(config.out, step, heldout_loss=report["heldout_loss"], heldout_accuracy=rate)
     save_checkpoint(config.out, model, tokenizer, reward_shift=mean / std, reward_scale=std)
+    log(config.out, step, heldout_loss=report["heldout_loss"], heldout_accuracy=rate)
     finish(config.out, "reward", seconds, reward_shift=mean / std, reward_scale=std,
            train_pairs=len(train), **report)
     ceiling = f", noise ceiling {report['noise_ceiling']:.3f}" if "noise_ceiling" in report else ""

@@ -329,7 +329,7 @@ class DPOConfig:
     holdout: float = flag(0.1, "pairs to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
-    beta: float = flag(0.1, "reward that one nat of KL from --init costs; with a smaller β the policy strays further")
+    beta: float = flag(0.1, "reward, in log-odds, that one nat of KL from --init costs; with a smaller β the policy strays further")
     label_smoothing: float = flag(0.0, "share of the labels assumed to be wrong, at most 0.5")
     nll: float = flag(0.2, "weight of the chosen answers' own loss (negative log-likelihood per token); 0 is DPO as "
                       "published, which can drift to answers that are neither chosen nor rejected")
@@ -449,8 +449,8 @@ def dpo(argv=None):
     loss, stats = dpo_loss(*read_pairs(heldout, 1 / sharpness()), *heldout_reference, config.beta)
     accuracy = wilson(round(stats["accuracy"].item() * len(heldout)), len(heldout))
     seconds = time.perf_counter() - started
-    log(config.out, step, **{f"heldout_{name}": v for name, v in {**stats, "loss": loss}.items()})
     save_checkpoint(config.out, sharpness.folded(model), tokenizer)
+    log(config.out, step, **{f"heldout_{name}": v for name, v in {**stats, "loss": loss}.items()})
     finish(config.out, "dpo", seconds, heldout_accuracy=accuracy, heldout_loss=loss.item(),
            heldout_margin=stats["margin"].item(), heldout_pairs=len(heldout))
     print(f"dpo: held-out reward accuracy {accuracy[0]:.3f} [{accuracy[1]:.3f}, {accuracy[2]:.3f}],"
@@ -513,7 +513,8 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.1, "reward that one nat of KL from --init costs; 0 invites reward hacking")
+    beta: float = flag(0.1, "reward, in standard deviations of the reward model's scores, that one nat of KL from --init costs; "
+                       "0 invites reward hacking")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "
@@ -640,8 +641,7 @@ def call(function, spec, prompt, response):
 
 
 def answer_text(tokenizer, response):
-    ends = tokenizer.im_end_id, tokenizer.endoftext_id
-    return tokenizer.decode([token for token in response if token not in ends])
+    return tokenizer.decode([token for token in response if token not in tokenizer.end_ids])
 
 
 @dataclass
@@ -664,7 +664,7 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     # 2. The sampler cuts each response after its end token, which is part of the response.
     responses, recorded = generate(
         policy, [p.ids for p in prompts], config.max_new_tokens, temperature=temperature,
-        eos_ids=(tokenizer.im_end_id, tokenizer.endoftext_id), generator=generator)
+        eos_ids=tokenizer.end_ids, generator=generator)
     rows = [p.ids + response for p, response in zip(prompts, responses)]
     ids = data.pad_right(rows, tokenizer.pad_id).to(device)  # (B, T)
     mask = data.pad_right([[0] * len(p.ids) + [1] * len(response)
@@ -860,8 +860,8 @@ def ppo(argv=None):
 def close(config, stage, step, policy, tokenizer, before, after, prompts, seconds):
     """Save, and report the results on the held-out prompts. The score is only the proxy: whether people
     would agree with it is what evaluate.py measures."""
-    log(config.out, step, **{f"heldout_{name}": value for name, value in after.items()})
     save_checkpoint(config.out, policy, tokenizer)
+    log(config.out, step, **{f"heldout_{name}": value for name, value in after.items()})
     finish(config.out, stage, seconds, iterations=step, heldout_prompts=prompts,
            heldout_score_before=before["score"],
            **{f"heldout_{name}": after[name] for name in ("score", "kl", "eos_rate", "tokens")})

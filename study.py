@@ -263,7 +263,8 @@ def tasks_of_each_family(config, n, least):
 def kept(folder):
     """[(step, folder)] of a run's checkpoints, its last one included."""
     done = json.loads((folder / "done").read_text(encoding="utf-8"))
-    steps = [(int(path.name.removeprefix("step_")), path) for path in sorted(folder.glob("step_*"))]
+    whole = sorted(path.parent for path in folder.glob("step_*/config.json"))  # a kill may leave half a checkpoint
+    steps = [(int(path.name.removeprefix("step_")), path) for path in whole]
     last = done.get("iterations") or max((row["step"] for row in read_metrics(folder)), default=0)
     return [point for point in steps if point[0] != last] + [(last, folder)]
 
@@ -372,7 +373,7 @@ def measure_reward_model(config, device):
     bins, error = calibration(predicted, happened)
 
     by_gap = []
-    size = np.abs(gap)
+    size = np.abs(gap).round(4)  # p has six digits: a gap of 0.1 comes out as 0.09999
     for low, high in ((0, 0.1), (0.1, 0.2), (0.2, 0.35), (0.35, 0.55), (0.55, 1.01)):
         here = (size >= low) & (size < high)
         better = np.where(gap[here] > 0, margin[here], -margin[here]) > 0

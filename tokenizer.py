@@ -132,6 +132,11 @@ class Tokenizer:
     def pad_id(self):
         return self.special_id(self.pad_token)
 
+    @property
+    def end_ids(self):
+        """The ids that end an answer: that of the template, and that of a document, which a model may still write."""
+        return self.im_end_id, self.endoftext_id
+
     def save(self, folder):
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers` reads too."""
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -152,10 +157,10 @@ class Tokenizer:
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }
-        config = {
+        roles = {"eos_token": IM_END if IM_END in self.specials else ENDOFTEXT, "pad_token": self.pad_token}
+        config = {  # a role whose token is not in the vocabulary would make Hugging Face add it, past the model's last row
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": IM_END if IM_END in self.specials else ENDOFTEXT,
-            "pad_token": self.pad_token,
+            **{role: name for role, name in roles.items() if name in self.specials},
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         }

@@ -93,7 +93,7 @@ def keep_freed_memory():
 def flag(default, help, **options):
     """A dataclass field that is also a command-line flag. `options` go to argparse as they are."""
     metadata = {"help": help, **options}
-    if isinstance(default, (list, tuple)):
+    if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -107,7 +107,8 @@ def parse_args(Config, argv=None, description=None, prog=None):
     a folder that the run reads, which it would replace.
     """
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)  # a script that says --temp would break with the next flag of that beginning
     for field in dataclasses.fields(Config):
         options = dict(field.metadata)
         default = field.default
@@ -119,7 +120,7 @@ def parse_args(Config, argv=None, description=None, prog=None):
             options["default"] = default
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             if kind == "bool":
-                shown = "on" if default else ""
+                shown = "on" if default else "off" if "action" in options else ""
             elif shown is None:
                 shown = "" if "(default" in options["help"] else "none"
             if shown != "":
@@ -136,8 +137,10 @@ def parse_args(Config, argv=None, description=None, prog=None):
     config = Config(**vars(parser.parse_args(argv)))
     for name in ("init", "reward", "runs"):
         source, out = getattr(config, name, None), getattr(config, "out", None)
-        if (source and out and os.path.realpath(source) == os.path.realpath(out)
-                and not getattr(config, "show_batch", False)):
+        if not source or not out or getattr(config, "show_batch", False):
+            continue
+        source, replaced = Path(os.path.realpath(source)), Path(os.path.realpath(out))
+        if source == replaced or source.parent == replaced and source.name.startswith("step_"):  # of --keep-every
             raise InputError(f"--out {out}: what --{name} reads would be replaced; give another folder")
     return config
 
@@ -183,7 +186,7 @@ def pick_device(name):
 def join_processes(device):
     """Form one group of the processes that `torchrun --nproc_per_node N` started (gloo on CPUs; nccl on GPUs,
     one GPU each). Returns (rank, number of processes); (0, 1) without torchrun."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # some clusters set RANK without torchrun
         return 0, 1
     if device.type == "cuda":
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -291,7 +294,7 @@ class Muon(torch.optim.Optimizer):
     """SGD with momentum, every update orthogonalised (Jordan et al. 2024, "Muon").
 
     The momentum of a matrix is dominated by a few directions. Newton-Schulz iterations, which need only
-    matrix products, push all its singular values towards 1, so that the rare directions are learned as
+    matrix products, raise all its singular values towards 1, so that the rare directions are learned nearly as
     fast as the common ones. Muon is for the matrices inside the blocks; embeddings, head and gains go
     to AdamW. Here it reaches the same loss in six tenths of AdamW's time.
 
@@ -322,8 +325,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_blocks(matrices, iterations=3):
-    """[(R, C)] -> [(R, C)] in which each square block of side min(R, C) has singular values near 1, except
-    for the smallest, which three iterations leave small.
+    """[(R, C)] -> [(R, C)] in which the singular values of each square block of side min(R, C) are raised towards
+    1, at most 41-fold by three iterations: those below a fiftieth of the block's norm stay small.
 
     Blocks of the same side are iterated together, in batched products, which keeps all cores busy
     even with small matrices. Five iterations bring the values closer to 1 but train no better.
@@ -358,7 +361,7 @@ def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     word, divided by their own size, push its row down. The row of a word that occurs, by chance, in one
     step of 200 sinks at half of the full rate, even if its gradients add up to zero; at 0.99, at an eighth.
     (2,400 steps of 5 windows: held-out text went from 0.307 to 0.291 bits per byte, and 45 % instead of 36 %
-    of SFT's samples, on other training prompts, were right.)
+    of SFT's samples, on training prompts that it had not seen, were right.)
     """
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
@@ -390,11 +393,12 @@ def learning_rate(step, steps, peak, warmup=0, decay=None):
     return peak * max(0.0, min(1.0, rising, falling))
 
 
-LOGITS = 2**26  # the most that pre-training's held-out loss and a rollout compute at a time: 256 MB in float32
+LOGITS = 2**26  # the most logits that pre-training's held-out loss and a rollout compute at a time: 256 MB in float32
 
 
 def rows_to_read(config):
-    """How many rows a stage reads at a time where nothing is trained: no more memory than a training step takes."""
+    """How many rows (in DPO, pairs) a stage reads at a time where nothing is trained. That takes about as much memory
+    as a training step: more rows, but nothing is kept for a backward pass."""
     return config.micro_batch or min(64, 2 * config.batch_size)
 
 
@@ -470,8 +474,9 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     `extra` goes into config.json (the reward model's shift and scale, the stage's name). transformers reads a
     reward at the last token that is not padding. So if <|im_end|> is also the padding token, as in some models
     from elsewhere, a reward model's config names none, and transformers refuses batches rather than misread
-    them. The folder of a reward model with a reader has CODE, too. All files or none: they are written to a subfolder and moved when all are complete. A reader
-    needs config.json, which is deleted first and moved last, so it never mixes two checkpoints."""
+    them. The folder of a reward model with a reader has CODE, too. All files or none: they are written to a
+    subfolder and moved when all are complete. A reader needs config.json, which is deleted first and moved last,
+    so it never mixes two checkpoints."""
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
@@ -482,12 +487,13 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     pad_id = None if scalar and tokenizer.pad_id == tokenizer.im_end_id else tokenizer.pad_id
     config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
                        pad_token_id=pad_id, **scalar, **extra)
-    ends = {"eos_token_id": [tokenizer.im_end_id, tokenizer.endoftext_id],
+    ends = {"eos_token_id": list(tokenizer.end_ids),
             "pad_token_id": tokenizer.pad_id}
     part = folder / ".part"
     try:
         with writing(folder):
-            part.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(part, ignore_errors=True)  # what a kill left there
+            part.mkdir(parents=True)
             tokenizer.save(part)
             if told:
                 shutil.copyfile(CODE, part / CODE.name)
@@ -666,7 +672,8 @@ def restore(saved, generator, modules):
 
 class StopRequest:
     """True after Ctrl-C (or SIGTERM), so that a loop can finish its step, save and say how to continue. A
-    second Ctrl-C stops at once, but within a second it is ignored: it is torchrun passing on the first."""
+    second one stops at once, but within a second it is ignored: whoever signals all processes of a machine
+    signals torchrun too, and that passes it on."""
 
     def __init__(self):
         self.asked = None  # when
@@ -684,8 +691,8 @@ class StopRequest:
 
 def leave(config):
     """After a requested stop: say what was saved and how to go on, exit status 130."""
-    shared = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    start = ["torchrun", "--nproc_per_node", os.environ["WORLD_SIZE"]] if shared else ["python"]
+    shared = "LOCAL_WORLD_SIZE" in os.environ and "RANK" in os.environ
+    start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if shared else ["python"]
     command = shlex.join([*start, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
     if not shared or os.environ["RANK"] == "0":  # once, not by every process
         print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)

@@ -1525,7 +1525,7 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     from training import InputError
 
     rng = random.Random(f"pairs {seed}")
-    ends = tokenizer.im_end_id, tokenizer.endoftext_id
+    ends = tokenizer.end_ids
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     pool = heldout_tasks(seed + 1)
     asked = training_prompts(n - holdout, f"pairs {seed}", COMPARED)
@@ -1688,8 +1688,8 @@ def main():
     write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     best = [max(r["p"], 1 - r["p"]) for r in rows if "p" in r]
     ceiling = f"; noise ceiling {sum(best) / len(best):.3f}" if best else ""
-    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal, or do not fit the context), "
-          f"{len(best)} with held-out prompts{ceiling}; "
+    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal, tell what is held out, or do not fit the "
+          f"context), {len(best)} with held-out prompts{ceiling}; "
           f"{time.perf_counter() - started:.0f} s; wrote {config.out}")
 
 

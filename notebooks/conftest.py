@@ -14,8 +14,8 @@ def pytest_configure(config):
     others = [arg for arg in config.args if arg not in grading]
     if not grading:
         return
-    handed_in = Path(others[0]) if len(others) == 1 else Path()
-    if not (handed_in.is_file() or list(handed_in.glob("*.ipynb")) or (handed_in / "solutions.py").exists()):
+    handed_in = Path(others[0]) if others else Path()
+    if len(others) != 1 or not (handed_in.is_file() or list(handed_in.glob("*.ipynb")) or (handed_in / "solutions.py").exists()):
         raise pytest.UsageError("pytest notebooks/grade.py SUBMISSION: expected one folder of notebooks, one notebook or "
                                 f"one solutions.py, found {' '.join(others) or 'none'}")
     config.args[:] = grading

@@ -70,6 +70,7 @@ def definitions(path):
             if constant or isinstance(statement, DEFINITIONS):
                 try:
                     exec(compile(ast.Module([statement], []), str(path), "exec"), space)
+                    broken.pop(getattr(statement, "name", ""), None)  # an earlier attempt
                 except (Exception, SystemExit) as error:
                     broken[getattr(statement, "name", "")] = f"its definition fails: {type(error).__name__}: {error}"
     return space, broken

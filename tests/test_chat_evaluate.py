@@ -8,6 +8,7 @@ import math
 import ntpath
 import os
 import re
+import shutil
 import sys
 import warnings
 from types import SimpleNamespace
@@ -33,10 +34,10 @@ def tokenizer():
     return train_bpe(["What is the capital of France? The capital of France is Paris.\n"] * 3, 320)
 
 
-def tiny(tokenizer, seed=0, context_length=512):
+def tiny(tokenizer, seed=0, context_length=512, vocab_size=None):
     """A random model, made to want to say something: its blocks would start as the identity."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(tokenizer.vocab_size, context_length, layers=1, heads=2, kv_heads=2,
+    model = GPT(GPTConfig(vocab_size or tokenizer.vocab_size, context_length, layers=1, heads=2, kv_heads=2,
                           width=16, ffn_width=32)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -362,13 +363,13 @@ def test_examples_that_do_not_fit_are_counted(folders, monkeypatch, capsys):
 def test_a_stamp_that_was_touched_has_no_seconds(tmp_path):
     """It would end the evaluation after everything has been measured."""
     finish(tmp_path / "sft", "sft", 12.0)
-    stamps = [tmp_path / name / "done" for name in ("none", "base", "sft", "dpo", "ppo", "grpo")]
-    for stamp, content in zip(stamps[3:], ("1", '{"stage": "ppo", "seconds": "18 s"}', "{}")):
-        stamp.parent.mkdir()
-        stamp.write_text(content)
+    folders = [tmp_path / name for name in ("none", "base", "sft", "dpo", "ppo", "grpo", "more")]
+    for folder, content in zip(folders[3:], ("1", '{"stage": "ppo", "seconds": "18 s"}', "{}", '{"stage": [], "seconds": 1}')):
+        folder.mkdir()
+        (folder / "done").write_text(content)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "done").touch()
-    assert evaluate.stage_seconds(stamps) == {"sft": 12.0}
+    assert evaluate.stage_seconds(folders) == {"sft": 12.0}
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -409,8 +410,7 @@ def test_what_the_reference_can_answer_is_a_quarter_right(tokenizer, monkeypatch
 def test_no_run_takes_the_name_of_another_in_the_times(tmp_path):
     for name, stage, seconds in (("base", "pretrain", 1), ("dpo_ppo", "ppo", 2), ("ppo", "ppo", 3), ("again", "dpo", 4)):
         finish(tmp_path / name, stage, seconds)
-    stamps = [tmp_path / name / "done" for name in ("base", "dpo_ppo", "ppo", "again")]
-    assert evaluate.stage_seconds(stamps) == {"pretrain": 1, "dpo_ppo": 2, "ppo": 3, "dpo": 4}
+    assert evaluate.stage_seconds([f"{tmp_path}/{name}/" for name in ("base", "dpo_ppo", "ppo", "again")]) == {"pretrain": 1, "dpo_ppo": 2, "ppo": 3, "dpo": 4}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"checkpoints": {}}', b'{"checkpoints": 3, "settings": {}}'])
@@ -621,6 +621,7 @@ def test_measures_of_known_answers(some_tasks):
 
     few = evaluate.measure(model, human, can, evaluate.Config(["sft"], per_family=150))
     assert few["hallucination_rate"] is None and few["refusal_rate"]["harmful"] is None
+    assert few["accuracy"]["all"] is few["accuracy"]["unseen_entity"] is None and set(few["accuracy"]["families"].values()) == {None}
 
     good = evaluate.measure(human, model, can, config)
     assert good["accuracy"]["all"][0] == 1 and good["hedging_rate"][0] == 0
@@ -719,10 +720,40 @@ def test_a_kl_that_cannot_be_had_is_said(folders, tokenizer, some_tasks, monkeyp
     monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
     monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
     save_checkpoint(tmp_path / "long", tiny(tokenizer, 2, context_length=600), tokenizer)
-    evaluate.main([str(folders / "sft"), str(tmp_path / "long"), "--out", str(tmp_path), "--max-new-tokens", "4", "--device",
-                   "cpu", "--best-of", "1", "--per-family", "1"])
-    assert "no KL of long: sft reads other tokens, or fewer" in capsys.readouterr().out
-    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["checkpoints"]["long"]["kl_from_sft"] is None
+    save_checkpoint(tmp_path / "padded", tiny(tokenizer, 2, vocab_size=tokenizer.vocab_size + 20), tokenizer)
+    evaluate.main([str(folders / "sft"), str(tmp_path / "long"), str(tmp_path / "padded"), "--out", str(tmp_path),
+                   "--max-new-tokens", "4", "--device", "cpu", "--best-of", "1", "--per-family", "1"])
+    said, rows = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text("utf-8"))["checkpoints"]
+    for name in ("long", "padded"):
+        assert f"no KL of {name}: sft reads other tokens, or fewer" in said and rows[name]["kl_from_sft"] is None
+
+
+def test_what_reward_py_measured_is_reported_where_there_are_no_pairs(folders, some_tasks, monkeypatch, tmp_path):
+    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+    shutil.copytree(folders / "reward", tmp_path / "reward")
+    command = [str(folders / "sft"), "--reward", str(tmp_path / "reward"), "--out", str(tmp_path / "report"), "--max-new-tokens",
+               "4", "--device", "cpu", "--best-of", "1", "--per-family", "1"]
+    measured = {"heldout_accuracy": [0.75, 0.7, 0.8], "heldout_pairs": 990}
+    for known, found in (({}, {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}),
+                         ({"noise_ceiling": 0.9}, {"accuracy": [0.75, 0.7, 0.8], "noise_ceiling": 0.9, "pairs": 990,
+                                                   "normalised": [0.625, 0.5, 0.75]})):
+        finish(tmp_path / "reward", "reward", 7, **measured, **known)
+        evaluate.main(command)
+        assert json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["reward_model"] == found
+
+
+def test_best_of_n_is_measured_on_equally_many_prompts_of_each_family(folders, monkeypatch, tmp_path):
+    """Even where all prompts of some families are asked because they have rates of their own."""
+    by_family = {}
+    for task in world.heldout_tasks():
+        by_family.setdefault(task.family, []).append(task)
+    monkeypatch.setattr(world, "heldout_tasks", lambda tasks=[t for f in by_family.values() for t in f[:4]]: tasks)
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+    evaluate.main([str(folders / "sft"), "--out", str(tmp_path), "--max-new-tokens", "2", "--device", "cpu", "--best-of", "2",
+                   "--per-family", "2", "--best-of-per-family", "3"])
+    found = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert found["best_of_prompts"] == 2 * len(by_family) < found["prompts"]
 
 
 def test_pairs_that_tell_no_p_measure_no_reward_model(folders, some_tasks, monkeypatch, capsys, tmp_path):
@@ -873,6 +904,19 @@ def test_pages_can_be_rebuilt_from_the_json(written, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(written / "nowhere")])
     with pytest.raises(InputError, match="report.json"):
         report.main()
+    for words in (["--nosuch", str(written)], []):
+        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        with pytest.raises(SystemExit) as left:
+            report.main()
+        assert left.value.code == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "7", '{"curves": {}}', '{"curves": []}'])
+def test_a_damaged_study_costs_no_evaluation(content, written, capsys, tmp_path):
+    found = json.loads((written / "report.json").read_text("utf-8"))
+    (tmp_path / "study.json").write_text(content)
+    report.write(tmp_path, found)
+    assert "study.json is damaged" in capsys.readouterr().err and (tmp_path / "report.html").exists()
 
 
 def test_several_runs_are_read_together(written, monkeypatch, capsys, tmp_path):

@@ -94,6 +94,8 @@ def test_conversations_with_the_keys_of_dolly(write):
     {"prompt": "Human: Hi\n\nAssistant:", "chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": " Go"},
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
      "rejected": "\n\nHuman: Hi\n\nAssistant: Go"},
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "\n\nAssistant: Hello", "rejected": "Assistant: Go"},
+    {"prompt": "\n\nHuman: Hi", "chosen": "\n\nAssistant: Hello", "rejected": " Go"},
     {"instruction": "Hi", "input": "", "output": "x", "chosen": "Hello", "rejected": "Go"},
 ])
 def test_preferences_in_every_format(write, row):
@@ -160,6 +162,8 @@ TURN = {"role": "user", "content": "Hi"}
     ("preferences", "a.jsonl", [{**GOOD, "prompt": "\n\nHuman: a\n\nAssistant:", "chosen": 1}], "line 1", "1 for 'chosen'"),
     ("preferences", "a.jsonl", [{**GOOD, "p": 1.5}], "line 1", "1.5 for 'p'"),
     ("preferences", "a.jsonl", [{**GOOD, "p": True}], "line 1", "true for 'p'"),
+    ("preferences", "a.jsonl", [{**GOOD, "history": [["c", "d"]]}], "line 1", "'history'"),
+    ("conversations", "a.jsonl", [{"messages": HELLO, "history": [["c", "d"]]}], "line 1", "'history'"),
     ("prompts", "a.jsonl", [{"messages": HELLO}, {"prompt": "Hi"}], "line 2", '"prompt"'),
 ])
 def test_malformed_input_names_file_place_and_found(write, load, name, content, place, found):
@@ -498,6 +502,9 @@ def test_a_stream_notices_other_text_and_lost_tokens(tokenizer, tmp_path):
     whole = (out / "tokens.bin").read_bytes()
     (out / "tokens.bin").write_bytes(whole[:100])  # a copy that was cut off
     assert torch.equal(data.stream_tokens([text], stop, tokenizer, out), straight)
+    for damaged in ("", "{", "7", '["files"]'):
+        (out / "tokens.json").write_text(damaged)
+        assert torch.equal(data.stream_tokens([text], stop, tokenizer, out), straight)
     written = text.stat().st_mtime_ns
     text.write_text(text.read_text().replace("Document 7.", "Document 8."))  # of the same length
     os.utime(text, ns=(written + 10**9,) * 2)

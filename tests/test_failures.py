@@ -525,6 +525,29 @@ def test_a_pickle_in_a_checkpoint_is_not_run(name, files, tmp_path, monkeypatch)
     assert not fired.exists()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_last_save_that_fails_is_made_up_for_and_nothing_is_logged_twice(stage, files, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    short = {"pretrain": ["--steps", 6], "ppo": ["--iterations", 3], "grpo": ["--iterations", 3]}.get(stage, ["--epochs", 1])
+    words = command(files, stage, out, *short, "--save-every", 1)
+    with monkeypatch.context() as full:
+        full.setattr(STAGES[stage], "save_checkpoint", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(monkeypatch, words)
+    assert not (out / "done").exists()
+    call(monkeypatch, [*words, "--resume"])
+    steps = [row["step"] for row in metrics(out) if any(name.startswith("heldout") for name in row)]
+    assert len(steps) == len(set(steps)) > 0 and (out / "done").exists()
+
+
+def test_what_a_kill_left_of_a_save_is_not_taken_over(files, tmp_path):
+    model, tokenizer, _ = training.load_checkpoint(files / "sft")
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "reward_with_reader.py").touch()
+    save_checkpoint(tmp_path, model, tokenizer)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (files / "sft").iterdir()}
+
+
 # ---- numbers gone wrong --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -676,7 +699,7 @@ def bad_commands(files):
     yield say("sft", out, "--data", files / "none.jsonl"), "none.jsonl: found no readable file"
     yield say("sft", out, "--data", files), "expected a data file"
     for stage, flag in (("sft", "--data"), ("pretrain", "--data"), ("dpo", "--data"), ("ppo", "--replay-data")):
-        yield say(stage, out, flag, "world", files / "text.txt"), "it can only stand alone"
+        yield say(stage, out, flag, "world", files / "text.txt"), "'world' can only stand alone"
     yield say("sft", out, "--data", files / "empty.jsonl"), "found an empty file"
     yield say("sft", out, "--data", files / "binary.jsonl"), "expected UTF-8 text"
     yield say("pretrain", out, "--data", files / "latin.txt"), "line 1: found byte 0xe7"
@@ -714,6 +737,7 @@ def bad_commands(files):
     yield say("sft", out, "--init", files / "plain"), "its tokenizer has no <|im_start|>"
     yield say("ppo", out, "--reward", files / "short"), "reads 32 tokens, --init 64"
     yield say("sft", files / "sft", "--init", files / "sft" / ".." / "sft"), "what --init reads would be replaced"
+    yield say("ppo", files / "sft", "--init", files / "sft" / "step_0020"), "what --init reads would be replaced"
     yield say("ppo", files / "reward", "--reward", f"{files}/reward/"), "what --reward reads would be replaced"
     yield say("ppo", out, "--no-eos-score", "inf"), "expected a finite number, or nan"
     yield say("sft", out, "--init", files / "wide"), "wide: not a checkpoint that can be read"

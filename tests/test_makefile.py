@@ -24,9 +24,11 @@ STAGES = ["pretrain.py", "sft.py", "world.py", "rlhf.py dpo", "reward.py", "rlhf
 @pytest.fixture
 def make(tmp_path):
     """make(*words) -> the stages that ran, in a folder with the code and a stand-in for Python."""
-    for path in (*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "world_facts.txt", ROOT / "requirements.txt"):
-        shutil.copy(path, tmp_path)
-        os.utime(tmp_path / path.name, (1000, 1000))
+    (tmp_path / "tools").mkdir()
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), ROOT / "Makefile", ROOT / "world_facts.txt",
+                 ROOT / "requirements.txt"):
+        copied = shutil.copy(path, tmp_path / path.relative_to(ROOT))
+        os.utime(copied, (1000, 1000))
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "installed").touch()
     (tmp_path / "tinystories-train-2mb.txt").touch()  # `make real` looks whether its data are there
@@ -70,7 +72,7 @@ def test_a_stage_is_made_with_what_it_needs_and_no_more(make):
 
 @pytest.mark.parametrize("stage, made_from", [
     ("base", ["pretrain.py", "world_facts.txt"]), ("sft", ["sft.py", "out/base/done"]),
-    ("reward", ["reward.py", "out/pairs.jsonl"]), ("dpo", ["rlhf.py", "out/pairs.jsonl"]),
+    ("reward", ["reward.py", "out/pairs.jsonl", "tools/reward_with_reader.py"]), ("dpo", ["rlhf.py", "out/pairs.jsonl"]),
     ("ppo", ["rlhf.py", "out/reward/done"]), ("grpo", ["rlhf.py", "out/reward/done"]), ("sft_scratch", ["sft.py", "out/sft/done"])])
 def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_from, make, tmp_path):
     assert make() == STAGES

@@ -149,10 +149,10 @@ def test_solutions_become_gaps_and_bugs():
         build.student_code("### BEGIN SOLUTION\nx = 1")
 
 
-def grade(submission):
+def grade(*submission):
     """-> (the finished process, {exercise and function: "✓", "✗" or "–"})."""
-    ran = subprocess.run([sys.executable, "-m", "pytest", NOTEBOOKS / "grade.py", submission], capture_output=True,
-                         text=True)
+    ran = subprocess.run([sys.executable, "-m", "pytest", NOTEBOOKS / "grade.py", *submission], capture_output=True,
+                         text=True, cwd=NOTEBOOKS)
     return ran, {f"{number} {name}": sign for sign, number, name in
                  re.findall(r"^  ([✓✗–]) ([\d.]+) +(\w+)", ran.stdout, re.M)}
 
@@ -201,6 +201,12 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
     file.write_text("def noise_ceiling(labels=exit()):\n    return 1\n")
     assert "SystemExit" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
-    assert "expected one folder of notebooks" in grade(tmp_path / "nothing")[0].stderr
+    for others in ([tmp_path / "nothing"], [], [NOTEBOOKS, tmp_path]):
+        assert "expected one folder of notebooks" in grade(*others)[0].stderr
+    two = json.loads((NOTEBOOKS / "solved" / "00_the_method.ipynb").read_text("utf-8"))
+    two["cells"].insert(0, {"cell_type": "code", "id": "first", "metadata": {}, "outputs": [], "execution_count": None,
+                            "source": ["def win_rate(a, b):\n", "    return (a\n"]})
+    (tmp_path / "00_the_method (2).ipynb").write_text(json.dumps(two), "utf-8")
+    assert grade(tmp_path / "00_the_method (2).ipynb")[1]["0.3 win_rate"] == "✓"  # the later cell is right
     (tmp_path / "00_the_method.ipynb").write_text("<html>")
     assert "00_the_method.ipynb is not a notebook" in grade(tmp_path / "00_the_method.ipynb")[0].stdout

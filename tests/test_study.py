@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -274,6 +275,32 @@ def runs(tmp_path_factory):
     return root
 
 
+def test_pairs_are_counted_by_the_gap_their_p_was_made_of(monkeypatch, tmp_path):
+    """p is written with six digits, so a gap of 0.1 comes back as 0.0999997, and one of 0.2 as 0.2000001."""
+    gaps = [1 / 15, 0.1, 0.1, 0.2, 0.35, 0.55, 0.55, 1.0]
+    pairs = [data.Pair([], "so be it", "be it", round(1 / (1 + np.exp(-gap / world.NOISE)), 6)) for gap in gaps]
+    for name in (*(f"reward_{n}" for n in study.SUBSETS), "reward"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "done").write_text('{"train_pairs": 9}')
+    monkeypatch.setattr(study, "fresh", lambda *_: True)
+    monkeypatch.setattr(data, "load_preferences", lambda _: pairs)
+    monkeypatch.setattr(data, "encode_pairs", lambda pairs, *_: pairs)
+    monkeypatch.setattr(study, "load_reward", lambda *_: (
+        SimpleNamespace(config=SimpleNamespace(context_length=9)), SimpleNamespace(pad_id=0), 0.0, 1.0))
+    monkeypatch.setattr(study, "score_pairs", lambda *_: (torch.arange(8.0), torch.zeros(8)))
+    found = study.measure_reward_model(study.Config(runs=str(tmp_path), out=str(tmp_path)), "cpu")
+    assert [g["pairs"] for g in found["by_gap"]] == [1, 2, 1, 1, 3]
+
+
+def test_half_a_checkpoint_is_no_point_of_a_curve(runs):
+    part = runs / "study" / "ppo" / "step_0003" / ".part"  # what a kill while saving leaves
+    part.mkdir(parents=True)
+    try:
+        assert [step for step, _ in study.kept(runs / "study" / "ppo")] == [2, 4]
+    finally:
+        shutil.rmtree(part.parent)
+
+
 def test_what_is_older_than_a_run_or_the_code_is_measured_anew(tmp_path):
     config, path = study.Config(runs=str(tmp_path)), tmp_path / "curves.json"
     assert not study.fresh(config, path)
@@ -372,7 +399,7 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
     with pytest.raises(KeyError):  # study.py's own must fit
         report.write(runs / "study", report_now, found)
     report.write(runs / "study", report_now)
-    assert "study.json is of other checkpoints" in capsys.readouterr().err
+    assert "study.json is damaged, of other checkpoints" in capsys.readouterr().err
     assert "Which stage buys what" not in (runs / "study" / "report.html").read_text("utf-8")
     assert "ppo_no_whitening</dt>" not in page and "ppo</dt>" in page  # the browser shows the method's stages
     before = (runs / "study" / "study.json").read_text("utf-8")

@@ -10,7 +10,7 @@ import regex
 import torch
 
 import tokenizer as tok
-from tokenizer import PATTERN, SPECIALS, Tokenizer, render_chat, same_tokens, train_bpe
+from tokenizer import ENDOFTEXT, PATTERN, SPECIALS, Tokenizer, render_chat, same_tokens, train_bpe
 
 STORY = (
     "The old lighthouse keeper counted 12 ships, then 120 more. \"It's late,\" she'd say,\n"
@@ -269,6 +269,15 @@ def test_save_and_load(tokenizer, tmp_path):
     again.save(tmp_path / "twice")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "twice" / name).read_text("utf-8") == (tmp_path / "new" / name).read_text("utf-8")
+
+
+def test_a_token_that_is_not_in_the_vocabulary_gets_no_role(tmp_path):
+    """Hugging Face would add it, with an id past the last row of the model."""
+    tokenizer = train_bpe([STORY], 300, [ENDOFTEXT])
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    assert config["eos_token"] == ENDOFTEXT and "pad_token" not in config
+    assert Tokenizer.load(tmp_path).pad_id == tokenizer.endoftext_id
 
 
 def test_added_tokens_that_are_text_stay_text_and_gaps_have_none(tokenizer, tmp_path):

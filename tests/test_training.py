@@ -1,5 +1,6 @@
 """The optimiser, its schedule, and what a process does once."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -107,15 +108,19 @@ def test_help_names_every_default_once(capsys):
     class Config:
         on: bool = training.flag(True, "a switch")
         off: bool = training.flag(False, "another")
+        either: bool = training.flag(False, "one that can be said both ways", action=argparse.BooleanOptionalAction)
         rank: int | None = training.flag(None, "of a matrix")
         few: int | None = training.flag(None, "of many (default: all)")
         names: list[str] = training.flag(["a", "b"], "two")
     with pytest.raises(SystemExit):
         training.parse_args(Config, ["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("a switch (default: on)", "another --", "of a matrix (default: none)", "of many (default: all) --",
+    for words in ("a switch (default: on)", "another --", "both ways (default: off)", "of a matrix (default: none)", "of many (default: all) --",
                   "two (default: a b)"):
         assert words in said + " --", words
+    with pytest.raises(SystemExit):
+        training.parse_args(Config, ["--name", "c"])  # it might mean another flag tomorrow
+    assert "unrecognized arguments: --name" in capsys.readouterr().err
 
 
 def test_a_run_shorter_than_its_warm_up_learns():
@@ -289,8 +294,23 @@ def test_a_run_that_dies_at_its_end_is_finished_or_can_go_on(tmp_path, monkeypat
     assert not (tmp_path / STATE).exists() and json.loads((tmp_path / "done").read_text())["stage"] == "sft"
 
 
+def test_processes_are_counted_by_machine(monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit):
+        training.leave(pretrain.Config())
+    assert "torchrun --nproc_per_node 8 pretrain.py --resume" in capsys.readouterr().err
+
+
+def test_what_some_clusters_set_makes_no_group(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+        assert join_processes(torch.device("cpu")) == (0, 1)
+
+
 def test_more_processes_than_gpus_is_one_line(monkeypatch):
-    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1")):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="found 1 GPUs"):
