@@ -123,8 +123,8 @@ quick:
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32 $(call also,PPO)' \
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3 $(call also,EVALUATE)'
 
-# The larger model reads four windows of pre-training text in a step of SFT: on other held-out prompts 53 % of its
-# samples were right, with one window 50 %, and it refused 38 % of the harmful requests, with one 31 %.
+# The larger model reads four windows of pre-training text in a step of SFT: on held-out prompts other than the report's
+# 53 % of its samples were right, with one window 50 %, and it refused 38 % of the harmful requests, with one 31 %.
 long:
 	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 --replay 4 $(call also,SFT)' \

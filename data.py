@@ -233,10 +233,12 @@ def _pair(row, where):
     hh = r"\n\nHuman:|Human:.*\n\nAssistant:"  # in three columns; some versions lack the first line breaks
     if isinstance(row.get("prompt"), str) and re.match(hh, row["prompt"], re.S):
         row = dict(row)
-        before = re.sub(r"\n\nAssistant:\s*$", "", row.pop("prompt")).lstrip("\n")
-        for key in ("chosen", "rejected"):  # the answer alone, or after "Assistant:", or the whole dialogue
-            answer = _string(row, key, where).lstrip("\n").removeprefix(before).lstrip("\n").removeprefix("Assistant:")
-            row[key] = f"{before}\n\nAssistant:{answer}"
+        before = row.pop("prompt").lstrip("\n")
+        asked = before.rfind("Human:") > before.rfind("\n\nAssistant:")
+        for key in ("chosen", "rejected"):  # the answer, after "Assistant:" or not, or the whole dialogue
+            answer = _string(row, key, where).lstrip("\n").removeprefix(before)
+            named = re.match(r"\s*Assistant:", answer)
+            row[key] = before + "\n\nAssistant:" * asked + (answer[named.end():] if named else answer)
     if "prompt" in row:
         prompt = _messages(row, "prompt", where, role="user")
     else:

@@ -60,7 +60,7 @@ class Config:
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in that choice, see chat.py; 0: reward alone")
-    best_of_per_family: int = flag(16, "prompts of each family that best-of-n is measured on")
+    best_of_per_family: int = flag(16, "prompts of each family that best-of-n is measured on; at most --per-family")
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on; at most 160")
     accuracy_decode: str = flag("greedy", "which answers the column *right* is computed from",
                                 choices=["greedy", "sample"])

@@ -188,6 +188,7 @@ def notes(report):
         "A base model reads plain text, the instruction and a line break; what it writes up to the "
         f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "
         "come before, in the layout of the quiz pages it was trained on (Question: … Answer: …).",
+        "–: not measured, or on too few prompts to be worth quoting.",
     ]
     if judged["accuracy"]:
         lines.append(

@@ -494,6 +494,7 @@ def measure_temperature(config, device):
     rated = np.array([task.kind in ("harmful", "unknown") for task in tasks])  # these have rates of their own
     asked = np.flatnonzero(ranks < np.where(rated, enough, few))
     tasks, fair = [tasks[i] for i in asked], ranks[asked] < few
+    evaluation.per_family = few  # on fewer than these prompts a rate is left out
     rows, reference = [], None
     for name in ("sft", "dpo", "ppo"):
         speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)

@@ -186,7 +186,7 @@ def pick_device(name):
 def join_processes(device):
     """Form one group of the processes that `torchrun --nproc_per_node N` started (gloo on CPUs; nccl on GPUs,
     one GPU each). Returns (rank, number of processes); (0, 1) without torchrun."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # some clusters set RANK without torchrun
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:  # which some clusters set for one process
         return 0, 1
     if device.type == "cuda":
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():

@@ -55,10 +55,12 @@ def train(size=BASE, context=256, batch=8):
     kept = {}  # what the forward pass keeps for the backward pass, each piece of memory once
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.shape not in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}  # and so are bfloat16 copies
     with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         next_token_loss(model, ids[:, :-1], ids[:, 1:])
 

@@ -10,6 +10,7 @@ parabolas' residuals. The law is written down before the larger run is looked at
 """
 
 import argparse
+import inspect
 import json
 import math
 import sys
@@ -124,6 +125,7 @@ def main():
     path = HERE / "scaling.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     code = b"".join((HERE.parent / name).read_bytes() for name in MADE_FROM)
+    code += repr([CONTEXT, BATCH, VOCABULARY, *map(inspect.getsource, (shape, fresh_tokens, train))]).encode()
     made_from = f"{zlib.crc32(code):08x}"  # runs of other code or texts are not to be compared with
     done = {tuple(row["run"]): row for row in map(json.loads, lines) if row.get("made_from") == made_from}
     print(f"kept: {len(done)} finished runs")

@@ -580,7 +580,7 @@ def check_rope(fn, g):
               ((1, 3, 1, 4, 100.0), (2, 5, 3, 8, 10000.0), (2, 4, 4, 6, 500.0))]
     compare(fn, right, inputs, [
         (interleaved, "you turn neighbours (x0, x1), (x2, x3), …, the interleaved layout of the RoPE paper. "
-         "Ours, as in Llama's files, pairs x[i] with x[i + D/2]: x.chunk(2, dim=-1)."),
+         "Ours, as in Hugging Face's files of Llama, pairs x[i] with x[i + D/2]: x.chunk(2, dim=-1)."),
         (lambda x, theta: _turn(x, _angles(x, theta), -1.0), "you turn the other way round: it is x1 cos − "
          "x2 sin and x2 cos + x1 sin."),
         (lambda x, theta: _turn(x, _angles(x, theta, start=1)), "your positions begin at 1; at position 0 "
@@ -1551,7 +1551,7 @@ def check_noise_ceiling(fn, g):
 
 @check
 def check_surprisals(fn, g):
-    """fn(logits (B, T, V), ids (B, T)) -> (B, T, 2): log-probs of the tokens, and how far each lies below the likeliest's."""
+    """fn(logits (B, T, V), ids (B, T)) -> (B, T, 2): log-probs of the tokens, and those less the likeliest's: both 0 or less."""
     def both(logits, ids, shift=1, scale=torch.log_softmax):
         scores = scale(logits[:, :logits.size(1) - shift], -1)
         said = scores.gather(-1, ids[:, shift:, None]).squeeze(-1)
@@ -1644,6 +1644,10 @@ def check_calibration(fn, g):
             p[3:7], outcome[3:7] = 0.5, 1.0  # a border between two bins belongs to the upper one
         inputs.append((p, outcome, bins))
     inputs.append((torch.tensor([0.5, 0.5, 0.1, 0.9]), torch.tensor([1.0, 1.0, 1.0, 0.0]), 2))  # where the border decides
+    def both_sides(p, outcome, bins):
+        held = [(p >= b / bins) & (p <= (b + 1) / bins) for b in range(bins)]
+        return sum(h.double().mean() * (p[h].mean() - outcome[h].mean()).abs() for h in held if h.any())
+
     beyond = lambda p, bins: (p * bins).long()
     from_above = lambda p, bins: (p * bins).ceil().long() - 1
     compare(fn, right, inputs, [
@@ -1662,6 +1666,7 @@ def check_calibration(fn, g):
         (ece(place=from_above), "a claim of exactly 0 falls out of your bins; it belongs to the first."),
         (ece(place=lambda p, bins: from_above(p, bins).clamp(min=0)), "a claim on the border of two bins belongs to "
          "the upper one: bin b holds b / bins ≤ p < (b + 1) / bins."),
+        (both_sides, "a claim on the border of two bins falls into both: bin b holds b / bins ≤ p < (b + 1) / bins."),
         (ece(middle=True), "you compare with the middle of the bin; compare with the mean claim in it."),
         (folded, "you fold p and 1 − p together (confidence); here p from 0 to 1 is binned as it is."),
         (lambda p, outcome, bins: ((p - outcome)**2).mean(), "that is the Brier score."),
@@ -1797,6 +1802,8 @@ def check_gae(fn, g):
          "the last token of the answer is 0, since the answer is over. You take the value at the padding."),
         (_gae(masked=False, returns=lambda a, v, raw, m: a + raw), f"{leak}: the value of what follows the "
          "last token is 0, since the answer is over; and the returns are not 0 outside the mask."),
+        (_gae(masked=False, stop=False, returns=lambda a, v, raw, m: a + raw), f"{leak}: their rewards and values; and the "
+         "returns are not 0 outside the mask. The mask must be 0 for the values before the loop and for the sum at each step."),
         (_gae(stop=False), f"{leak}: the sum δ + γλ A carries their rewards over. Multiply it by mask[:, t] "
          "at each step."),
         (_gae(masked=False, stop=False), f"{leak}: their rewards and values. The mask must be 0 for the "

@@ -61,8 +61,9 @@ def definitions(path):
         try:
             statements = ast.parse(code).body
         except SyntaxError as error:
-            names = re.findall(r"^def (\w+)", code, re.M)
-            broken |= dict.fromkeys(names, f"the cell is not Python: {error.msg}, line {error.lineno} of the cell")
+            for name in re.findall(r"^def (\w+)", code, re.M):
+                space.pop(name, None)
+                broken[name] = f"the cell is not Python: {error.msg}, line {error.lineno} of the cell"
             continue
         for statement in statements:
             constant = isinstance(statement, (ast.Assign, ast.AnnAssign)) and (isinstance(
@@ -70,10 +71,10 @@ def definitions(path):
             if constant or isinstance(statement, DEFINITIONS):
                 try:
                     exec(compile(ast.Module([statement], []), str(path), "exec"), space)
-                    broken.pop(getattr(statement, "name", ""), None)  # an earlier attempt
                 except (Exception, SystemExit) as error:
+                    space.pop(getattr(statement, "name", ""), None)
                     broken[getattr(statement, "name", "")] = f"its definition fails: {type(error).__name__}: {error}"
-    return space, broken
+    return space, {name: why for name, why in broken.items() if name not in space}  # the last attempt counts
 
 
 @pytest.fixture(scope="session")

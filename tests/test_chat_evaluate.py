@@ -762,7 +762,9 @@ def test_pairs_that_tell_no_p_measure_no_reward_model(folders, some_tasks, monke
     rows = [json.loads(line) for line in (folders / "pairs.jsonl").read_text("utf-8").splitlines()]
     for keep in (True, False):
         (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({k: v for k, v in row.items() if keep or k != "p"}) for row in rows))
-        evaluate.main([str(folders / "sft"), "--reward", str(folders / "reward"), "--data", str(tmp_path / "pairs.jsonl"), "--out",
+        shutil.copytree(folders / "reward", tmp_path / "reward", dirs_exist_ok=True)
+        finish(tmp_path / "reward", "reward", 7, heldout_accuracy=[0.75, 0.7, 0.8], noise_ceiling=0.9, heldout_pairs=990)
+        evaluate.main([str(folders / "sft"), "--reward", str(tmp_path / "reward"), "--data", str(tmp_path / "pairs.jsonl"), "--out",
                        str(tmp_path), "--max-new-tokens", "4", "--device", "cpu", "--best-of", "1", "--per-family", "1"])
         assert ("no row of" in capsys.readouterr().err) is not keep
         found = json.loads((tmp_path / "report.json").read_text("utf-8"))["reward_model"]

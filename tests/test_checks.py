@@ -685,6 +685,8 @@ TABLE = {
         (lambda *args: calibration(*args, top=False), "exactly 1"),
         (lambda p, o, bins: sum((p[w].mean() - o[w].mean()).abs() * w.double().mean() for b in range(bins)
                                 if (w := (p > b / bins) & (p <= (b + 1) / bins) | (p == 0) & (b == 0)).any()), "the upper one"),
+        (lambda p, o, bins: sum((p[w].mean() - o[w].mean()).abs() * w.double().mean() for b in range(bins)
+                                if (w := (p >= b / bins) & (p <= (b + 1) / bins)).any()), "falls into both"),
         (lambda p, o, bins: ((p - o)**2).mean(), "Brier"),
         (lambda p, o, bins: abs(p.mean() - o.mean()), "opposite sign"),
         (lambda p, o, bins: (p - o).mean(), "opposite sign")]),
@@ -706,6 +708,8 @@ TABLE = {
          "whitened"),
         (lambda *args: gae(*args, value_of_padding=True), "value at the padding"),
         (lambda *args: gae(*args, carry=True), "carries their rewards"),
+        (lambda r, v, m, c, lam: (gae(r, v, torch.ones_like(m), c, lam)[0] * m,
+                                  gae(r, v, torch.ones_like(m), c, lam)[0] * m + v), "before the loop and for the sum at each step"),
         (lambda *args: gae_of_a_loop(*args, range(args[0].size(1) - 1)), "begin at the last column"),
         (lambda *args: gae_of_a_loop(*args, range(args[0].size(1)), end=-1), "the value of that column itself"),
         (lambda r, v, m, c, lam: (gae(r, v, m, c, lam)[0], gae(r, v, m, c, lam)[0] + v), "not 0 outside"),

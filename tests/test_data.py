@@ -105,6 +105,13 @@ def test_preferences_in_every_format(write, row):
     assert data.load_prompts([path]) == [(HI, False), (HI, True)]
 
 
+def test_an_answer_may_begin_in_the_prompt(write):
+    start = "\n\nHuman: Hi\n\nAssistant: Sure,"
+    for before in ("", start):
+        path = write("a.jsonl", {"prompt": start, "chosen": before + " here it is", "rejected": before + " no"})
+        assert data.load_preferences([path]) == [Pair(HI, "Sure, here it is", "Sure, no")]
+
+
 def test_a_dialogue_of_several_turns_keeps_all_but_the_last_answer_as_prompt(write):
     start = "\n\nHuman: Hi\n\nAssistant: Hello\nHuman: you\n\nHuman: Bye\n\nAssistant:"
     path = write("a.jsonl", {"chosen": start + " See you", "rejected": start + " No"})

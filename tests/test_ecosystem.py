@@ -100,6 +100,10 @@ def test_the_reward_model_with_a_reader_brings_its_code(qk_norm, tied, tokenizer
                  (found - expected).abs().max(), 1e-4, peer=True)
     unmasked = theirs(torch.tensor([long, short + padding])).logits[:, 0]
     assert torch.allclose(unmasked, expected, atol=1e-5)
+    theirs.config.pad_token_id = None  # as where <|im_end|> is the padding, too: no guess where a row ends
+    assert torch.allclose(theirs(torch.tensor([long])).logits[:, 0], expected[:1], atol=1e-5)
+    with pytest.raises(ValueError, match="no padding token"):
+        theirs(torch.tensor([long, short + padding]))
     with torch.no_grad():
         model.surprisal.weight.zero_()
     assert (model(torch.tensor([long]))[0, -1] - expected[0]).abs() > 1e-2  # it matters what it is told

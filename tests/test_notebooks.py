@@ -199,6 +199,11 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert grade(file)[1]["3.8 training_flops"] == "✓"
     file.write_text("def noise_ceiling(:\n")
     assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
+    two = "def noise_ceiling(labels=exit()):\n    return 1\n", "noise_ceiling = lambda labels: 2\n"
+    for first, second in (two, two[::-1]):  # the last attempt counts
+        file.write_text(first + second)
+        space, broken = importlib.import_module("grade").definitions(file)
+        assert ("noise_ceiling" in space) is (second == two[1]) is ("noise_ceiling" not in broken)
     file.write_text("def noise_ceiling(labels=exit()):\n    return 1\n")
     assert "SystemExit" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
     for others in ([tmp_path / "nothing"], [], [NOTEBOOKS, tmp_path]):

@@ -384,6 +384,7 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
     rows = found["temperature"]["rows"]
     assert [(r["model"], r["temperature"]) for r in rows] == [
         (name, t) for name in ("sft", "dpo", "ppo") for t in (1, 0.7, 0.5, 0.3, 0)]
+    assert all(r["right"] for r in rows)
     assert rows[0]["win_rate"] == [0.5, 0.5, 0.5] and found["temperature"]["prompts"] == len(tasks)
     assert temperatures == [r["temperature"] for r in rows] and len(set(map(id, references))) == 1
 

@@ -307,6 +307,9 @@ def test_what_some_clusters_set_makes_no_group(monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
         assert join_processes(torch.device("cpu")) == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # or each of the two would train into the same folder
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        join_processes(torch.device("cpu"))
 
 
 def test_more_processes_than_gpus_is_one_line(monkeypatch):

@@ -86,7 +86,9 @@ def main():
                 continue
             ran = subprocess.run([sys.executable, __file__, name, case], capture_output=True, text=True)
             found.append(json.loads(ran.stdout) if ran.returncode == 0 else [0, float("nan")])
-        print(f"| {name} | {found[-1][0] / 1e6:.0f} M | " + " | ".join(f"{gb:.1f}" for _, gb in found) + " |",
+            if ran.returncode:  # perhaps out of memory, which leaves no word
+                print(f"{name}, {case}: exit status {ran.returncode} {ran.stderr.strip()[-200:]}", file=sys.stderr)
+        print(f"| {name} | {max(count for count, _ in found) / 1e6:.0f} M | " + " | ".join(f"{gb:.1f}" for _, gb in found) + " |",
               flush=True)
 
 

@@ -34,6 +34,8 @@ class RewardWithReader(PreTrainedModel):
         """ids (B, T), padded on either side -> logits (B, 1): raw rewards, of which `reward_shift` is the mean."""
         if attention_mask is None:  # as transformers does it: what is not the padding token is read
             pad = self.config.pad_token_id
+            if pad is None and len(input_ids) > 1:
+                raise ValueError("found several rows and no padding token, expected an attention_mask")
             attention_mask = torch.ones_like(input_ids) if pad is None else input_ids.ne(pad)
         attention_mask = attention_mask.long()
         with torch.no_grad():  # as in `surprisals`
