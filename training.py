@@ -294,8 +294,9 @@ class Muon(torch.optim.Optimizer):
     """SGD with momentum, every update orthogonalised (Jordan et al. 2024, "Muon").
 
     The momentum of a matrix is dominated by a few directions. Newton-Schulz iterations, which need only
-    matrix products, raise all its singular values towards 1, so that rare directions are not left behind. Muon is
-    for the matrices inside the blocks; embeddings, head and gains go to AdamW. Here it reaches the same loss in five sixths of AdamW's time.
+    matrix products, raise all its singular values towards 1, so that rare directions are not left behind.
+    Muon is for the matrices inside the blocks; embeddings, head and gains go to AdamW. Here it reaches the
+    same loss in five sixths of AdamW's time.
 
     A matrix is split into square blocks, each orthogonalised by itself, so that the stacked q, k and v (gate and
     up) stay separate where their sizes are multiples of the side. `with precision: muon.step()` iterates in bfloat16
