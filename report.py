@@ -149,12 +149,12 @@ def part_rows(report):
 
 
 def family_rows(report):
-    """A line for each family, a column for each checkpoint."""
-    everyone = report["checkpoints"]
-    families = next(iter(everyone.values()))["accuracy"]["families"]
-    return ["family", *everyone], [
-        [family, *(cell(measures["accuracy"]["families"].get(family), PERCENT)
-                   for measures in everyone.values())] for family in families]
+    """A line for each family, a column for each checkpoint that answered enough prompts of one."""
+    shares = {name: measures["accuracy"]["families"] for name, measures in report["checkpoints"].items()}
+    shares = {name: found for name, found in shares.items() if any(found.values())}
+    families = dict.fromkeys(family for found in shares.values() for family in found)
+    return ["family", *shares], [
+        [family, *(cell(found.get(family), PERCENT) for found in shares.values())] for family in families]
 
 
 def answer_rows(transcript):

@@ -913,6 +913,16 @@ def test_pages_can_be_rebuilt_from_the_json(written, monkeypatch, capsys):
         assert left.value.code == 2
 
 
+def test_a_checkpoint_without_shares_has_no_column(written):
+    found = json.loads((written / "report.json").read_text("utf-8"))
+    families = found["checkpoints"]["best_of_4"]["accuracy"]["families"]
+    assert "best_of_4" in report.family_rows(found)[0] and len(report.family_rows(found)[1]) == len(families)
+    families |= dict.fromkeys(families)
+    headings, rows = report.family_rows(found)
+    assert headings == ["family", *(name for name in found["checkpoints"] if name != "best_of_4")]
+    assert [row[0] for row in rows] == list(families) and {len(row) for row in rows} == {len(headings)}
+
+
 @pytest.mark.parametrize("content", ["", "{", "7", '{"curves": {}}', '{"curves": []}'])
 def test_a_damaged_study_costs_no_evaluation(content, written, capsys, tmp_path):
     found = json.loads((written / "report.json").read_text("utf-8"))
