@@ -74,7 +74,7 @@ class Config:
     embed_lr: float = flag(0.01, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
-    warmup: int = flag(40, "steps of linear warm-up")
+    warmup: int = flag(40, "steps of linear warm-up, at most half of the run")
     decay: float = flag(0.6, "share of the steps, at the end, over which the learning rate falls to 0")
     weight_decay: float = flag(0.1, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")

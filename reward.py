@@ -65,7 +65,7 @@ class Config:
     recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
                            "memory, a third more time")
     lr: float = flag(1e-3, "peak learning rate")
-    warmup: int = flag(20, "steps of linear warm-up")
+    warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     eval_every: int = flag(100, "steps between evaluations on 200 held-out pairs")

@@ -348,7 +348,7 @@ class DPOConfig:
     lr: float = flag(1e-4, "peak learning rate")
     sharpness_lr: float = flag(0.02, "peak learning rate of the policy's sharpness, one factor on all logits; 0 "
                                "leaves it at 1")
-    warmup: int = flag(20, "steps of linear warm-up")
+    warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")

@@ -63,7 +63,7 @@ class Config:
     embed_lr: float = flag(0.002, "peak learning rate of the embeddings and gains (AdamW)")
     head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
                           "embedding (AdamW)")
-    warmup: int = flag(20, "steps of linear warm-up")
+    warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     adam_eps: float = flag(1e-3, "ε of AdamW; large, so that words which occur in no answer stay where they are "
                            "(usual: 1e-8)")
     weight_decay: float = flag(0.0, "decay of the matrices in the blocks, per unit of learning rate")

@@ -384,12 +384,14 @@ def set_share(share, *optimisers):
 def learning_rate(step, steps, peak, warmup=0, decay=None):
     """Warm-up, flat, linear decay: the rate for `step` (from 0) of `steps`.
 
-    Rises linearly over the first `warmup` steps, and falls linearly over the last `decay` ones
-    (None: all that are left after the warm-up), so that the step after the last would have 0.
+    Rises linearly over the first `warmup` steps (at most half of them: few data make short runs), and falls
+    linearly over the last `decay` ones (None: all that are left after the warm-up), so that the step after the
+    last would have 0.
     """
+    warmup = min(warmup, steps // 2)
     decay = steps - warmup if decay is None else decay
     rising = (step + 1) / warmup if warmup else 1.0
-    falling = (steps - step) / decay if decay > 0 else 1.0  # a run shorter than its warm-up only rises
+    falling = (steps - step) / decay if decay else 1.0
     return peak * max(0.0, min(1.0, rising, falling))
 
 

@@ -190,7 +190,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("a saved state may run code", "training.py", "weights_only=True", "weights_only=False", "test_failures.py"),
     ("a loss that is no number is trained on", "training.py", "if not torch.isfinite(value):", "if False:",
      "test_failures.py"),
-    ("a run shorter than its warm-up learns nothing", "training.py", "if decay > 0 else 1.0", "if decay else 1.0",
+    ("a run shorter than its warm-up never reaches its rate", "training.py", "    warmup = min(warmup, steps // 2)\n", "",
      "test_training.py"),
     ("a KL that explodes is not stopped", "rlhf.py", "if summary[\"kl\"] > config.max_kl:\n            bar.write(f\"ppo",
      "if False:\n            bar.write(f\"ppo", "test_failures.py"),

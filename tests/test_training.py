@@ -123,8 +123,9 @@ def test_help_names_every_default_once(capsys):
     assert "unrecognized arguments: --name" in capsys.readouterr().err
 
 
-def test_a_run_shorter_than_its_warm_up_learns():
-    assert [learning_rate(step, 3, 1.0, warmup=10) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+@pytest.mark.parametrize("steps, shares", [(1, [1]), (2, [1, 1]), (3, [1, 1, 0.5]), (6, [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3])])
+def test_a_run_shorter_than_its_warm_up_reaches_its_peak_and_falls(steps, shares):
+    assert [learning_rate(step, steps, 1.0, warmup=10) for step in range(steps)] == pytest.approx(shares)
 
 
 def test_micro_batches_are_all_rows_with_shares_that_add_up():
