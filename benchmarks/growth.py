@@ -1,6 +1,6 @@
 """How cost grows: seconds and memory per token against parameters, context and batch, training and decoding.
 
-    python benchmarks/growth.py            # 1 to 3 minutes, nothing else running; prints tables, draws growth.png
+    python benchmarks/growth.py            # up to 3 minutes, nothing else running; prints tables, draws growth.png
 
 Expected is the slope, on the same points, of the work that has to be done. Training: 6 N + 6 L T C floating-point
 operations a token (N weights, L layers of width C; a token attends to T/2 others on average), at the rate of a

@@ -1,6 +1,6 @@
 """AdamW against Muon, both tuned the same way: held-out loss after equally many steps, and what a step costs.
 
-    python benchmarks/optimisers.py      # about ten minutes on two cores
+    python benchmarks/optimisers.py      # 4 to 10 minutes on two cores
 
 The model and the schedule of `python pretrain.py --data world`, 600 of its 3,200 steps, 10,000 documents. They differ in
 what updates the matrices inside the blocks; embeddings, head and gains have AdamW in both. All learning rates are a

@@ -1,6 +1,6 @@
 """A scaling law for the world's documents: loss against compute, and whether it predicts a larger run.
 
-    python benchmarks/scaling.py        # 20 minutes to an hour; finished runs are kept in scaling.jsonl
+    python benchmarks/scaling.py        # 8 minutes to an hour; finished runs are kept in scaling.jsonl
 
 Every run sees each token once, in documents from a seed of its own, so nothing is repeated. Five sizes share each
 budget C = 6 N D (N weights, D tokens; Kaplan et al. 2020, arXiv 2001.08361, and section 3.2 of Hoffmann et al.
