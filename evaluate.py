@@ -53,8 +53,8 @@ class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of language models; a folder's name names its row"})
     reward: str | None = flag(None, "folder of the reward model: proxy scores and best-of-n")
-    data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p. Without any, "
-                                   "the report has what reward.py measured")
+    data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p. "
+                                   "Without any, the report has what reward.py measured")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model")

@@ -329,7 +329,8 @@ class DPOConfig:
     holdout: float = flag(0.1, "pairs to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
-    beta: float = flag(0.1, "reward, in log-odds, that one nat of KL from --init costs; with a smaller β the policy strays further")
+    beta: float = flag(0.1, "reward, in log-odds, that one nat of KL from --init costs; with a smaller β the policy "
+                       "strays further")
     label_smoothing: float = flag(0.0, "share of the labels assumed to be wrong, at most 0.5")
     nll: float = flag(0.2, "weight of the chosen answers' own loss (negative log-likelihood per token); 0 is DPO as "
                       "published, which can drift to answers that are neither chosen nor rejected")
@@ -513,8 +514,8 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.1, "reward, in standard deviations of the reward model's scores, that one nat of KL from --init costs; "
-                       "0 invites reward hacking")
+    beta: float = flag(0.1, "reward, in standard deviations of the reward model's scores, that one nat of KL from --init "
+                       "costs; 0 invites reward hacking")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "

@@ -19,7 +19,8 @@ overwrite some of what pre-training taught. Three things prevent that:
 
 - Every step also reads a little raw text (--replay), from which the subjects that SFT holds out are removed (a sum
   that it holds out may occur there); its mean next-token loss is added to that of the answers. (With two windows a
-  step 39 % of the samples on held-out prompts other than the report's were right, with one 37½ %, means of four base models.)
+  step 39 % of the samples on held-out prompts other than the report's were right, with one 37½ %, means of four
+  base models.)
 - The optimisers are those of pre-training, at a seventh to a fifth of their learning rates: SFT should
   teach how to answer, and at a higher rate the model unlearns what to answer.
 - The ε of Adam is large. Adam divides a gradient by its typical size, so a word that occurs in no answer

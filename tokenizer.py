@@ -158,7 +158,7 @@ class Tokenizer:
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }
         roles = {"eos_token": IM_END if IM_END in self.specials else ENDOFTEXT, "pad_token": self.pad_token}
-        config = {  # a role whose token is not in the vocabulary would make Hugging Face add it, past the model's last row
+        config = {  # Hugging Face would add a role's token that is not in the vocabulary, past the model's last row
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{role: name for role, name in roles.items() if name in self.specials},
             "clean_up_tokenization_spaces": False,

@@ -303,7 +303,9 @@ def dpo(bench):
     path.write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
     dtype = "bfloat16" if bench.bf16() else "float32"
 
-    lengths = [sum(len(row[key]) for key in ("instruction", "chosen", "rejected")) for row in rows]  # that is enough to sort by
+    # TRL groups by a column: characters are enough to tell which rows are of like length.
+    pairs = [pair | {"length": sum(len(row[key]) for key in ("instruction", "chosen", "rejected"))}
+             for pair, row in zip(pairs, rows)]
 
     def theirs(order):
         with quiet():
@@ -311,7 +313,7 @@ def dpo(bench):
                                  remove_unused_columns=False, **bench.trainer_settings())
             trainer = DPOTrainer(AutoModelForCausalLM.from_pretrained(bench.folder()),
                                  AutoModelForCausalLM.from_pretrained(bench.folder()), settings,
-                                 train_dataset=Dataset.from_list([row | {"length": n} for row, n in zip(pairs, lengths)][:-100]),
+                                 train_dataset=Dataset.from_list(pairs[:-100]),
                                  processing_class=bench.tokenizer())
             trainer.train()
             trainer.save_model()

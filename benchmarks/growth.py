@@ -60,7 +60,7 @@ def train(size=BASE, context=256, batch=8):
         return tensor
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}  # and so are bfloat16 copies
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}  # of weights' bfloat16 copies
     with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         next_token_loss(model, ids[:, :-1], ids[:, 1:])
 
