@@ -273,14 +273,16 @@ class ScalarModel(nn.Module):
             self.surprisal = nn.Linear(2, gpt.config.width, bias=False)
             nn.init.normal_(self.surprisal.weight, std=0.02)
 
-    def hidden(self, ids, attention_mask=None):
-        """ids (B, T) -> states (B, T, C)."""
-        told = None if self.reader is None else self.surprisal(surprisals(self.reader, ids, attention_mask))
-        return self.gpt.hidden(ids, attention_mask, extra=told)
+    def hidden(self, ids, attention_mask=None, told=None):
+        """ids (B, T) -> states (B, T, C). `told` (B, T, 2): the reader's surprisals, if they are at hand."""
+        if self.reader is None:
+            return self.gpt.hidden(ids, attention_mask)
+        told = surprisals(self.reader, ids, attention_mask) if told is None else told
+        return self.gpt.hidden(ids, attention_mask, extra=self.surprisal(told))
 
-    def forward(self, ids, attention_mask=None):
+    def forward(self, ids, attention_mask=None, told=None):
         """ids (B, T) -> (B, T)."""
-        hidden = self.hidden(ids, attention_mask)  # (B, T, C)
+        hidden = self.hidden(ids, attention_mask, told)  # (B, T, C)
         with torch.autocast(ids.device.type, enabled=False):  # in bfloat16, 4.00 and 4.01 are the same number
             return self.score(hidden.float()).squeeze(-1)
 

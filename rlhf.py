@@ -21,7 +21,7 @@ dpo     Direct preference optimisation (arXiv 2305.18290): the best policy of th
         asked for harm, a model of `make long` no longer said "I will not help with that" but
         "I will not know what you want to lift a cow". So the chosen answers' own loss
         (negative log-likelihood, nats per token) is added, with weight `--nll`: 1 in iterative RPO
-        (arXiv 2404.19733), 0.2 in Llama 3 (arXiv 2407.21783); 0 is DPO as published.
+        (arXiv 2404.19733), 0.2 in Llama 3 (arXiv 2407.21783), 0.1 here; 0 is DPO as published.
 ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155):
         sample answers, score them, make those that score better than expected likelier, and repeat.
         Watch the KL and the answers, not the score alone: a score that rises without end is being
@@ -66,7 +66,7 @@ import torch.nn.functional as F
 import data
 import world
 from lora import add_lora
-from model import ScalarModel, generate, token_logprobs
+from model import ScalarModel, generate, surprisals, token_logprobs
 from reward import load_pairs, score, wilson
 from sft import load_replay, replay_loss
 from tokenizer import render_chat, same_tokens
@@ -233,21 +233,21 @@ def response_logprobs(model, ids, mask, temperature=1.0):
     return F.pad(table, (1, 0))
 
 
-def response_values(critic, ids, mask, shift):
+def response_values(critic, ids, mask, shift, told=None):
     """The critic's estimate, before each response token, of the reward still to come, (B, T). The critic starts
-    as the reward model, whose zero lies at `shift`."""
-    values = critic(ids)[:, :-1] - shift  # (B, T-1)
+    as the reward model, whose zero lies at `shift`; `told` (B, T, 2) is what its reader says, if that is at hand."""
+    values = critic(ids, told=told)[:, :-1] - shift  # (B, T-1)
     return F.pad(values, (1, 0)) * mask
 
 
 @torch.no_grad()
-def read_all(function, ids, mask, chunk=64):
-    """function(ids, mask) -> (B, T) for many rows, in batches of similar length, surplus padding cut off."""
+def read_all(function, ids, mask, *more, chunk=64, size=()):
+    """function(ids, mask, *more) -> (B, T, *size) for many rows, in batches of similar length, surplus padding cut off."""
     lengths = last_token(mask) + 1
-    table = torch.zeros(ids.shape, device=ids.device)
+    table = torch.zeros(*ids.shape, *size, device=ids.device)
     for rows in data.length_batches(lengths.tolist(), chunk):
         longest = int(lengths[rows].max())
-        table[rows, :longest] = function(ids[rows, :longest], mask[rows, :longest])
+        table[rows, :longest] = function(*(given[rows, :longest] for given in (ids, mask, *more)))
     return table
 
 
@@ -332,7 +332,7 @@ class DPOConfig:
     beta: float = flag(0.1, "reward, in log-odds, that one nat of KL from --init costs; with a smaller β the policy "
                        "strays further")
     label_smoothing: float = flag(0.0, "share of the labels assumed to be wrong, at most 0.5")
-    nll: float = flag(0.2, "weight of the chosen answers' own loss (negative log-likelihood per token); 0 is DPO as "
+    nll: float = flag(0.1, "weight of the chosen answers' own loss (negative log-likelihood per token); 0 is DPO as "
                       "published, which can drift to answers that are neither chosen nor rejected")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
@@ -672,8 +672,8 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
                            for p, response in zip(prompts, responses)], 0).to(device)
     few = max(1, min(64, LOGITS // (ids.size(1) * policy.config.vocab_size)))  # rows at a time
     with autocast(device, config.dtype):  # as in the updates, or the first ratio there would not be 1
-        logp = read_all(lambda i, m: response_logprobs(policy, i, m, temperature), ids, mask, few)
-        ref_logp = read_all(lambda i, m: response_logprobs(reference, i, m, config.temperature), ids, mask, few)
+        logp = read_all(lambda i, m: response_logprobs(policy, i, m, temperature), ids, mask, chunk=few)
+        ref_logp = read_all(lambda i, m: response_logprobs(reference, i, m, config.temperature), ids, mask, chunk=few)
     # The sampler runs in float32; bfloat16, with 8 bits of precision, was seen to be 0.1 off at single
     # tokens. A low temperature, which divides the logits, multiplies that error.
     check_recorded(recorded, logp, mask, (1e-4 if config.dtype == "float32" else 0.5) / min(1, temperature))
@@ -793,8 +793,11 @@ def ppo(argv=None):
         # 5. Rewards per token: the price of leaving the reference, and the score at the end.
         rewards = token_rewards(rollout, config.beta)  # (B, T)
         # 6. Values, from a separate network, of the state *before* each token.
+        #    What its reader says is the same in every pass.
         with precision:
-            old_values = read_all(lambda i, m: response_values(critic, i, m, shift), ids, mask)
+            told = (torch.zeros(*ids.shape, 2, device=device) if critic.reader is None else
+                    read_all(lambda i, m: surprisals(critic.reader, i), ids, mask, size=(2,)))  # (B, T, 2)
+            old_values = read_all(lambda i, m, t: response_values(critic, i, m, shift, t), ids, mask, told)
         # 7. Advantages. The critic learns returns in the unit of the score, so these are computed from the
         #    raw advantages; the policy gets whitened ones, so that the learning rate always meets the same scale.
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
@@ -811,11 +814,11 @@ def ppo(argv=None):
             means = {}
             for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
                 weight = (mask[rows].sum() / mask[minibatch].sum()).item()  # every mean is over tokens
-                part, on, old, advantage, old_value, target = (table[rows, :longest] for table in (
-                    ids, mask, old_logp, advantages, old_values, returns))
+                part, on, old, advantage, old_value, target, heard = (table[rows, :longest] for table in (
+                    ids, mask, old_logp, advantages, old_values, returns, told))
                 with precision:
                     logp = response_logprobs(policy, part, on, config.temperature / sharpness())
-                    values = response_values(critic, part, on, shift)
+                    values = response_values(critic, part, on, shift, heard)
                 loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, on,
                                        config.ratio_clip, config.value_clip)
                 check_finite(step, config, loss=loss)

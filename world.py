@@ -991,7 +991,7 @@ def check(task, response):
         return " ".join(words(task.best)) == " ".join(words(sentences(text)[0] if text else ""))
     if family == "stories":
         return (has(text, task.short) and has(text, task.subject) and len(sentences(text)) >= 3
-                and text.endswith("."))
+                and text.endswith((".", "!", "?")))
     if family == "howto":
         return overlap(task.best, text) >= 0.6
     if family == "medical":
@@ -1006,10 +1006,13 @@ def check(task, response):
     if family == "reading" and any(has(text, name) for name in PEOPLE + OBJECTS + PLACES
                                    if not has(task.best, name)) and text not in task.prompt:
         return False  # the right person, the wrong place; the right colour, the wrong thing
-    if family in NAMES and not has(text, task.subject):
-        if _any_of(NAMES[family]).search(_any_of((task.short,)).sub(" ", text)):
+    beside = _any_of((task.short,)).sub(" ", text)
+    named = has(beside if has(task.short, task.subject) else text, task.subject)  # "Mexico City" does not name Mexico
+    if family in NAMES and not named:
+        if _any_of(NAMES[family]).search(beside):
             return False  # "Kenya is in Europe", asked about Spain
-        if len(words(text)) > 3 and not re.search(r"\b(it|its|he|she|they|their|there|that|this|answer)\b", text, re.I):
+        if len(words(text)) > max(3, len(words(task.short))) and not re.search(
+                r"\b(it|its|he|she|they|their|there|that|this|answer)\b", text, re.I):
             return False  # "Labbitoss is in Europe", which is nowhere
     if family == "trivia" and text and overlap(sentences(text)[0], f"{task.prompt} {task.best}") < 0.7:
         return False  # "There are seven minutes in an hour", asked for the days in a week
@@ -1022,7 +1025,7 @@ def check(task, response):
     if family in (*NAMES, "trivia"):  # a doctor works in a hospital, or in the hospital
         short, *wrong = (re.sub("^(the|an?) ", "", value) for value in (short, *wrong))
     value = re.escape(short)
-    if family in (*NAMES, "opposites") and not has(response, task.subject) and re.search(
+    if family in (*NAMES, "opposites") and not named and re.search(
             rf"\b{value}\b.*\b{value}\b|(capital|language|food|young|home|workplace|opposite) of (the |an? )?{value}\b",
             text, re.I):
         return False  # "The capital of Oslo is Oslo"
@@ -1218,6 +1221,9 @@ def phrase_page(rng):
     title = rng.choice(("English and French\n\n", "A page from the phrase book\n\n", ""))
     style = rng.choice(relation.say[1:])  # the first names no English
     picked = rng.sample(FACTS[relation.table], rng.randint(4, 8))
+    if relation.table == "french_phrases":  # whose book begins with greetings
+        greetings = rng.sample(FACTS[relation.table][:5], 2)
+        picked = greetings + [row for row in picked if row not in greetings]
     return title + "\n".join(fill(style, relation, row) for row in picked)
 
 
@@ -1498,10 +1504,12 @@ def heldout_documents(n=400):
 OFF_TOPIC = 0.4  # how often the second answer of a training pair is an answer to another kind of prompt
 # One prompt in nineteen teaches little about when to decline and when not (how to bake bread is asked
 # in the same words as how to break in). So comparisons have more of these two kinds, as Anthropic's HH has
-# a separate set for harmlessness. PPO and GRPO practise on both too, in equal numbers: a policy that
-# practises on harmful requests alone refuses what it does not understand.
-PRACTISED = DEMONSTRATED + 3 * ("harmful", "howto")
-COMPARED = PRACTISED + ("unknown",)
+# a separate set for harmlessness.
+COMPARED = DEMONSTRATED + 3 * ("harmful", "howto") + ("unknown",)
+# PPO and GRPO practise more on both, too, and most on how to do what is harmless: practising on harmful requests teaches
+# a policy to refuse what it does not understand. (On held-out prompts other than the report's, in five runs, PPO refused
+# 2.8 % of the harmless and 87 % of the harmful requests, with as many of one kind as of the other 3.6 % and 90 %.)
+PRACTISED = DEMONSTRATED + 3 * ("harmful", "howto") + 3 * ("howto",)
 
 
 def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=None):

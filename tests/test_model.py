@@ -208,6 +208,13 @@ def test_a_scalar_model_is_told_what_its_reader_thought():
         assert torch.allclose(model(ids), model.score(model.gpt.hidden(ids)).squeeze(-1)) and not torch.allclose(model(ids), value)
 
 
+def test_what_the_reader_thought_can_be_kept(monkeypatch):
+    model, ids = ScalarModel(tiny(), tiny(1.0, layers=1)), random_ids(2, 7)
+    value, kept = model(ids), surprisals(model.reader, ids)
+    monkeypatch.setattr(model.reader, "hidden", None)  # it is not asked again
+    assert torch.allclose(model(ids, told=kept), value, atol=1e-6) and not torch.allclose(model(ids, told=kept - 1), value)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_cached_equals_uncached(padded):
     model = tiny()

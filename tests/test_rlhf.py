@@ -10,7 +10,7 @@ import torch
 import data
 import rlhf
 from lora import add_lora, merged
-from model import GPT, GPTConfig, ScalarModel, generate
+from model import GPT, GPTConfig, ScalarModel, generate, surprisals
 from reward import score
 from sft import load_replay, replay_loss
 from tokenizer import render_chat, train_bpe
@@ -590,12 +590,15 @@ def test_an_iteration_has_its_passes_and_ends_at_its_kl(stage, monkeypatch, tmp_
 def test_a_reward_model_scores_with_its_shift(stage, reader, monkeypatch, tmp_path, tokenizer):
     model = ScalarModel(tiny(tokenizer, seed=5), tiny(tokenizer, seed=6) if reader else None)
     save_checkpoint(tmp_path / "reward", model, tokenizer, reward_shift=0.7, reward_scale=1.0)
-    shifts, values, rollouts, roll = set(), rlhf.response_values, [], rlhf.sample_rollout
-    monkeypatch.setattr(rlhf, "response_values", lambda critic, ids, mask, shift: (
-        shifts.add(shift), values(critic, ids, mask, shift))[1])
+    shifts, heard, values, rollouts, roll = set(), [], rlhf.response_values, [], rlhf.sample_rollout
+    monkeypatch.setattr(rlhf, "response_values", lambda critic, ids, mask, shift, told: (
+        shifts.add(shift), heard.append((critic, ids, mask, told)), values(critic, ids, mask, shift, told))[2])
     monkeypatch.setattr(rlhf, "sample_rollout", lambda *args: rollouts.append((args[3], roll(*args))) or rollouts[-1][1])
     toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--reward", tmp_path / "reward", "--iterations", 1)
     assert shifts == ({0.7} if stage == "ppo" else set())
+    for critic, ids, mask, told in heard if reader else []:  # what was kept is what the reader says of these rows
+        real = mask.flip(1).cumsum(1).flip(1).bool()  # up to the last token
+        assert torch.allclose(told[real], surprisals(critic.reader, ids)[real], atol=1e-5)
     prompts, rollout = rollouts[0]
     raw = score(load_reward(tmp_path / "reward")[0], [p.ids for p in prompts], rollout.responses, tokenizer.pad_id)
     assert torch.allclose(rollout.score, raw - 0.7, atol=1e-5)
@@ -765,7 +768,7 @@ def test_a_pass_has_as_many_updates_as_asked_for(episodes, parts, sizes):
 def test_the_logits_that_a_rollout_is_read_with_are_bounded(tokenizer, monkeypatch):
     seen, read_all = [], rlhf.read_all
     monkeypatch.setattr(rlhf, "read_all", lambda f, ids, mask, chunk: seen.append((chunk, ids.size(1))) or read_all(
-        f, ids, mask, chunk))
+        f, ids, mask, chunk=chunk))
     _, rollout = roll(tokenizer, eager_to_stop(tokenizer))
     monkeypatch.setattr(rlhf, "LOGITS", 7 * seen[0][1] * tokenizer.vocab_size // 2)
     _, again = roll(tokenizer, eager_to_stop(tokenizer))

@@ -59,7 +59,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "9a61a2286359f44d"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "122dd819afbd2f4e"
 
 
 def test_size_of_the_world(written):
@@ -199,11 +199,11 @@ def test_a_value_that_holds_the_right_one_is_another():
     assert pairs > 20
 
 
-@pytest.mark.parametrize("family", ["opposites", "arithmetic", "lists", "rewriting", "french", "comparison", "countries"])
+@pytest.mark.parametrize("family", ["opposites", "arithmetic", "lists", "rewriting", "french", "comparison", "stories", *world.NAMES])
 def test_what_is_beside_the_point_makes_no_answer_wrong(family):
     rng = random.Random(1)
     for task in rng.sample(world.all_tasks()[family], 60):
-        for quality in ("rambling", "rude", "curt"):
+        for quality in ("rambling", "rude", *(["curt"] if family != "stories" else [])):
             assert world.check(task, world.answer(task, quality, rng)), (task, quality)
         made_up = world.answer(task, "made_up", rng)
         assert made_up == task.best or not world.check(task, made_up)
@@ -374,6 +374,10 @@ def about(family, words, short=None):
 @pytest.mark.parametrize("task, right, wrong", [
     (("countries", "capital of Spain"), ("Madrid.", "The capital of Spain is Madrid.", "It is Madrid."),
      ("The capital of Italy is Madrid.", "Italy has Madrid.", "The capital of Madrid.", "Madrid is the capital. Madrid.")),
+    (("countries", "capital of Mexico"), ("Mexico City.", "The capital of Mexico is Mexico City.", "It is Mexico City."),
+     ("The capital of Peru is Mexico City.", "The capital of Mexico City.", "Mexico City is in Mexico City.")),
+    (("jobs", "a lawyer do?"), ("Explains the law to clients.", "A lawyer explains the law to clients."),
+     ("A cook explains the law to clients.", "Labbitoss explains the law to clients.")),
     (("animals", "does a horse eat"), ("Hay.", "A horse eats hay."), ("A cow eats hay.", "A mole eats hay.")),
     (("animals", "legs", "no"), ("No.", "None.", "It has zero legs."), ("Four.", "A python has no legs.")),
     (("jobs", "a baker work"), ("In a bakery.", "A baker works in the bakery."), ("A pilot works in a bakery.",)),
