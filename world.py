@@ -330,7 +330,7 @@ RELATIONS = (
               "What would a child in France call this: {x}?"),
              ('In French you say "{v}".', '{X} is "{v}" in French.', '{X} - {v}')),
     Relation("french", "french_phrases", "english", "french",
-             'the French for "{bare}"',
+             "the French for this: {x}",
              ("Translate the following sentence into French: {x}",
               "How do you say this in French? {x}", "Translate into French: {x}",
               "What is the French for this? {x}", "Please put this into French: {x}",
@@ -421,7 +421,7 @@ def fill(template, relation, row):
     """Put a row's subject and value into a template of its relation."""
     x, v = row[relation.subject], row[relation.column]
     return template.format(x=x, X=cap(x), ax=an(x), Ax=cap(an(x)), v=v, av=an(v), in_v=inside(v),
-                           bare=x.rstrip(" .!?"), noun=row.get("noun", ""),
+                           noun=row.get("noun", ""),
                            **{"full sentence": row.get("full sentence", "")})
 
 
@@ -1161,7 +1161,8 @@ def after_question(question, statement):
 def reworded(rng, question, noun):
     """The question; at times, and always if it is held out, one about `noun` in words that only documents use."""
     if question in heldout_prompts() or rng.random() < 0.2:
-        return rng.choice(ASIDE).format(n=noun)
+        aside = rng.choice(ASIDE).format(n=noun)
+        return aside[:-1] if noun[-1] in ".!?" else aside  # a phrase has its own mark
     return question
 
 
@@ -1219,12 +1220,13 @@ def story_page(rng):
 def phrase_page(rng):
     relation = rng.choice([r for r in RELATIONS if r.family == "french"])
     title = rng.choice(("English and French\n\n", "A page from the phrase book\n\n", ""))
-    style = rng.choice(relation.say[1:])  # the first names no English
+    style = rng.choice((*relation.say[1:], ""))  # the first names no English, so a question does
     picked = rng.sample(FACTS[relation.table], rng.randint(4, 8))
     if relation.table == "french_phrases":  # whose book begins with greetings
         greetings = rng.sample(FACTS[relation.table][:5], 2)
         picked = greetings + [row for row in picked if row not in greetings]
-    return title + "\n".join(fill(style, relation, row) for row in picked)
+    return title + "\n".join(fill(style or f"{question_about(rng, relation, row)} {relation.say[0]}", relation, row)
+                             for row in picked)
 
 
 def arithmetic_page(rng):
