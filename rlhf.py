@@ -793,7 +793,7 @@ def ppo(argv=None):
         # 5. Rewards per token: the price of leaving the reference, and the score at the end.
         rewards = token_rewards(rollout, config.beta)  # (B, T)
         # 6. Values, from a separate network, of the state *before* each token.
-        #    What its reader says is the same in every pass.
+        #    What its reader says is the same in every pass (if it has none: zeros, which nobody reads).
         with precision:
             told = (torch.zeros(*ids.shape, 2, device=device) if critic.reader is None else
                     read_all(lambda i, m: surprisals(critic.reader, i), ids, mask, size=(2,)))  # (B, T, 2)

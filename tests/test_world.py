@@ -80,6 +80,11 @@ def test_no_placeholder_is_left_in_any_text(written, answers):
         assert not re.search(r"[{}]|None|  ", text), text
 
 
+def test_no_sentence_ends_twice(written):
+    """A phrase that documents ask for keeps its own mark, and loses that of the question."""
+    assert not [text for text in written if re.search(r"[.!?]{2}", text)]
+
+
 def test_no_heldout_prompt_is_trained_on(trained_on):
     heldout = {task.prompt for hold in HOLDS for tasks in world.all_tasks(hold).values()
                for task in tasks} | set(world.COURSE)
