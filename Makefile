@@ -35,6 +35,7 @@ PAIRS    ?=
 REWARD   ?=
 DPO      ?=
 PPO      ?=
+PPO_FROM ?= sft
 GRPO     ?=
 EVALUATE ?=
 STUDY    ?=
@@ -70,7 +71,7 @@ SETTINGS_sft = $(call seeded,$(SFT))
 SETTINGS_pairs = $(call seeded,$(PAIRS))
 SETTINGS_reward = $(call seeded,--surprisal $(REWARD))
 SETTINGS_dpo = $(call seeded,$(DPO))
-SETTINGS_ppo = $(call seeded,$(PPO))
+SETTINGS_ppo = --init $(OUT)/$(PPO_FROM) $(call seeded,$(PPO))
 SETTINGS_grpo = $(call seeded,$(GRPO))
 SETTINGS_report = $(EVALUATE)
 $(OUT)/%/settings: FORCE
@@ -100,9 +101,9 @@ $(OUT)/dpo/done: rlhf.py reward.py $(OUT)/dpo/settings $(OUT)/pairs.jsonl
 	$(FORGET)
 	$(PY) rlhf.py dpo --init $(OUT)/sft --data $(OUT)/pairs.jsonl --replay-data world --out $(@D) --resume $(SETTINGS_dpo)
 
-$(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/reward/done
+$(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/$(PPO_FROM)/done $(OUT)/reward/done
 	$(FORGET)
-	$(PY) rlhf.py ppo --init $(OUT)/sft --reward $(OUT)/reward --data world --replay-data world \
+	$(PY) rlhf.py ppo --reward $(OUT)/reward --data world --replay-data world \
 		--out $(@D) --resume $(SETTINGS_ppo)
 
 $(OUT)/grpo/done: rlhf.py $(OUT)/grpo/settings $(OUT)/reward/done
@@ -124,10 +125,13 @@ quick:
 
 # The larger model reads four windows of pre-training text in a step of SFT: on held-out prompts other than the report's
 # 53 % of its samples were right, with one window 50 %, and it refused 38 % of the harmful requests, with one 31 %.
+# Its PPO goes on from DPO and practises on as many harmful requests as harmless ones: on those prompts it then refused
+# 94 % of the harmful and 0.6 % of the harmless ones; 91 % and 0.2 % with the usual prompts, from SFT 91 % and 0.4 %.
 long:
 	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 --replay 4 $(call also,SFT)' \
-		PAIRS='--pairs 20600 $(call also,PAIRS)' PPO='--iterations 80 $(call also,PPO)'
+		PAIRS='--pairs 20600 $(call also,PAIRS)' PPO_FROM=dpo \
+		PPO='--iterations 80 --families all harmful harmful harmful howto howto howto $(call also,PPO)'
 
 # What pre-training is worth: SFT on the same demonstrations from random weights, at the learning rates
 # of pre-training, since the low ones of SFT would not even teach the format.

@@ -470,8 +470,8 @@ class RolloutConfig:
                        "function(prompt, response) with texts, returning a number")
     data: list[str] = flag(["world"], "'world', or files of conversations or preferences, of which only "
                            "the prompts are used (.json .jsonl)")
-    families: list[str] | None = flag(None, "only prompts of these families (with --data world; "
-                                      "`python world.py --stats` names them)")
+    families: list[str] | None = flag(None, "only prompts of these families, `all` for all of them; one that is named "
+                                      "twice gives twice as many (with --data world; `python world.py --stats` has them)")
     out: str = flag("out/ppo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
                     "continued if it is unfinished")
     holdout: float = flag(0.05, "prompts to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
@@ -542,11 +542,12 @@ class Prompt:
 def load_prompts(config, tokenizer, context_length):
     """(train, heldout) lists of Prompt; those without room for a response are dropped."""
     if config.data == ["world"]:
-        families = config.families or world.PRACTISED
-        unknown = set(families) - set(world.DEMONSTRATED)
+        named = config.families or world.PRACTISED
+        unknown = set(named) - {"all", *world.DEMONSTRATED}
         if unknown:
             raise InputError(f"--families {' '.join(sorted(unknown))}: "
-                             f"expected some of {', '.join(world.DEMONSTRATED)}")
+                             f"expected some of all, {', '.join(world.DEMONSTRATED)}")
+        families = [family for name in named for family in (world.DEMONSTRATED if name == "all" else [name])]
 
         def ask(n, seed):
             return [[{"role": "user", "content": task.prompt}] for task in world.training_prompts(n, seed, families)]

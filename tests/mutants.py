@@ -321,7 +321,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_chat_evaluate.py"),
     ("make clears an environment of yours", "Makefile", ",$(if $(wildcard .venv/pyvenv.cfg),,touch .venv/ours))",
      ",touch .venv/ours)", "test_makefile.py"),
-    ("make long ignores your flags", "Makefile", "--iterations 80 $(call also,PPO)'", "--iterations 80'", "test_makefile.py"),
+    ("make long ignores your flags", "Makefile", "howto howto $(call also,PPO)'", "howto howto'", "test_makefile.py"),
     ("GRPO's reference learns with the policy", "rlhf.py",
      "reference = copy.deepcopy(policy).requires_grad_(False)\n    score_responses, _", "reference = policy\n    score_responses, _",
      "test_rlhf.py"),

@@ -752,6 +752,14 @@ def test_families_choose_the_prompts(tokenizer):
     assert all(harmful.intersection(rlhf.world.unspoken(prompt.text)) for prompt in prompts + heldout)
 
 
+def test_all_families_and_some_of_them_more(tokenizer):
+    def seen(families):
+        config = rlhf.PPOConfig(families=families, prompts=220, eval_prompts=5, max_new_tokens=9)
+        return [prompt.text for prompt in rlhf.load_prompts(config, tokenizer, 10**6)[0]]
+    everything = list(rlhf.world.DEMONSTRATED)
+    assert seen(["all", "howto", "harmful", "howto"]) == seen(everything + ["howto", "harmful", "howto"]) != seen(everything)
+
+
 def test_families_are_of_the_world_alone(tokenizer, tmp_path):
     with pytest.raises(InputError, match="--families: only the prompts of --data world"):
         rlhf.load_prompts(rlhf.PPOConfig(families=["harmful"], data=[str(tmp_path / "mine.jsonl")]), tokenizer, 64)
