@@ -27,7 +27,7 @@ endif
 # quick and long have folders of their own, unless OUT was given.
 own = $(if $(filter file,$(origin OUT)),$(1),$(OUT))
 
-# Settings of each stage; override on the command line: make PRETRAIN='--steps 2000'
+# Settings of each stage, and the stage that PPO goes on from; override on the command line: make PRETRAIN='--steps 2000'
 SEED     :=
 PRETRAIN ?=
 SFT      ?=
@@ -71,13 +71,14 @@ SETTINGS_sft = $(call seeded,$(SFT))
 SETTINGS_pairs = $(call seeded,$(PAIRS))
 SETTINGS_reward = $(call seeded,--surprisal $(REWARD))
 SETTINGS_dpo = $(call seeded,$(DPO))
-SETTINGS_ppo = --init $(OUT)/$(PPO_FROM) $(call seeded,$(PPO))
+SETTINGS_ppo = $(call seeded,$(PPO))
 SETTINGS_grpo = $(call seeded,$(GRPO))
 SETTINGS_report = $(EVALUATE)
+FROM_ppo = $(if $(filter-out sft,$(PPO_FROM)),from $(PPO_FROM): )
 $(OUT)/%/settings: FORCE
 	@mkdir -p $(@D)
-	@echo '$(call quoted,$(SETTINGS_$*))' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; \
-		echo '$(call quoted,$(SETTINGS_$*))' > $@; }
+	@echo '$(call quoted,$(FROM_$*)$(SETTINGS_$*))' | cmp -s - $@ || { rm -f $(@D)/training_state.pt; \
+		echo '$(call quoted,$(FROM_$*)$(SETTINGS_$*))' > $@; }
 
 # A stage continues from its last save only if nothing that it is made from is newer than the save.
 FORGET = @for f in $^; do [ ! "$$f" -nt $(@D)/training_state.pt ] || rm -f $(@D)/training_state.pt; done
@@ -103,7 +104,7 @@ $(OUT)/dpo/done: rlhf.py reward.py $(OUT)/dpo/settings $(OUT)/pairs.jsonl
 
 $(OUT)/ppo/done: rlhf.py $(OUT)/ppo/settings $(OUT)/$(PPO_FROM)/done $(OUT)/reward/done
 	$(FORGET)
-	$(PY) rlhf.py ppo --reward $(OUT)/reward --data world --replay-data world \
+	$(PY) rlhf.py ppo --init $(OUT)/$(PPO_FROM) --reward $(OUT)/reward --data world --replay-data world \
 		--out $(@D) --resume $(SETTINGS_ppo)
 
 $(OUT)/grpo/done: rlhf.py $(OUT)/grpo/settings $(OUT)/reward/done
@@ -125,15 +126,16 @@ quick:
 
 # The larger model reads four windows of pre-training text in a step of SFT: on held-out prompts other than the report's
 # 53 % of its samples were right, with one window 50 %, and it refused 38 % of the harmful requests, with one 31 %.
-# Its PPO goes on from DPO and practises on as many harmful requests as harmless ones: on those prompts it then refused
-# 94 % of the harmful and 0.6 % of the harmless ones; 91 % and 0.2 % with the usual prompts, from SFT 91 % and 0.4 %.
+# Its PPO goes on from DPO and practises on as many harmful requests as questions how to do something harmless: on those
+# prompts it refused 94 % of the harmful and 0.6 % of the harmless requests; practising as in `make` 91 % and 0.2 %, and
+# so from SFT 91 % and 0.4 %.
 long:
 	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 --replay 4 $(call also,SFT)' \
-		PAIRS='--pairs 20600 $(call also,PAIRS)' PPO_FROM=dpo \
+		PAIRS='--pairs 20600 $(call also,PAIRS)' PPO_FROM=$(if $(filter file,$(origin PPO_FROM)),dpo,$(PPO_FROM)) \
 		PPO='--iterations 80 --families all harmful harmful harmful howto howto howto $(call also,PPO)'
 
-# What pre-training is worth: SFT on the same demonstrations from random weights, at the learning rates
+# What pre-training is worth: SFT on the same demonstrations from random weights, at rates as high as those
 # of pre-training, since the low ones of SFT would not even teach the format.
 ablation: $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
@@ -143,7 +145,7 @@ $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SETTINGS_sft)
 
 # Continues where it stopped: study.py looks at what is done. For a larger model (`make study OUT=out/long`
-# would first train the small one in that folder):
+# would first train the small one in that folder; what it trains itself has the settings of `make`, not of `make long`):
 # python study.py --runs out/long --out out/long/study --conversations 18000
 study: all
 	$(PY) study.py --runs $(OUT) --out $(OUT)/study $(call seeded,$(STUDY))

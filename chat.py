@@ -34,7 +34,7 @@ import os
 import random
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -408,8 +408,11 @@ def label(speakers, config, sampling, reward):
         open(config.label, "ab").close()
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
         shots, two = examples_like(question, config), (speakers[0], speakers[-1])
+        # Both are asked what will be written down, the system prompt of the first folder included.
+        said = speakers[0].system if config.system is None else config.system
+        asked = replace(config, system=said or "")
         try:
-            prompts = [speaker.fit(question, shots, config)[0] for speaker in two]
+            prompts, kept = zip(*(speaker.fit(question, shots, asked) for speaker in two))
         except InputError as error:
             print(f"({error})")
             continue
@@ -427,10 +430,10 @@ def label(speakers, config, sampling, reward):
         choice = next((line for line in replies if line in ("a", "b", "s")), "s")
         if choice == "s":
             continue
-        # The system prompt as in Speaker.prompt; a raw model has none of its own.
-        said = speakers[0].system if config.system is None else config.system
-        system = [{"role": "system", "content": said}] if said else []
-        prompt = [*system, {"role": "user", "content": question}] if system else question
+        turns = [*([{"role": "system", "content": said}] if said else []),
+                 *({"role": role, "content": text} for shot in kept[0] for role, text in zip(("user", "assistant"), shot)),
+                 {"role": "user", "content": question}]
+        prompt = turns if len(turns) > 1 else question
         chosen, rejected = pair if choice == "a" else pair[::-1]
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         with writing(config.label), open(config.label, "ab+") as file:

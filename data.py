@@ -330,7 +330,7 @@ def check_holdout(holdout):
 def split_holdout(rows, holdout):
     """(train, heldout): heldout is the last rows, a fraction if `holdout` is below 1 (at least one row), else a count.
 
-    If that fraction is less than half a document, as with a few books, the end of the last one is
+    If that fraction is at most half a document, as with a few books, the end of the last one is
     held out: that fraction of all characters. InputError if nothing is left to train on.
     """
     check_holdout(holdout)
@@ -510,7 +510,8 @@ def stream_tokens(paths, stop, tokenizer, folder):
         there = binary.stat().st_size >= 4 * found.get("tokens", 0)  # the file may be an incomplete copy
         if there and {name: found.get(name) for name in made_from} == made_from:
             done = {name: found[name] for name in done}
-    with open(binary, "r+b" if done["tokens"] else "wb") as file, tqdm(
+    # `writing` comes first: closing the file after a failed write tries to write again.
+    with writing(binary), open(binary, "r+b" if done["tokens"] else "wb") as file, tqdm(
             total=stop, initial=done["position"], unit="B", unit_scale=True, desc="tokens") as bar:
         file.truncate(4 * done["tokens"])
         file.seek(0, 2)
@@ -522,10 +523,9 @@ def stream_tokens(paths, stop, tokenizer, folder):
                 part = part.rstrip("\r\n") if over else part
                 if part.strip():
                     ids += [tokenizer.endoftext_id] * new + tokenizer.encode(part)
-            with writing(binary):
-                file.write(np.asarray(ids, dtype=np.int32).tobytes())
-                file.flush()
-                os.fsync(file.fileno())  # before tokens.json, which relies on it
+            file.write(np.asarray(ids, dtype=np.int32).tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # before tokens.json, which relies on it
             bar.update(end - done["position"])
             done = {"position": end, "tokens": done["tokens"] + len(ids)}
             write_text(mark, json.dumps(made_from | done))

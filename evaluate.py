@@ -349,6 +349,8 @@ def rounded(value):
 
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
+    if config.system is not None:  # a byte that is not UTF-8 could not be written into the report
+        config.system = config.system.encode("utf-8", "replace").decode("utf-8")
     check_range(config, few_shot=(0, 100), best_of=(1, 10**4), best_of_beta=(0, 1e6), best_of_per_family=(1, 10**6),
                 per_family=(1, 160))  # heldout_tasks has no more
     started = time.perf_counter()

@@ -134,7 +134,7 @@ def part_rows(report):
     """The parts of the gold score, and accuracy by what is new about the prompts. The numbers of prompts
     behind the accuracies are in the first heading, and in the name of a row where they differ. The last column is
     the difference from the reference's accuracy on the same prompts, whose interval is narrower than either's own."""
-    counts, decode = {}, report["settings"]["accuracy_decode"]
+    counts, decode = {}, "greedy" if report["settings"]["accuracy_decode"] == "greedy" else "sampled"
     for name, measures in report["checkpoints"].items():
         asked = measures["prompts"]["accuracy"]
         counts[name] = f"(n = {', '.join(str(asked[holdout]) for holdout in world.HOLDOUTS)})"
@@ -470,7 +470,7 @@ def pictures(report, folder):
             losses.append((f"{name}: loss", "step", curves))
     whose = f"{scores[0][0]}: " if len(scores) == 1 else ""  # a lone curve has no legend
     rollouts = scores and [(f"{whose}mean score of the episodes", "iteration", scores),
-                           (f"{whose}KL from SFT, nats per response", "iteration", kls)]
+                           (f"{whose}KL from where it started, nats per response", "iteration", kls)]
     against = []
     for title, path in (("gold score", ("gold", "total")), ("reward model’s score", ("proxy",))):
         points = [(name, [measures["kl_from_sft"][0]], [dig(measures, path)[0]],
@@ -478,8 +478,8 @@ def pictures(report, folder):
                   for name, measures in report["checkpoints"].items()
                   if measures["kl_from_sft"] and dig(measures, path)]
         if len(points) > 1:
-            against.append((f"{title} against KL", "KL from SFT, nats per response", points))
-    named = (("How far from SFT, and what it brought", against), ("Training losses", losses),
+            against.append((f"{title} against KL", f"KL from {compared_with(report)}, nats per response", points))
+    named = ((f"How far from {compared_with(report)}, and what it brought", against), ("Training losses", losses),
              ("Rollouts as they went", rollouts))
     return [(heading, draw(heading, panels)) for heading, panels in named if panels]
 

@@ -10,7 +10,7 @@ comparing that with what was said takes one more layer (73 % of held-out pairs o
 means of five seeds).
 With --surprisal, as in `make`, it is also told, of every token, how likely the fine-tuned model found it (`surprisals`
 in model.py): that one knows more facts than some thousand comparisons can teach, and often wavers where it is wrong
-(78 % instead of 73 % of held-out pairs, means of five seeds).
+(78 % instead of 73 % of held-out pairs, means of five seeds, on earlier texts).
 Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and
 we minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
 

@@ -39,7 +39,7 @@ grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO
         the group).
 
 While learning what people like, a model forgets some of what it knew: the *alignment tax*. On held-out sums one SFT
-model was right on 80 %, on 58 % after PPO, and on 66 to 78 % with InstructGPT's remedy (eq. 2, PPO-ptx): some
+model was right on 69 %, on 54 % after PPO, and on 64 to 72 % with InstructGPT's remedy (eq. 2, PPO-ptx): some
 pre-training text in every update, here for all three methods (`--replay-data`).
 
 All three also learn how confident the policy is, as a single number; this is not in their papers: see `Sharpness`.
@@ -470,12 +470,13 @@ class RolloutConfig:
                        "function(prompt, response) with texts, returning a number")
     data: list[str] = flag(["world"], "'world', or files of conversations or preferences, of which only "
                            "the prompts are used (.json .jsonl)")
-    families: list[str] | None = flag(None, "only prompts of these families, `all` for all of them; one that is named "
-                                      "twice gives twice as many (with --data world; `python world.py --stats` has them)")
+    families: list[str] | None = flag(None, "prompts of these families only; `all` stands for every family, and one named "
+                                      "twice gives twice as many (with --data world; `python world.py --stats` has them) "
+                                      "(default: all, howto and harmful more often: PRACTISED in world.py)")
     out: str = flag("out/ppo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
                     "continued if it is unfinished")
-    holdout: float = flag(0.05, "prompts to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
-                          "a p, as held-out preferences do, those are held out instead")
+    holdout: float = flag(0.05, "prompts to hold out, from the end of files: a fraction, or a count if 1 or more. If rows "
+                          "have a p, as held-out preferences do, those are held out instead")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
     eval_prompts: int = flag(200, "held-out prompts answered before and after training")
     iterations: int = flag(36, "rounds of sampling and updating")
@@ -796,8 +797,9 @@ def ppo(argv=None):
         # 6. Values, from a separate network, of the state *before* each token.
         #    What its reader says is the same in every pass (if it has none: zeros, which nobody reads).
         with precision:
-            told = (torch.zeros(*ids.shape, 2, device=device) if critic.reader is None else
-                    read_all(lambda i, m: surprisals(critic.reader, i), ids, mask, size=(2,)))  # (B, T, 2)
+            told = (torch.zeros(*ids.shape, 1, device=device) if critic.reader is None else
+                    read_all(lambda i, m: surprisals(critic.reader, i), ids, mask,
+                             size=(critic.surprisal.in_features,)))  # (B, T, 2)
             old_values = read_all(lambda i, m, t: response_values(critic, i, m, shift, t), ids, mask, told)
         # 7. Advantages. The critic learns returns in the unit of the score, so these are computed from the
         #    raw advantages; the policy gets whitened ones, so that the learning rate always meets the same scale.

@@ -40,7 +40,7 @@ import evaluate
 import report as pages
 import rlhf
 import world
-from chat import best_of_n, chat_prompt, generate_all, open_speaker
+from chat import best_of_n, chat_prompt, generate_all, open_speaker, values
 from evaluate import bootstrap, rate, rounded, sequence_kl
 from reward import score, score_pairs
 from training import (STATE, InputError, check_range, flag, load_reward, make_folder, parse_args, pick_device,
@@ -77,7 +77,7 @@ def training_runs(config):
     ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(36)}"
     ppo = f"{ppo_alone} --replay-data world"
     found = {
-        # At the learning rates of pre-training: those of SFT would not even teach the format.
+        # At rates as high as those of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
         "sft_best": f"{tune} --best-only",
         "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rejection_file(config)))}",
@@ -320,14 +320,16 @@ def measure_curves(config, device):
     texts = [[speaker.text(ids) for ids in drawn] for drawn in samples]
     gold = np.array([[world.gold(tasks[i], text).total for text in drawn]
                      for i, drawn in zip(order, texts)])  # (P, most)
-    priced = (scores + evaluation.best_of_beta * logprobs).numpy()
-    scores = scores.numpy()
+    answers = [ids for drawn in samples for ids in drawn]
+
+    def rated(n, beta):  # (P, most), as chat.py rates answers in groups of n
+        return values(answers, scores.view(-1, n), logprobs.view(-1, n), beta, speaker.end_ids).view_as(scores).numpy()
     found["best_of_n"] = []
     for n in (2**i for i in range(int(math.log2(most)) + 1)):
-        chosen, best = best_of_groups(gold, scores, n)
+        chosen, best = best_of_groups(gold, rated(n, 0.0), n)
         found["best_of_n"].append({
             "n": n, "kl": math.log(n) - (n - 1) / n, "gold": bootstrap(chosen), "proxy": bootstrap(best),
-            "gold_priced": bootstrap(best_of_groups(gold, priced, n)[0]),
+            "gold_priced": bootstrap(best_of_groups(gold, rated(n, evaluation.best_of_beta), n)[0]),
             "distinct": bootstrap([len(set(drawn[:n])) for drawn in texts])})
     return found
 

@@ -1,4 +1,4 @@
-"""Our code beside others' on the same work, machine and threads, taking turns: medians of ROUNDS rounds.
+"""Our code beside others' on the same work, machine and threads, taking turns: medians of 3 or 5 rounds.
 
     python benchmarks/bench.py --data FOLDER --nanogpt PATH --out benchmarks/results.json
     python benchmarks/bench.py --data FOLDER --rows train sampling          # only these

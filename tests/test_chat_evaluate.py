@@ -478,6 +478,15 @@ def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsy
     prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
     assert [prompt[0]["content"] for prompt in prompts[:3]] == ["Be kind.", "Be brief.", "Be brief."]
     assert prompts[3] == prompts[4] == "Hi?"
+    asked, fit = [], chat.Speaker.fit
+    monkeypatch.setattr(chat.Speaker, "fit", lambda self, question, shots, config: asked.append(config.system) or
+                        fit(self, question, shots, config))
+    run_chat(monkeypatch, capsys, [folders / "base", folders / "sft", "--label", path, "--few-shot", 1], "Hi?\na\n")
+    assert asked == ["", ""]  # not "Be kind." for one of the two
+    shown = json.loads(path.read_text("utf-8").splitlines()[-1])["prompt"]
+    ((question, reply),) = chat.examples_like("Hi?", chat.Config(checkpoints=[], few_shot=1))
+    assert [turn["content"] for turn in shown] == [question, reply, "Hi?"]
+    assert [turn["role"] for turn in shown] == ["user", "assistant", "user"]
     speaker = chat.open_speaker(folders / "sft")
     assert speaker.prompt("Hi?", system="") == chat.chat_prompt(speaker.tokenizer, "Hi?") != speaker.prompt("Hi?")
 
@@ -751,8 +760,9 @@ def test_best_of_n_is_measured_on_equally_many_prompts_of_each_family(folders, m
     monkeypatch.setattr(world, "heldout_tasks", lambda tasks=[t for f in by_family.values() for t in f[:4]]: tasks)
     monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
     evaluate.main([str(folders / "sft"), "--out", str(tmp_path), "--max-new-tokens", "2", "--device", "cpu", "--best-of", "2",
-                   "--per-family", "2", "--best-of-per-family", "3"])
+                   "--per-family", "2", "--best-of-per-family", "3", "--system", "Be ki\udcffnd."])
     found = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert found["settings"]["system"] == "Be ki?nd."  # a byte that is not UTF-8 loses no report
     assert found["best_of_prompts"] == 2 * len(by_family) < found["prompts"]
 
 
@@ -880,6 +890,8 @@ def test_the_difference_in_right_answers_is_shown(written):
     last = {row[0].split()[0]: row[-1] for row in rows}
     assert headings[-1] == "right, less SFT’s" and {len(row) for row in rows} == {len(headings)}
     assert last["ppo"] == "−1 % (−3 to 0)" and last["sft"] == "0 % (0–0)" and last["best_of_4"] == "–"
+    found["settings"]["accuracy_decode"] = "sample"
+    assert "50 % (40–60)" in next(row for row in report.part_rows(found)[1] if row[0].startswith("ppo"))
 
 
 def test_the_top_of_the_page_says_before_and_after(written):
@@ -973,7 +985,7 @@ def test_pages_name_the_checkpoint_that_all_are_compared_with(written):
     found["settings"]["reference"] = "ppo"
     page, notes = report.build_html(found, written), report.build_markdown(found)
     assert "beats ppo" in notes and "compare with ppo." in notes and ">beats ppo</th>" in page
-    assert "against SFT, before the hidden judge" not in page
+    assert "against SFT, before the hidden judge" not in page and "KL from ppo" in page and "How far from SFT" not in page
 
 
 def test_cells():

@@ -74,10 +74,12 @@ def test_a_stage_is_made_with_what_it_needs_and_no_more(make):
 def test_ppo_goes_on_from_where_it_is_told(make, tmp_path):
     assert make("ppo", "PPO_FROM=dpo") == ["pretrain.py", "sft.py", "world.py", "rlhf.py dpo", "reward.py", "rlhf.py ppo"]
     assert "--init out/dpo" in (tmp_path / "asked").read_text().splitlines()[-1] and make("ppo", "PPO_FROM=dpo") == []
+    assert make("ppo", "PPO_FROM=dpo", "OUT=./out/") == []  # the same folder
     assert make("ppo", "PPO_FROM=dpo", "DPO=--beta 0.2") == ["rlhf.py dpo", "rlhf.py ppo"]
     assert make("ppo") == ["rlhf.py ppo"] and "--init out/sft" in (tmp_path / "asked").read_text()
-    make("long")
-    assert "--init out/long/dpo" in next(line for line in (tmp_path / "asked").read_text().splitlines() if " ppo " in line)
+    for words, start in ([], "dpo"), (["PPO_FROM=sft"], "sft"):
+        make("long", *words)
+        assert f"ppo --init out/long/{start} " in (tmp_path / "asked").read_text()
 
 
 @pytest.mark.parametrize("stage, made_from", [
@@ -141,8 +143,7 @@ def test_every_stage_is_made_from_what_it_should_be(make, tmp_path):
     for line in ("sft.py --init m/base --data world --out m/sft --resume", "world.py pairs --init m/sft --out m/pairs.jsonl",
                  "reward.py --init m/sft --data m/pairs.jsonl --out m/reward --resume --surprisal",
                  "rlhf.py dpo --init m/sft --data m/pairs.jsonl --replay-data world --out m/dpo --resume",
-                 f"rlhf.py grpo --init m/sft --reward m/reward {tail}/grpo --resume",
-                 f"rlhf.py ppo --reward m/reward {tail}/ppo --resume --init m/sft",
+                 *(f"rlhf.py {s} --init m/sft --reward m/reward {tail}/{s} --resume" for s in ("ppo", "grpo")),
                  "evaluate.py m/base m/sft m/dpo m/ppo --reward m/reward --data m/pairs.jsonl --out m/report"):
         assert line in [found.strip() for found in lines], line
 

@@ -32,7 +32,7 @@ CASES = {"no flag": {}, "--micro-batch 1": {"micro": 1}, "and --recompute": {"mi
 
 
 def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
-    """Two steps of DPO -> (parameters, peak GB)."""
+    """Two steps of DPO -> (parameters, peak GiB)."""
     import torch
 
     import rlhf
@@ -77,7 +77,7 @@ def main():
         return
     import torch
     on_gpu = torch.cuda.is_available()
-    print("| GB, peak | parameters | " + " | ".join(CASES) + " |\n" + "|---" * (len(CASES) + 2) + "|")
+    print("| GiB, peak | parameters | " + " | ".join(CASES) + " |\n" + "|---" * (len(CASES) + 2) + "|")
     for name in SHAPES:
         found = []
         for case in CASES:
