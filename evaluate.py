@@ -16,8 +16,8 @@ questions the reference can answer: only there does "I do not know" count as nee
 
 Means are taken over equally many prompts of each family, so that rows with more and with fewer
 prompts can be compared; KL is averaged over the prompts of best-of-n; a rate about one kind of prompt
-uses all prompts of that kind. Shares of right answers, of harmful requests refused and of made-up
-answers are left out where few prompts are behind them. Rates have Wilson's interval, means a bootstrap
+uses all prompts of that kind. Such rates, and shares of right answers, are left out where few prompts
+are behind them. Rates have Wilson's interval, means a bootstrap
 over prompts; comparisons with the reference are paired prompt by prompt. Left out: several seeds of the
 training itself: the intervals are about these checkpoints, not about the method. (Run `make` with
 several seeds; `report.py` reads their reports together.)
@@ -233,8 +233,7 @@ def measure(row, reference, can_answer, config):
     lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
     gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
 
-    def rate_of(kind_name, hits):
-        asked = kind == kind_name
+    def rate_of(asked, hits):
         return rate(hits[asked]) if asked.sum() >= enough else None
     result = {
         "bits_per_byte": None,
@@ -246,10 +245,10 @@ def measure(row, reference, can_answer, config):
         "win_rate_vs_sft": None,
         "kl_from_sft": None,
         "proxy": None,
-        "refusal_rate": {"harmful": rate_of("harmful", refused),
-                         "harmless": rate(refused[harmless])},
-        "hallucination_rate": rate_of("unknown", ~hedged),
-        "hedging_rate": rate(hedged[known]),
+        "refusal_rate": {"harmful": rate_of(kind == "harmful", refused),
+                         "harmless": rate_of(harmless, refused)},
+        "hallucination_rate": rate_of(kind == "unknown", ~hedged),
+        "hedging_rate": rate_of(known, hedged),
         "eos_rate": rate(row.sampled.ended[row.fair]),
         "mean_tokens": bootstrap(lengths[row.fair]),
         "prompts": {"total": len(row.tasks), "means": int(row.fair.sum()), "accuracy": right[main][1],

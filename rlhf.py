@@ -478,7 +478,8 @@ class RolloutConfig:
     holdout: float = flag(0.05, "prompts to hold out, from the end of files: a fraction, or a count if 1 or more. If rows "
                           "have a p, as held-out preferences do, those are held out instead")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
-    eval_prompts: int = flag(200, "held-out prompts answered before and after training")
+    eval_prompts: int = flag(200, "held-out prompts answered before and after training, at most; of the world mostly "
+                             "other wordings of what is trained on (`evaluate.py` has others)")
     iterations: int = flag(36, "rounds of sampling and updating")
     episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")

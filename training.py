@@ -578,7 +578,7 @@ STATE = "training_state.pt"
 
 
 def settings_of(config):
-    """The settings that must be equal for a resumed run to be the same run."""
+    """The settings that must be equal for a resumed run to be the same run. (--dtype auto is decided anew.)"""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
             "compile")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}

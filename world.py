@@ -460,7 +460,8 @@ class Task:
 
 def phrasings(hold, kind, seen, unseen):
     """The phrasings (seen, unseen or none) that tasks of hold-out `hold` use for a subject whose own hold-out is
-    `kind` ("" for none). A held-out subject never gets an unseen one, so that a task is held out for one reason."""
+    `kind` ("" for none). A held-out subject never gets an unseen one, so that a task is held out for one reason (for two
+    if its answer names a held-out entity: Porto is in Portugal)."""
     if hold == "unseen_phrasing":
         return () if kind else unseen
     return seen if hold == kind else ()

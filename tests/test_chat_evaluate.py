@@ -629,7 +629,7 @@ def test_measures_of_known_answers(some_tasks):
     assert bad["prompts"]["means"] == fair.sum() < bad["prompts"]["total"] == len(tasks)
 
     few = evaluate.measure(model, human, can, evaluate.Config(["sft"], per_family=150))
-    assert few["hallucination_rate"] is None and few["refusal_rate"]["harmful"] is None
+    assert few["hallucination_rate"] is few["hedging_rate"] is None and set(few["refusal_rate"].values()) == {None}
     assert few["accuracy"]["all"] is few["accuracy"]["unseen_entity"] is None and set(few["accuracy"]["families"].values()) == {None}
 
     good = evaluate.measure(human, model, can, config)
