@@ -357,6 +357,12 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("the judge takes the value for the subject", "world.py", r"\b{value}\b.*\b{value}\b|", "", "test_world.py"),
     ("the critic is told nothing", "rlhf.py", "copy.deepcopy(model, {id(model.reader): model.reader}), shift",
      "(lambda critic: (setattr(critic, 'reader', None), critic)[1])(copy.deepcopy(model)), shift", "test_rlhf.py"),
+    ("the study takes answers that the limit cut off", "study.py",
+     "return values(answers, scores.view(-1, n), logprobs.view(-1, n), beta, speaker.end_ids).view_as(scores).numpy()",
+     "return (scores + beta * logprobs).numpy()", "test_study.py"),
+    ("two models to compare are asked under different system prompts", "chat.py", "speaker.fit(question, shots, asked) for",
+     "speaker.fit(question, shots, config) for", "test_chat_evaluate.py"),
+    ("make PPO_FROM is not part of what was asked", "Makefile", "from $(PPO_FROM): )", ")", "test_makefile.py"),
 )
 
 
