@@ -74,6 +74,7 @@ SETTINGS_dpo = $(call seeded,$(DPO))
 SETTINGS_ppo = $(call seeded,$(PPO))
 SETTINGS_grpo = $(call seeded,$(GRPO))
 SETTINGS_report = $(EVALUATE)
+# Also noted there, but no flag. (Not with its folder, which can be spelled in several ways.)
 FROM_ppo = $(if $(filter-out sft,$(PPO_FROM)),from $(PPO_FROM): )
 $(OUT)/%/settings: FORCE
 	@mkdir -p $(@D)

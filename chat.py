@@ -408,11 +408,12 @@ def label(speakers, config, sampling, reward):
         open(config.label, "ab").close()
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
         shots, two = examples_like(question, config), (speakers[0], speakers[-1])
-        # Both are asked what will be written down, the system prompt of the first folder included.
+        # Both are asked what will be written down: the system prompt of the first folder, examples that fit both contexts.
         said = speakers[0].system if config.system is None else config.system
         asked = replace(config, system=said or "")
         try:
-            prompts, kept = zip(*(speaker.fit(question, shots, asked) for speaker in two))
+            shots = min((speaker.fit(question, shots, asked)[1] for speaker in two), key=len)
+            prompts = [speaker.fit(question, shots, asked)[0] for speaker in two]
         except InputError as error:
             print(f"({error})")
             continue
@@ -431,7 +432,7 @@ def label(speakers, config, sampling, reward):
         if choice == "s":
             continue
         turns = [*([{"role": "system", "content": said}] if said else []),
-                 *({"role": role, "content": text} for shot in kept[0] for role, text in zip(("user", "assistant"), shot)),
+                 *({"role": role, "content": text} for shot in shots for role, text in zip(("user", "assistant"), shot)),
                  {"role": "user", "content": question}]
         prompt = turns if len(turns) > 1 else question
         chosen, rejected = pair if choice == "a" else pair[::-1]

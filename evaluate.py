@@ -17,10 +17,10 @@ questions the reference can answer: only there does "I do not know" count as nee
 Means are taken over equally many prompts of each family, so that rows with more and with fewer
 prompts can be compared; KL is averaged over the prompts of best-of-n; a rate about one kind of prompt
 uses all prompts of that kind. Such rates, and shares of right answers, are left out where few prompts
-are behind them. Rates have Wilson's interval, means a bootstrap
-over prompts; comparisons with the reference are paired prompt by prompt. Left out: several seeds of the
-training itself: the intervals are about these checkpoints, not about the method. (Run `make` with
-several seeds; `report.py` reads their reports together.)
+are behind them. Rates have Wilson's interval, means a bootstrap over prompts; comparisons with the
+reference are paired prompt by prompt. Left out: several seeds of the training itself: the intervals are
+about these checkpoints, not about the method. (Run `make` with several seeds; `report.py` reads their
+reports together.)
 """
 
 import functools
@@ -64,7 +64,7 @@ class Config:
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on; at most 160")
     accuracy_decode: str = flag("greedy", "which answers the column *right* is computed from",
                                 choices=["greedy", "sample"])
-    system: str | None = flag(None, "instruction put before every prompt")
+    system: str | None = flag(None, "instruction put before every prompt (default: that of each folder, if any)")
     max_new_tokens: int = flag(80, "longest answer, in tokens")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of samples and few-shot examples")

@@ -360,8 +360,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("the study takes answers that the limit cut off", "study.py",
      "return values(answers, scores.view(-1, n), logprobs.view(-1, n), beta, speaker.end_ids).view_as(scores).numpy()",
      "return (scores + beta * logprobs).numpy()", "test_study.py"),
-    ("two models to compare are asked under different system prompts", "chat.py", "speaker.fit(question, shots, asked) for",
-     "speaker.fit(question, shots, config) for", "test_chat_evaluate.py"),
+    ("two models to compare are asked under different system prompts", "chat.py", "prompts = [speaker.fit(question, shots, asked)",
+     "prompts = [speaker.fit(question, shots, config)", "test_chat_evaluate.py"),
     ("make PPO_FROM is not part of what was asked", "Makefile", "from $(PPO_FROM): )", ")", "test_makefile.py"),
 )
 

@@ -479,12 +479,17 @@ def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsy
     assert [prompt[0]["content"] for prompt in prompts[:3]] == ["Be kind.", "Be brief.", "Be brief."]
     assert prompts[3] == prompts[4] == "Hi?"
     asked, fit = [], chat.Speaker.fit
-    monkeypatch.setattr(chat.Speaker, "fit", lambda self, question, shots, config: asked.append(config.system) or
-                        fit(self, question, shots, config))
-    run_chat(monkeypatch, capsys, [folders / "base", folders / "sft", "--label", path, "--few-shot", 1], "Hi?\na\n")
-    assert asked == ["", ""]  # not "Be kind." for one of the two
-    shown = json.loads(path.read_text("utf-8").splitlines()[-1])["prompt"]
-    ((question, reply),) = chat.examples_like("Hi?", chat.Config(checkpoints=[], few_shot=1))
+
+    def watched(self, question, shots, config):  # a base model whose context holds one example
+        asked.append((config.system, len(shots)))
+        return fit(self, question, shots[-1:] if self.raw else shots, config)
+    monkeypatch.setattr(chat.Speaker, "fit", watched)
+    run_chat(monkeypatch, capsys, [folders / "sft", folders / "base", "--label", path, "--few-shot", 2, "--system", ""], "Hi?\na\n")
+    run_chat(monkeypatch, capsys, [folders / "base", folders / "sft", "--label", path, "--few-shot", 2], "Hi?\na\n")
+    assert asked == 2 * [("", 2), ("", 2), ("", 1), ("", 1)]  # not "Be kind.", nor two examples, for one of the two
+    first, shown = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()[-2:]]
+    assert first == shown
+    *_, (question, reply) = chat.examples_like("Hi?", chat.Config(checkpoints=[], few_shot=2))
     assert [turn["content"] for turn in shown] == [question, reply, "Hi?"]
     assert [turn["role"] for turn in shown] == ["user", "assistant", "user"]
     speaker = chat.open_speaker(folders / "sft")

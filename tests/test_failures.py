@@ -321,6 +321,19 @@ def test_a_full_disk_leaves_the_old_save_whole(what, files, tmp_path):
     assert read() == 3 and not list(tmp_path.glob(".*"))
 
 
+def test_a_full_disk_stops_a_stream_with_one_line(files, tmp_path):
+    """Less than a buffer fails when it is flushed, and once more when the file is closed."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "big.txt").write_text("The cat sat on the mat. " * 40)
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, kept[1]))
+    try:
+        with pytest.raises(InputError, match="tokens.bin: could not be written"):
+            data.stream_tokens([tmp_path / "big.txt"], 900, load_checkpoint(files / "sft")[1], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
 def test_a_save_that_was_cut_off_is_no_checkpoint(files, tmp_path, monkeypatch):
     """Whatever rename the kill falls on, old and new files are never read as one checkpoint."""
     model, tokenizer, _ = load_checkpoint(files / "sft")

@@ -604,6 +604,21 @@ def test_a_reward_model_scores_with_its_shift(stage, reader, monkeypatch, tmp_pa
     assert torch.allclose(rollout.score, raw - 0.7, atol=1e-5)
 
 
+def test_the_critic_takes_as_many_numbers_as_its_reader_tells(monkeypatch, tmp_path, tokenizer):
+    save_checkpoint(tmp_path / "reward", ScalarModel(tiny(tokenizer, seed=5), tiny(tokenizer, seed=6)), tokenizer,
+                    reward_shift=0.7, reward_scale=1.0)
+    load, tell = rlhf.load_reward_source, rlhf.surprisals
+
+    def told_more(*args):
+        scores, critic, shift = load(*args)
+        critic.surprisal = torch.nn.Linear(3, critic.config.width, bias=False)
+        return scores, critic, shift
+    monkeypatch.setattr(rlhf, "load_reward_source", told_more)
+    monkeypatch.setattr(rlhf, "surprisals", lambda *args: torch.nn.functional.pad(tell(*args), (0, 1), value=0.5))
+    done, _ = toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", "--reward", tmp_path / "reward", "--iterations", 1)
+    assert done["heldout_kl"] >= 0
+
+
 def test_no_heldout_prompt_is_practised(tokenizer, tmp_path):
     rows = [{"instruction": f"the cat {n % 30}", "output": "x"} for n in range(40)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
