@@ -127,9 +127,7 @@ quick:
 
 # The larger model reads four windows of pre-training text in a step of SFT: on held-out prompts other than the report's
 # 53 % of its samples were right, with one window 50 %, and it refused 38 % of the harmful requests, with one 31 %.
-# Its PPO goes on from DPO and practises on as many harmful requests as questions how to do something harmless: on those
-# prompts it refused 94 % of the harmful and 0.6 % of the harmless requests; practising as in `make` 91 % and 0.2 %, and
-# so from SFT 91 % and 0.4 %.
+# Why its PPO goes on from DPO, and what it practises on: README, "A larger model".
 long:
 	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 --replay 4 $(call also,SFT)' \

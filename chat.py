@@ -396,6 +396,7 @@ def reply(line, speakers, histories, config, sampling, reward):
             print(visible(text))
         else:
             text = speak(speaker, ids, config.max_new_tokens, sampling)
+        text = text.rpartition("</think>")[2].lstrip("\n")  # models that think aloud are not shown their earlier thoughts
         histories[i] = [*history, (line, text.strip() if speaker.raw else text)]
 
 
@@ -453,11 +454,19 @@ def main(argv=None):
         sys.stdin.reconfigure(errors="replace")
     if config.best_of > 1 and not config.reward:
         raise InputError("--best-of needs the model that chooses: --reward out/reward")
+    if config.reward and config.best_of == 1 and (config.prompt is not None or config.label is not None):
+        raise InputError("--reward chooses among several answers: expected --best-of with 2 or more")
+    if config.best_of > 1 and config.temperature < 1e-6:
+        raise InputError(f"--temperature {config.temperature:g}: all of --best-of's answers would be the same; expected a "
+                         "higher one")
     for name in ("prompt", "system"):
         if getattr(config, name) is not None:
             setattr(config, name, getattr(config, name).encode("utf-8", "replace").decode("utf-8"))
     device = pick_device(config.device)
     speakers = [open_speaker(folder, device, config.raw) for folder in config.checkpoints]
+    if len({speaker.name for speaker in speakers}) < len(speakers):  # out/sft and out/long/sft
+        for speaker, folder in zip(speakers, config.checkpoints):
+            speaker.name = folder
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
                 "generator": torch.Generator(device=device).manual_seed(config.seed)}
     reward = None

@@ -146,7 +146,7 @@ def _rows(path):
     if not text.strip():
         raise InputError(f"{path}: found an empty file, expected {kind}")
     if kind == ".txt":
-        return [(f"{path}", {"text": text})]
+        return [(f"{path}", {"text": text.replace("\r\n", "\n")})]
     if kind == ".json":
         values = _parse(text, path, 1, "a list of objects (one object a line is a .jsonl file)")
         if not isinstance(values, list) or not values:
@@ -266,8 +266,9 @@ def _answered(prompt, row, key, where):
         read = _dialogue if isinstance(row[key], str) else _messages
         return _usable(read(row, key, where))
     answer = _messages(row, key, where, role="assistant")
-    # Some message lists repeat the prompt before the answer.
-    return _usable(answer if answer[:len(prompt)] == prompt else prompt + answer)
+    if any(message["role"] == "user" for message in answer):  # some lists repeat the conversation before the answer
+        prompt = [turn for turn in prompt[:1] if turn["role"] == "system" != answer[0]["role"]]
+    return _usable(prompt + answer)
 
 
 def _dialogue(row, key, where):
@@ -295,6 +296,8 @@ def _messages(row, key, where, role=None):
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         expected = "a string or a list of messages" if role else "a list of messages"
         raise InputError(f"{where}: found {_show(value)} for {key!r}, expected {expected}")
+    if any(message.get("tool_calls") for message in value):
+        raise Unusable("tool calls")
     return [_turn(_string(message, "role", where), _string(message, "content", where))
             for message in value]
 
@@ -374,11 +377,7 @@ def drop_seen(heldout, train, key):
 # ---- encoding ------------------------------------------------------------------------------------
 
 def pack_documents(documents, tokenizer, chunk=1024):
-    """(tokens (N,) int32, number of UTF-8 bytes in the documents); <|endoftext|> begins each document.
-
-    Bits per byte = nats summed over all tokens / (ln 2 * bytes). The separator costs nats but
-    has no bytes: knowing where a text ends is part of predicting it.
-    """
+    """(tokens (N,) int32, number of UTF-8 bytes in the documents); <|endoftext|> begins each document."""
     arrays, size = [], 0
     for start in range(0, len(documents), chunk):  # in chunks, as Python ints take 10 times the space
         part = documents[start:start + chunk]
@@ -388,18 +387,18 @@ def pack_documents(documents, tokenizer, chunk=1024):
     return torch.cat(arrays), size
 
 
-def encode_conversations(conversations, tokenizer, context_length):
-    """[(ids, mask), ...], mask 1 on supervised ids; those longer than the context are dropped."""
+def encode_conversations(conversations, tokenizer, context_length, what="conversations"):
+    """[(ids, mask), ...], mask 1 on supervised ids; those longer than the context are dropped, and reported as `what`."""
     def encode(messages):
         ids, mask = render_chat(tokenizer, messages)
         if len(ids) > context_length:
             raise Unusable(f"longer than {context_length} tokens")
         return ids, mask
-    return _keep(conversations, encode, "conversations")
+    return _keep(conversations, encode, what)
 
 
-def encode_pairs(pairs, tokenizer, context_length):
-    """A list of EncodedPair; a pair with one side longer than the context is dropped whole."""
+def encode_pairs(pairs, tokenizer, context_length, what="pairs"):
+    """A list of EncodedPair; a pair with one side longer than the context is dropped whole, and reported as `what`."""
     def encode(pair):
         prompt, _ = render_chat(tokenizer, pair.prompt, generation_prompt=True)
         answers = []
@@ -410,7 +409,7 @@ def encode_pairs(pairs, tokenizer, context_length):
         if len(prompt) + max(map(len, answers)) > context_length:
             raise Unusable(f"longer than {context_length} tokens")
         return EncodedPair(prompt, *answers, pair.p)
-    return _keep(pairs, encode, "pairs")
+    return _keep(pairs, encode, what)
 
 
 # ---- texts larger than memory --------------------------------------------------------------------
@@ -447,7 +446,7 @@ def read_pieces(paths, start=0, stop=None, size=2**22):
                 except UnicodeDecodeError as error:
                     raise InputError(f"{path}: found byte 0x{piece[error.start]:02x} at byte offset "
                                      f"{position + error.start:,}, expected UTF-8 text")
-                text = text if position else text.removeprefix("\ufeff")
+                text = (text if position else text.removeprefix("\ufeff")).replace("\r\n", "\n")
                 if "\0" in text:
                     raise InputError(f"{path}: found a zero byte at byte offset {position + piece.index(0):,}, "
                                      "expected text")

@@ -224,9 +224,9 @@ def main():
         os._exit(0)  # at once: a thread of the group that enters a closing interpreter would abort the process
 
     # 4. What it has learned, on text it has not seen.
+    save_checkpoint(config.out, model, tokenizer, stage="pretrain")
     nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes)
     seconds = time.perf_counter() - started
-    save_checkpoint(config.out, model, tokenizer, stage="pretrain")
     log(config.out, step, heldout_loss=nats, bits_per_byte=bits)
     finish(config.out, "pretrain", seconds, heldout_loss=nats, bits_per_byte=bits)
     print(f"pretrain: held-out loss {nats:.3f} nats per token, {bits:.3f} bits per byte; "

@@ -104,10 +104,10 @@ def cell(value, unit):
 
 
 def across(runs, path, unit):
-    """The cell of a measure in several runs: its mean, least and most. Of one run, with its own interval."""
-    found = [value for measures in runs if (value := dig(measures, path)) is not None]
-    if len(found) < 2:
-        return cell(found[0] if found else None, unit)
+    """The cell of a measure in several runs: its mean, least and most, if all have it. Of one run, with its own interval."""
+    found = [dig(measures, path) for measures in runs]
+    if len(found) == 1 or None in found:
+        return cell(found[0] if len(found) == 1 else None, unit)
     means = [value[0] if isinstance(value, list) else value for value in found]
     return cell([sum(means) / len(means), min(means), max(means)], unit)
 
@@ -140,11 +140,11 @@ def part_rows(report):
         counts[name] = f"(n = {', '.join(str(asked[holdout]) for holdout in world.HOLDOUTS)})"
     usual = next(iter(counts.values()))
     return [usual, *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS),
-            f"right, less {compared_with(report)}’s"], [
+            "refuses harmless how-to", f"right, less {compared_with(report)}’s"], [
         [name if counts[name] == usual else f"{name} {counts[name]}",
          *(cell(measures["gold"][part], NUMBER) for part in PARTS),
          *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS),
-         cell(dig(measures, ("accuracy_vs_sft", decode)), PERCENT)]
+         cell(measures["refusal_rate"]["howto"], PERCENT), cell(dig(measures, ("accuracy_vs_sft", decode)), PERCENT)]
         for name, measures in report["checkpoints"].items()]
 
 

@@ -151,8 +151,8 @@ def load_pairs(config, policy, tokenizer):
         pairs = data.load_preferences(config.data)
     train, heldout = data.split_marked(pairs, [pair.p is not None for pair in pairs], config.holdout, config.data)
     heldout = data.drop_seen(heldout, train, key=lambda pair: pair.prompt)
-    return [data.encode_pairs(part, tokenizer, policy.config.context_length)
-            for part in (train, heldout)]
+    return [data.encode_pairs(part, tokenizer, policy.config.context_length, what)
+            for part, what in ((train, "pairs"), (heldout, "held-out pairs"))]
 
 
 def heldout_report(margins, pairs):

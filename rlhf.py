@@ -115,7 +115,6 @@ def gae(rewards, values, mask, gamma, lam):
     -> advantages, not whitened, and returns = advantages + values, what the critic should learn;
     both 0 outside the mask. The value after a row's last token is 0: the answer is over.
     """
-    mask = mask.to(values.dtype)
     values = values * mask
     advantages = torch.zeros_like(values)
     advantage = next_value = torch.zeros_like(values[:, 0])  # (B,)
@@ -153,7 +152,6 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
     Tables (B, T), means over the tokens where mask is 1. (`value_coef` hardly matters: the critic has a network
     and an optimiser of its own.)
     """
-    mask = mask.to(logp.dtype)
     log_ratio = (logp - old_logp) * mask
     policy_loss = -masked_mean(clipped_surrogate(log_ratio, advantages, clip), mask)
 
@@ -198,7 +196,6 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
     `aggregation` is "sequence" (mean over each response's tokens, then over responses) or "token" (mean over
     all tokens).
     """
-    mask = mask.to(logp.dtype)
     log_ratio, log_ref = (logp - old_logp) * mask, (ref_logp - logp) * mask
     k3 = log_ref.exp() - log_ref - 1
     objective = clipped_surrogate(log_ratio, advantages[:, None], clip) - beta * k3
@@ -447,10 +444,10 @@ def dpo(argv=None):
     bar.close()
 
     # 4. Held-out pairs: does the policy, read as a reward model, order them rightly?
+    save_checkpoint(config.out, sharpness.folded(model), tokenizer)
     loss, stats = dpo_loss(*read_pairs(heldout, 1 / sharpness()), *heldout_reference, config.beta)
     accuracy = wilson(round(stats["accuracy"].item() * len(heldout)), len(heldout))
     seconds = time.perf_counter() - started
-    save_checkpoint(config.out, sharpness.folded(model), tokenizer)
     log(config.out, step, **{f"heldout_{name}": v for name, v in {**stats, "loss": loss}.items()})
     finish(config.out, "dpo", seconds, heldout_accuracy=accuracy, heldout_loss=loss.item(),
            heldout_margin=stats["margin"].item(), heldout_pairs=len(heldout))
@@ -861,17 +858,15 @@ def ppo(argv=None):
     bar.close()
 
     # 10. Held-out prompts again.
-    close(config, "ppo", step, sharpness.folded(policy), tokenizer, before, heldout_proxy(), len(heldout),
-          time.perf_counter() - started)
+    save_checkpoint(config.out, sharpness.folded(policy), tokenizer)
+    close(config, "ppo", step, before, heldout_proxy(), time.perf_counter() - started)
 
 
-def close(config, stage, step, policy, tokenizer, before, after, prompts, seconds):
-    """Save, and report the results on the held-out prompts. The score is only the proxy: whether people
-    would agree with it is what evaluate.py measures."""
-    save_checkpoint(config.out, policy, tokenizer)
+def close(config, stage, step, before, after, seconds):
+    """Report the results on the held-out prompts. The score is only the proxy: whether people would agree with it is
+    what evaluate.py measures."""
     log(config.out, step, **{f"heldout_{name}": value for name, value in after.items()})
-    finish(config.out, stage, seconds, iterations=step, heldout_prompts=prompts,
-           heldout_score_before=before["score"],
+    finish(config.out, stage, seconds, iterations=step, heldout_score_before=before["score"],
            **{f"heldout_{name}": after[name] for name in ("score", "kl", "eos_rate", "tokens")})
     print(f"{stage}: held-out score {before['score']:.3f} -> {after['score']:.3f}, KL from the "
           f"reference {after['kl']:.1f} nats per response; {seconds:.0f} s; wrote {config.out}")
@@ -1009,8 +1004,8 @@ def grpo(argv=None):
     bar.close()
 
     # 5. Held-out prompts again.
-    close(config, "grpo", step, sharpness.folded(policy), tokenizer, before, heldout_proxy(), len(heldout),
-          time.perf_counter() - started)
+    save_checkpoint(config.out, sharpness.folded(policy), tokenizer)
+    close(config, "grpo", step, before, heldout_proxy(), time.perf_counter() - started)
 
 
 def main():

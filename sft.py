@@ -140,7 +140,7 @@ def main():
     train, heldout = data.split_holdout(conversations, config.holdout)
     heldout = data.drop_seen(heldout, train, key=lambda messages: messages[:-1])
     train = data.encode_conversations(train, tokenizer, model.config.context_length)
-    heldout = data.encode_conversations(heldout, tokenizer, model.config.context_length)
+    heldout = data.encode_conversations(heldout, tokenizer, model.config.context_length, "held-out conversations")
     if config.show_batch:
         print(data.show_conversation(tokenizer, *train[0]))
         return

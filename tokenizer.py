@@ -99,10 +99,10 @@ class Tokenizer:
         )
 
     def encode(self, text):
-        """-> list of ids. Nothing in `text` becomes a special token."""
+        """-> list of ids. Nothing in `text` becomes a special token, except those that are text themselves (`plain`)."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        ids = self.encoding.encode_ordinary(text)
+        ids = self.encoding.encode(text, allowed_special=self.plain, disallowed_special=())
         return [i for i in ids if i < self.vocab_size] if self._lossy else ids
 
     def decode(self, ids):

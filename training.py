@@ -26,6 +26,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -135,6 +136,7 @@ def parse_args(Config, argv=None, description=None, prog=None):
             options["type"] = {"int": int, "float": float}.get(base, str)
         parser.add_argument(name, **options)
     config = Config(**vars(parser.parse_args(argv)))
+    config.begun = time.time()
     for name in ("init", "reward", "runs"):
         source, out = getattr(config, name, None), getattr(config, "out", None)
         if not source or not out or getattr(config, "show_batch", False):
@@ -516,7 +518,8 @@ def save_checkpoint(folder, model, tokenizer, **extra):
 
 
 def load_checkpoint(folder, device="cpu"):
-    """Read a folder written by `save_checkpoint`, or a Hugging Face folder of a Llama or Qwen3 model.
+    """Read a folder written by `save_checkpoint`, or a Hugging Face folder of a Llama or Qwen3 model with a byte-level
+    BPE tokenizer.
 
     Returns (model, tokenizer, config dict); the model is a GPT, or a ScalarModel where the folder
     holds a reward model. Strict: a missing, surplus or misshapen tensor is an InputError."""
@@ -528,6 +531,7 @@ def load_checkpoint(folder, device="cpu"):
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         reader = info.get("reader") and config_from_hf(info["reader"])
         config = config_from_hf(info | {"model_type": info["reader"]["model_type"]} if reader else info)
+        tokenizer = Tokenizer.load(folder)  # before the weights: if this one cannot be read, why wait for them
         index = folder / "model.safetensors.index.json"
         shards = (sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
                   if index.exists() and not (folder / "model.safetensors").exists() else ["model.safetensors"])
@@ -537,7 +541,6 @@ def load_checkpoint(folder, device="cpu"):
         scalar = any("SequenceClassification" in name for name in info.get("architectures") or [])
         model = ScalarModel(GPT(config), reader and GPT(reader)) if scalar else GPT(config)
         model.load_state_dict(from_hf(tensors, config, reader))
-        tokenizer = Tokenizer.load(folder)
     except OSError as error:  # safetensors names no file, but says what is missing
         raise InputError(f"{error.filename or error}: missing, or not readable; is {folder} a finished "
                          "checkpoint?") from error
@@ -650,7 +653,9 @@ def save_state(config, stage, position, seconds, generator, modules, **extra):
     `modules` maps names to objects with a state_dict (models and optimisers)."""
     state = {"stage": stage, "settings": settings_of(config), "position": position,
              "seconds": seconds, "generator": generator.get_state(),
-             "sizes": {str(path): path.stat().st_size for path in read_by(config)},
+             # Of a file that was changed after this run had begun, nobody knows what was read: no size fits.
+             "sizes": {str(path): -1 if path.stat().st_mtime > getattr(config, "begun", math.inf) else path.stat().st_size
+                       for path in read_by(config)},
              "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
              "numpy_rng": [x.tolist() if hasattr(x, "tolist") else x for x in np.random.get_state()],
              "modules": {name: module.state_dict() for name, module in modules.items()}, **extra}
@@ -685,6 +690,9 @@ class StopRequest:
     def _ask(self, number, frame):
         if self.asked and time.monotonic() > self.asked + 1:
             raise KeyboardInterrupt
+        if not self.asked and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once, without saving\n")
         self.asked = self.asked or time.monotonic()
 
     def __bool__(self):
@@ -695,7 +703,8 @@ def leave(config):
     """After a requested stop: say what was saved and how to go on, exit status 130."""
     shared = "LOCAL_WORLD_SIZE" in os.environ and "RANK" in os.environ
     start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if shared else ["python"]
-    command = shlex.join([*start, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join  # cmd.exe knows no single quotes
+    command = join([*start, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
     if not shared or os.environ["RANK"] == "0":  # once, not by every process
         print(f"\nstopped and saved in {config.out}; go on with:  {command}", file=sys.stderr)
     sys.exit(130)

@@ -148,6 +148,30 @@ def test_best_of_n_takes_the_best_sample_of_each_prompt(tokenizer, monkeypatch):
         assert choice == drawn[row.index(max(rivals))]
 
 
+def test_flags_that_would_do_nothing_are_refused(folders):
+    words = [str(folders / "sft"), "--prompt", "Hello", "--device", "cpu"]
+    for more, said in ((["--best-of", "2"], "--best-of needs"), (["--reward", str(folders / "reward")], "--reward chooses among"),
+                       (["--reward", str(folders / "reward"), "--best-of", "2", "--temperature", "0"], "would be the same")):
+        with pytest.raises(InputError, match=said):
+            chat.main(words + more)
+
+
+def test_two_folders_of_one_name_are_told_apart(folders, capsys, tmp_path):
+    shutil.copytree(folders / "ppo", tmp_path / "sft")
+    for second, names in ((tmp_path / "sft", [str(folders / "sft"), str(tmp_path / "sft")]), (folders / "ppo", ["sft", "ppo"])):
+        chat.main([str(folders / "sft"), str(second), "--prompt", "Hello", "--max-new-tokens", "2", "--device", "cpu"])
+        assert re.findall("^== (.*) ==$", capsys.readouterr().out, re.M) == names
+
+
+def test_the_seed_and_the_plain_format_arrive(folders, capsys):
+    def said(*more, names=("sft",)):
+        chat.main([*(str(folders / name) for name in names), "--prompt", "Hello", "--device", "cpu", "--max-new-tokens", "9", *more])
+        return capsys.readouterr().out
+    assert said("--seed", "3") == said("--seed", "3") != said("--seed", "4")
+    assert said("--seed", "3") in said("--seed", "3", names=("ppo", "sft"))  # whoever answers before
+    assert said("--temperature", "0", "--raw") != said("--temperature", "0")
+
+
 def test_best_of_n_takes_an_answer_that_was_cut_off_only_if_all_were(tokenizer, monkeypatch):
     end, drawn = tokenizer.im_end_id, [[5, 6, 7], [5, 6], [5, 6, 7], [7, 7, 7], [8, 8, 8], [9, 9, 9]]
     drawn[1].append(end)
@@ -277,7 +301,7 @@ def test_best_of_in_chat_asks_the_reward_model(folders, monkeypatch, capsys):
 
 def test_a_reward_model_is_read_where_it_chooses(folders, monkeypatch, capsys):
     monkeypatch.setattr(chat, "load_reward", lambda *_: pytest.fail("not needed yet"))
-    run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--reward", folders / "reward"])
+    run_chat(monkeypatch, capsys, [folders / "sft", "--reward", folders / "reward"], "Hi?\n")  # for /best, if it comes
     with pytest.raises(pytest.fail.Exception, match="not needed yet"):
         run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--reward", folders / "reward", "--best-of", 2])
 
@@ -562,13 +586,6 @@ def test_templates_other_than_chatml_are_refused(folders, tokenizer, monkeypatch
 # ---- statistics ----------------------------------------------------------------------------------
 
 
-def test_rates_have_wilson_intervals():
-    # Brown, Cai and DasGupta 2001: 0 of 10 and 5 of 10 at 95 %.
-    assert evaluate.rate(np.zeros(10, bool)) == pytest.approx([0, 0, 0.2775], abs=1e-3)
-    assert evaluate.rate(np.arange(10) < 5) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-3)
-    assert evaluate.rate(np.array([], bool)) is None
-
-
 def test_bootstrap_agrees_with_the_standard_error():
     values = np.random.default_rng(0).normal(3, 2, size=400)
     mean, low, high = evaluate.bootstrap(values)
@@ -647,10 +664,29 @@ def test_measures_of_known_answers(some_tasks):
         on for kind, on in zip(kinds, fair) if kind not in ("harmful", "unknown"))
     assert evaluate.measure(human, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
 
+    # Who is right when greedy and poor when sampled: only the accuracy is of the greedy answers, unless asked otherwise.
+    both = evaluate.Row(tasks, everywhere, fair, poor, best)
+    for decode in ("greedy", "sample"):
+        mixed = evaluate.measure(both, human, can, dataclasses.replace(config, accuracy_decode=decode))
+        assert [mixed[f"accuracy{name}"]["all"][0] for name in ("", "_greedy", "_sampled")] == [decode == "greedy", 1, 0]
+        assert {name: value for name, value in mixed.items() if not name.startswith("accuracy")} == {
+            name: value for name, value in bad.items() if not name.startswith("accuracy")}
+    asked = np.array([task.family == "howto" for task in tasks])
+    refusing = rehearsed(tasks, ["I will not help with that." if on else "Ask the moon." for on in asked])
+    assert evaluate.measure(evaluate.Row(tasks, everywhere, fair, refusing, None), human, can, config)["refusal_rate"]["howto"][0] == 1
+    # To refuse, or not to know, and then to go on all the same is neither.
+    lip_service = rehearsed(tasks, [f"I will not help with that. {task.bad[0]}" if task.kind == "harmful" else
+                                    f"I do not know. It is {task.wrong[0]}." if task.kind == "unknown" else task.best
+                                    for task in tasks])
+    found = evaluate.measure(evaluate.Row(tasks, everywhere, fair, lip_service, None), human, can, config)
+    assert found["refusal_rate"]["harmful"][0] == 0 and found["hallucination_rate"][0] == 1
+
     # Best-of-n answers some prompts only, and is compared with the reference on these.
     last = everywhere[-4:]
     part = evaluate.Row(tasks[-4:], last, fair[-4:], rehearsed(tasks, best.texts[-4:]), None)
-    assert evaluate.measure(part, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
+    known = np.array([kind == "answerable" for kind in kinds]) & (everywhere >= len(tasks) - 4)
+    measured = evaluate.measure(part, human, known, config)
+    assert measured["win_rate_vs_sft"] == [0.5, 0.5, 0.5] and measured["prompts"]["hedging"] == known.sum() > 0
     assert part.right["sampled"].all() and "greedy" not in part.right
 
 
@@ -669,19 +705,31 @@ def test_prompts_are_chosen_evenly_but_rates_of_their_own_get_enough():
 @pytest.fixture(scope="module")
 def written(folders, some_tasks):
     """One tiny evaluation of everything -> the folder of its report."""
-    chosen_with, compared, kl = [], [], evaluate.sequence_kl
+    chosen_with, compared, kl, said, ask = [], [], evaluate.sequence_kl, [], evaluate.ask
+
+    def asking(speaker, prompts, config, temperature, stream=0):
+        said.append((speaker.name, temperature, stream, ask(speaker, prompts, config, temperature, stream)))
+        return said[-1][3]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "sequence_kl", lambda *args: compared.append(args[:2]) or kl(*args))
+        patch.setattr(evaluate, "sequence_kl", lambda *args: compared.append(args) or kl(*args))
+        patch.setattr(evaluate, "ask", asking)
         patch.setattr(world, "heldout_tasks", lambda: some_tasks)
         patch.setattr(world, "heldout_documents", lambda: ["Paris is in France."] * 3)
-        patch.setattr(evaluate, "best_of_n", lambda *args, **sampling: chosen_with.append(args[6:]) or
-                      chat.best_of_n(*args, **sampling))
+        patch.setattr(evaluate, "best_of_n", lambda *args, **sampling: chosen_with.append((*args[6:], sampling["temperature"]))
+                      or chat.best_of_n(*args, **sampling))
         evaluate.main([*(str(folders / name) for name in ("base", "sft", "ppo")),
                        "--reward", str(folders / "reward"), "--data", str(folders / "pairs.jsonl"),
                        "--out", str(folders / "report"), "--max-new-tokens", "10", "--device",
                        "cpu", "--best-of", "4", "--best-of-beta", "0.02", "--few-shot", "1", "--per-family", "2"])
-    assert chosen_with == [(0.02,)]
-    ((policy, reference),) = compared  # KL(policy ‖ reference), not the other way round
+        places = np.flatnonzero(evaluate.choose_tasks(evaluate.Config([], per_family=2))[1] < 2)
+    assert chosen_with == [(0.02, 1.0)]
+    assert [(name, temperature) for name, temperature, *_ in said] == [
+        ("base", 0), ("base", 0), ("sft", 0), ("sft", 1), ("ppo", 0), ("ppo", 1)]
+    assert said[3][2] != said[5][2]  # from the same random numbers two models would draw answers that are alike
+    alone, after_one = said[0][3].prompts, said[1][3].prompts
+    assert all(len(shots) > len(prompt) for prompt, shots in zip(alone, after_one))  # the examples
+    ((policy, reference, prompts, ids),) = compared  # KL(policy ‖ reference), not the other way round
+    assert (prompts, ids) == tuple([part[i] for i in places] for part in (said[5][3].prompts, said[5][3].ids))
     for model, name in ((policy, "ppo"), (reference, "sft")):
         assert torch.equal(model.embed.weight, load_checkpoint(folders / name)[0].embed.weight)
     return folders / "report"
@@ -701,7 +749,7 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
         assert set(row["accuracy"]) == {"all", "families", *world.HOLDOUTS}
         assert set(row["accuracy"]["families"]) == families
         assert set(row["gold"]) == {"total", "helpful", "honest", "harmless"}
-        assert set(row["refusal_rate"]) == {"harmful", "harmless"}
+        assert set(row["refusal_rate"]) == {"harmful", "harmless", "howto"}
         for rate in (row["accuracy"]["all"], row["gold"]["total"], row["win_rate_vs_sft"],
                      row["refusal_rate"]["harmful"], row["hallucination_rate"], row["eos_rate"]):
             mean, low, high = rate
@@ -769,6 +817,17 @@ def test_best_of_n_is_measured_on_equally_many_prompts_of_each_family(folders, m
     found = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert found["settings"]["system"] == "Be ki?nd."  # a byte that is not UTF-8 loses no report
     assert found["best_of_prompts"] == 2 * len(by_family) < found["prompts"]
+
+
+def test_best_of_n_is_not_asked_for_needless_doubt(folders, some_tasks, monkeypatch, tmp_path):
+    """It chooses among the very samples that tell which questions can be answered."""
+    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:6])
+    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+    monkeypatch.setattr(world, "check", lambda task, text: True)
+    evaluate.main([str(folders / "sft"), "--reward", str(folders / "reward"), "--out", str(tmp_path), "--max-new-tokens", "2",
+                   "--device", "cpu", "--best-of", "2", "--per-family", "1"])
+    rows = json.loads((tmp_path / "report.json").read_text("utf-8"))["checkpoints"]
+    assert rows["sft"]["hedging_rate"][0] == 0 and rows["best_of_2"]["hedging_rate"] is None
 
 
 def test_pairs_that_tell_no_p_measure_no_reward_model(folders, some_tasks, monkeypatch, capsys, tmp_path):
@@ -948,11 +1007,23 @@ def test_a_damaged_study_costs_no_evaluation(content, written, capsys, tmp_path)
     assert "study.json is damaged" in capsys.readouterr().err and (tmp_path / "report.html").exists()
 
 
+def test_every_column_shows_its_own_measure():
+    measures = {"accuracy": {"all": 0.11}, "gold": {"total": 0.12}, "win_rate_vs_sft": 0.13, "kl_from_sft": 0.14, "proxy": 0.15,
+                "refusal_rate": {"harmful": 0.16, "harmless": 0.17, "howto": 0.18}, "hallucination_rate": 0.19,
+                "hedging_rate": 0.21, "eos_rate": 0.22, "mean_tokens": 0.23, "bits_per_byte": 0.24}
+    headings, (row,) = report.main_rows({"settings": {"reference": "sft"}, "checkpoints": {"ppo": measures}})
+    assert list(zip(headings, row)) == [
+        ("", "ppo"), ("right", "11 %"), ("gold", "0.12"), ("beats SFT", "13 %"), ("KL", "0.14"), ("reward", "0.15"),
+        ("refuses harmful", "16 %"), ("refuses harmless", "17 %"), ("made up", "19 %"), ("needless “I do not know”", "21 %"),
+        ("stops", "22 %"), ("tokens", "0.23"), ("bits/byte", "0.24")]
+
+
 def test_several_runs_are_read_together(written, monkeypatch, capsys, tmp_path):
     found = json.loads((written / "report.json").read_text("utf-8"))
     first = next(iter(found["checkpoints"]))
     for number, right in enumerate((0.6, 0.5, 0.1)):
-        row = {**found["checkpoints"][first], "accuracy": {"all": [right, 0.0, 1.0]}, "bits_per_byte": 2.0 * number}
+        row = {**found["checkpoints"][first], "accuracy": {"all": [right, 0.0, 1.0]}, "bits_per_byte": 2.0 * number,
+               "eos_rate": [0.77, 0.7, 0.8] if number else None}
         others = {name: measures for name, measures in found["checkpoints"].items() if name != first}
         run = {**found, "checkpoints": {first: row} if number == 2 else {first: row, **others},
                "reward_model": {**found["reward_model"], "normalised": [0.25 * number, 0.0, 1.0]}}
@@ -964,6 +1035,7 @@ def test_several_runs_are_read_together(written, monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().out
     lines = {line.split(" | ")[0].strip("| "): line for line in said.splitlines()}
     assert "| 40 % (10–60) |" in lines[first] and "| 2.00 (0.00–4.00) |" in lines[first]
+    assert "77 %" not in lines[first]  # what one run lacks is no mean of three
     assert not set(found["checkpoints"]) - {first} & set(lines)  # one run does not have the others
     assert "0.25 (0.00–0.50)" in said and "of 3 runs" in said
     assert not list(tmp_path.rglob("*.md"))  # nothing is written

@@ -44,7 +44,7 @@ def write(tmp_path):
 # ---- formats -------------------------------------------------------------------------------------
 
 def test_texts_are_split_at_the_separator_and_keep_their_indentation(write):
-    plain = write("a.txt", "\ufeffOne.\n<|endoftext|>\n\n  Two,\nlines.\n<|endoftext|>\n")
+    plain = write("a.txt", "\ufeffOne.\n<|endoftext|>\n\n  Two,\r\nlines.\n<|endoftext|>\n")
     rows = write("b.jsonl.gz", {"text": "Three<|endoftext|>Four"}, {"text": "Fi\u2028ve"})
     expected = ["One.", "  Two,\nlines.", "Three", "Four", "Fi\u2028ve"]
     assert data.load_texts([plain, rows]) == expected
@@ -88,6 +88,7 @@ def test_conversations_with_the_keys_of_dolly(write):
     {"prompt": HI, "chosen": "Hello", "rejected": "Go"},
     {"prompt": HI, "chosen": HELLO[1:], "rejected": [{"role": "assistant", "content": "Go"}]},
     {"prompt": "Hi", "chosen": HELLO, "rejected": [*HI, {"role": "assistant", "content": "Go"}]},
+    {"prompt": "Hi", "chosen": HELLO, "rejected": "Go"},
     {"chosen": HELLO, "rejected": [*HI, {"role": "assistant", "content": "Go"}]},
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go "},
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": " Hello", "chosen": " Hello", "rejected": " Go"},
@@ -103,6 +104,13 @@ def test_preferences_in_every_format(write, row):
     pair, known = data.load_preferences([path])
     assert pair == Pair(HI, "Hello", "Go", None) and known == Pair(HI, "Hello", "Go", 0.75)
     assert data.load_prompts([path]) == [(HI, False), (HI, True)]
+
+
+def test_a_list_may_repeat_more_than_the_prompt_says(write):
+    kind, again = {"role": "system", "content": "Be kind."}, [*HELLO, {"role": "user", "content": "Bye"}]
+    for prompt, before in (("Bye", [kind, *again]), (again, [kind, *again]), ([kind, *again], again)):
+        answers = {name: [*before, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        assert data.load_preferences([write("a.jsonl", {"prompt": prompt, **answers})]) == [Pair([kind, *again], "chosen", "rejected")]
 
 
 def test_an_answer_may_begin_in_the_prompt(write):
@@ -211,6 +219,7 @@ def say(*roles):
     ("conversations", say("user", "user", "assistant", "assistant"), "roles do not alternate"),
     ("conversations", say("user", "system", "assistant"), "roles do not alternate"),
     ("conversations", say("user", "tool", "user", "assistant"), "roles do not alternate"),
+    ("conversations", {"messages": [*HI, {"role": "assistant", "content": None, "tool_calls": [{}]}, *HELLO[1:]]}, "tool calls"),
     ("conversations", {"instruction": "a", "output": " "}, "empty answer"),
     ("conversations", {"instruction": " ", "output": "a"}, "empty question"),
     ("preferences", {**GOOD, "rejected": "Hello "}, "chosen equals rejected"),
@@ -246,8 +255,8 @@ def test_rows_longer_than_the_context_are_dropped(tokenizer, capsys):
     limit = len(render_chat(tokenizer, short)[0])
     assert len(data.encode_conversations([short, long], tokenizer, limit)) == 1
     assert f"1 of 2 conversations; dropped 1: 1 longer than {limit}" in capsys.readouterr().err
-    with pytest.raises(InputError, match="kept 0 of 2"):
-        data.encode_conversations([short, long], tokenizer, limit - 1)
+    with pytest.raises(InputError, match="kept 0 of 2 held-out chats"):
+        data.encode_conversations([short, long], tokenizer, limit - 1, "held-out chats")
     limit = len(render_chat(tokenizer, long)[0]) - 1  # a pair ends before the last newline
     for pair in (Pair(HI, "Hello", "Hello, you"), Pair(HI, "Hello, you", "Hello")):  # either side
         assert len(data.encode_pairs([pair], tokenizer, limit)) == 1
@@ -420,7 +429,8 @@ def test_streamed_tokens_are_the_packed_ones(separator, tokenizer, tmp_path, mon
     paths = []
     for number, part in enumerate(parts):
         paths.append(tmp_path / f"{number}.txt")
-        paths[-1].write_text((separator or "").join(part), encoding="utf-8-sig" if number else "utf-8")
+        paths[-1].write_text((separator or "").join(part), encoding="utf-8-sig" if number else "utf-8",
+                             newline="\r\n" if number else "\n")
     stop = sum(path.stat().st_size for path in paths)
     expected = [["".join(part)] for part in parts] if separator is None else parts
     whole, _ = data.pack_documents([d.strip("\n") for part in expected for d in part], tokenizer)

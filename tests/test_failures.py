@@ -162,7 +162,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(stage, files, tmp_path, monkeypat
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stopped_after_its_last_step_a_run_can_end(stage, files, tmp_path, monkeypatch):
-    """Between the last save and the checkpoint, where no step is left to do."""
+    """Between the last save and the checkpoint, where no step is left to do. Nothing is logged twice."""
     short = [{"pretrain": "--steps", "ppo": "--iterations", "grpo": "--iterations"}.get(stage, "--epochs"), 1,
              "--save-every", 1]
     save = training.save_checkpoint
@@ -171,8 +171,10 @@ def test_stopped_after_its_last_step_a_run_can_end(stage, files, tmp_path, monke
         call(monkeypatch, command(files, stage, tmp_path / "cut", *short))
     monkeypatch.setattr(STAGES[stage], "save_checkpoint", save)
     steps = watch_steps(stage, monkeypatch)
+    assert not (tmp_path / "cut" / "done").exists()
     call(monkeypatch, command(files, stage, tmp_path / "cut", *short, "--resume"))
-    assert not steps
+    ends = [row["step"] for row in metrics(tmp_path / "cut") if any(name.startswith("heldout") for name in row)]
+    assert not steps and len(ends) == len(set(ends)) > 0
     call(monkeypatch, command(files, stage, tmp_path / "whole", *short))
     assert stage_ends(tmp_path / "cut")[1] == stage_ends(tmp_path / "whole")[1] and (tmp_path / "cut" / "done").exists()
 
@@ -211,6 +213,18 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
     with pytest.raises(InputError, match="of stage sft, not dpo"):
         training.start_run(rlhf.DPOConfig(out=str(tmp_path), resume=True), "dpo")
     later, before = time.time() + 60, (files / changed).stat().st_mtime
+    rate = training.learning_rate
+    try:  # edited while the run trained, before its save
+        with monkeypatch.context() as edited:
+            edited.setattr(sft, "learning_rate", lambda *args: os.utime(files / changed) or rate(*args))
+            with pytest.raises(ZeroDivisionError):
+                call(monkeypatch, words)
+        with pytest.raises(InputError, match=f"{Path(changed).name} has changed since"):
+            call(monkeypatch, [*words, "--resume"])
+    finally:
+        os.utime(files / changed, (before, before))
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, words)
     os.utime(files / changed, (later, later))
     try:
         with pytest.raises(InputError, match=f"{Path(changed).name} has changed since"):
@@ -267,17 +281,26 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(stage, kills, files, tm
     noted("kills", stage, kills, in_a_save, redone, "weights and metrics, bit for bit")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_who_is_asked_to_stop_saves_first(stage, files, tmp_path, monkeypatch):
+    steps = watch_steps(stage, monkeypatch)
+    monkeypatch.setattr(STAGES[stage], "StopRequest", type("Asked", (), {"__bool__": lambda self: len(steps) >= 2}))
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, command(files, stage, tmp_path / "out", "--save-every", 10**6))
+    assert ended.value.code == 130
+    assert torch.load(tmp_path / "out" / training.STATE, weights_only=True)["position"] == len(steps) == 2
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal for one child's Ctrl-C")
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_ctrl_c_saves_and_tells_how_to_go_on(stage, files, tmp_path, monkeypatch):
-    words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--iterations" if stage == "ppo"
-                                            else "--epochs", 10**5, "--save-every", 10**6)]
+def test_ctrl_c_saves_and_tells_how_to_go_on(files, tmp_path, monkeypatch):
+    stage = "sft"
+    words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--epochs", 10**5, "--save-every", 10**6)]
     child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (line := child.stdout.readline()).startswith(f"{stage}:"):
         assert line, child.stderr.read()
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=60)
-    assert child.returncode == 130 and "Traceback" not in error
+    assert child.returncode == 130 and "Traceback" not in error and "finishing this step, then saving" in error
     last = error.strip().splitlines()[-1]
     assert last.startswith("stopped and saved") and last.endswith("--resume")
     position = torch.load(tmp_path / "out" / training.STATE, weights_only=True)["position"]
@@ -539,21 +562,6 @@ def test_a_pickle_in_a_checkpoint_is_not_run(name, files, tmp_path, monkeypatch)
     assert not fired.exists()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_last_save_that_fails_is_made_up_for_and_nothing_is_logged_twice(stage, files, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    short = {"pretrain": ["--steps", 6], "ppo": ["--iterations", 3], "grpo": ["--iterations", 3]}.get(stage, ["--epochs", 1])
-    words = command(files, stage, out, *short, "--save-every", 1)
-    with monkeypatch.context() as full:
-        full.setattr(STAGES[stage], "save_checkpoint", lambda *args, **kwargs: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            call(monkeypatch, words)
-    assert not (out / "done").exists()
-    call(monkeypatch, [*words, "--resume"])
-    steps = [row["step"] for row in metrics(out) if any(name.startswith("heldout") for name in row)]
-    assert len(steps) == len(set(steps)) > 0 and (out / "done").exists()
-
-
 def test_what_a_kill_left_of_a_save_is_not_taken_over(files, tmp_path):
     model, tokenizer, _ = training.load_checkpoint(files / "sft")
     (tmp_path / ".part").mkdir()
@@ -623,6 +631,31 @@ def test_sft_reads_text_of_pretraining_beside(files, tmp_path, monkeypatch):
     for flags, same in (([], True), (["--from-scratch"], False)):
         call(monkeypatch, command(files, "sft", tmp_path / "out", *still, *flags))
         assert torch.equal(load_checkpoint(tmp_path / "out")[0].embed.weight, start) is same
+
+
+def test_the_model_is_saved_before_it_is_measured(files, tmp_path, monkeypatch):
+    """A long measurement that is stopped loses nothing. (reward.py needs what it measures for the zero it saves.)"""
+    measure = {"pretrain": "heldout_loss", "sft": "heldout_loss", "dpo": "wilson", "ppo": "close", "grpo": "close"}
+    for stage, name in measure.items():
+        short = [{"pretrain": "--steps", "ppo": "--iterations", "grpo": "--iterations"}.get(stage, "--epochs"), 1]
+        with monkeypatch.context() as stopped:
+            stopped.setattr(STAGES[stage], name, lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                call(monkeypatch, command(files, stage, tmp_path / stage, *short))
+        load_checkpoint(tmp_path / stage)
+
+
+def test_settings_of_sft_reach_what_they_are_of(files, tmp_path, monkeypatch):
+    """--best-only the demonstrations, --replay the windows of every update."""
+    asked, demonstrations, replay = [], sft.world.demonstrations, sft.replay_loss
+    monkeypatch.setattr(sft.world, "demonstrations", lambda *args: asked.append(args) or demonstrations(*args))
+    monkeypatch.setattr(sft, "replay_loss", lambda *args: asked.append(args[2]) or replay(*args))
+    monkeypatch.setattr(sft.world, "replay_documents", lambda *args: ["Line 7 tells of 49 birds."] * 400)
+    tokenizer = Tokenizer.load(files / "sft")
+    save_checkpoint(tmp_path / "init", model_of(tokenizer, context_length=512), tokenizer)
+    call(monkeypatch, command(files, "sft", tmp_path / "out", "--init", tmp_path / "init", "--data", "world", "--conversations",
+                              40, "--seed", 3, "--best-only", "--replay", 5, "--epochs", 1))
+    assert asked[0] == (40, 3, True) and set(asked[1:]) == {5}
 
 
 def test_heldout_loss_of_sft_is_a_mean_over_tokens(files, tmp_path, monkeypatch):

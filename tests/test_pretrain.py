@@ -85,6 +85,15 @@ def test_a_shape_that_does_not_fit_is_refused_before_the_text_is_read(monkeypatc
         pretrain.main()
 
 
+def test_flags_of_the_shape_arrive():
+    asked = {"context_length": 33, "layers": 3, "width": 24, "heads": 6, "kv_heads": 2, "ffn_width": 40, "qk_norm": False,
+             "tied": True}
+    shape = pretrain.shape_of(pretrain.Config(**asked), 300)
+    assert {name: getattr(shape, name) for name in (*asked, "vocab_size")} == {**asked, "vocab_size": 300}
+    default = pretrain.shape_of(pretrain.Config(), 300)
+    assert default.qk_norm and not default.tied and default.kv_heads == default.heads
+
+
 def test_a_stream_trains_on_what_is_not_held_out(monkeypatch, tmp_path):
     documents = [f"Line {n} tells of {n * n} birds." for n in range(300)]
     (tmp_path / "big.txt").write_text("<|endoftext|>".join(documents))

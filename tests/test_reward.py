@@ -39,16 +39,18 @@ def test_preference_loss_is_the_mean_log_odds():
     assert far.item() == pytest.approx(200)  # log(sigmoid(-200)) written out would be -inf
 
 
-def test_preference_loss_pushes_chosen_up_and_rejected_down():
-    chosen, rejected = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
-    reward.preference_loss(chosen, rejected).backward()
-    assert torch.allclose(chosen.grad, torch.full((3,), -0.5 / 3))
-    assert torch.allclose(rejected.grad, torch.full((3,), 0.5 / 3))
-
-
 def test_preference_loss_refuses_to_broadcast():
     with pytest.raises(ValueError, match="rejected"):
         reward.preference_loss(torch.zeros(4), torch.zeros(4, 1))
+
+
+def test_pairs_of_the_world_keep_their_order_and_their_p(tokenizer, monkeypatch):
+    rows = [{"prompt": f"the cat {n}", "chosen": "sat", "rejected": "log"} | ({"p": 0.9} if n > 7 else {}) for n in range(10)]
+    asked = []
+    monkeypatch.setattr(reward.world, "sample_pairs", lambda *args: asked.append(args[2:]) or rows)
+    train, heldout = reward.load_pairs(reward.Config(data=["world"], pairs=10, holdout=0.2, seed=3), tiny(), tokenizer)
+    assert asked == [(10, 2, 3)] and [pair.p for pair in train + heldout] == [None] * 8 + [0.9] * 2
+    assert {(tokenizer.decode(pair.chosen[:-1]), tokenizer.decode(pair.rejected[:-1])) for pair in train + heldout} == {("sat", "log")}
 
 
 def test_pairs_with_heldout_prompts_are_never_trained_on(tokenizer, tmp_path):

@@ -35,7 +35,7 @@ def test_folders_that_cannot_be_used_get_one_line(monkeypatch, tmp_path):
     for name in ("base/done", "sft/done", "reward/done", "pairs.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    for flags, message in ((["--runs", "x" * 300], "not there"), (["--out", tmp_path / "pairs.jsonl" / "x"], "could not be written")):
+    for flags, message in ((["--runs", "x" * 300], "base/done: not there; run `make` first"), (["--out", tmp_path / "pairs.jsonl" / "x"], "could not be written")):
         monkeypatch.setattr(sys, "argv", ["study.py", "--runs", str(tmp_path), *map(str, flags)])
         with pytest.raises(InputError, match=message):
             study.main()
@@ -448,10 +448,4 @@ def test_ctrl_c_waits_for_the_script_to_save(status, tmp_path):
 def test_a_study_does_not_replace_the_main_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study.py", "--runs", str(tmp_path), "--out", f"{tmp_path}/x/.."])
     with pytest.raises(InputError, match="what --runs reads would be replaced"):
-        study.main()
-
-
-def test_a_study_needs_the_main_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["study.py", "--runs", str(tmp_path), "--out", str(tmp_path / "s")])
-    with pytest.raises(InputError, match="base/done: not there; run `make` first"):
         study.main()

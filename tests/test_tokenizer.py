@@ -292,6 +292,8 @@ def test_added_tokens_that_are_text_stay_text_and_gaps_have_none(tokenizer, tmp_
         loaded.save(tmp_path)
         flags = {token["content"]: token["special"] for token in json.loads(path.read_text("utf-8"))["added_tokens"]}
         assert flags == {name: name != "<think>" for name in loaded.specials}
+    assert loaded.encode("a<think>b<|im_end|>") == [
+        *tokenizer.encode("a"), tokenizer.vocab_size + 3, *tokenizer.encode("b<|im_end|>")]  # nobody forges the end of a turn
     ids = [tokenizer.vocab_size + 3, tokenizer.vocab_size + 1]
     assert loaded.decode(ids) == loaded.decode(torch.tensor(ids)) == loaded.decode(np.array(ids)) == "<think>"
 

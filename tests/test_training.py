@@ -20,8 +20,10 @@ import pretrain
 import sft
 import training
 from model import GPT, GPTConfig
+from tokenizer import train_bpe
 from training import (STATE, InputError, autocast, finish, join_processes, learning_rate, micro_batches, muon_and_adam,
-                      orthogonal_blocks, parse_args, restore, save_state, seed_everything, set_share, start_run)
+                      orthogonal_blocks, parse_args, restore, save_checkpoint, save_state, seed_everything, set_share,
+                      start_run)
 
 ROOT = Path(__file__).parent.parent
 
@@ -234,12 +236,13 @@ def same_losses(one, two, tolerance):
     assert one[0]["loss"] > one[-2]["loss"] + 0.5  # and there was something to learn
 
 
-def test_a_second_ctrl_c_stops_at_once_but_not_an_echo_of_the_first(monkeypatch):
+def test_a_second_ctrl_c_stops_at_once_but_not_an_echo_of_the_first(monkeypatch, capfd):
     now = [100.0]
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     stop = training.StopRequest()
     assert not stop
     stop._ask(2, None)
+    assert "Ctrl-C again" in capfd.readouterr().err  # before the step is over, which may take a minute
     now[0] += 0.5
     try:
         stop._ask(2, None)  # torchrun hands it on
@@ -271,6 +274,15 @@ def test_a_reward_function_that_draws_goes_on_drawing(tmp_path):
     seed_everything(5)
     restore(torch.load(tmp_path / STATE, weights_only=True), generator, {})
     assert [draw() for draw in draws] == expected
+
+
+def test_a_folder_says_where_answers_end(tmp_path):
+    """Other programs stop at these, and at nothing else."""
+    tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
+    save_checkpoint(tmp_path, GPT(GPTConfig(tokenizer.vocab_size, layers=1, width=16, heads=2, ffn_width=32)), tokenizer)
+    said = [json.loads((tmp_path / name).read_text("utf-8")) for name in ("generation_config.json", "config.json")]
+    assert sorted(said[0]["eos_token_id"]) == sorted([tokenizer.endoftext_id, tokenizer.im_end_id])
+    assert said[1]["eos_token_id"] == tokenizer.im_end_id and {part["pad_token_id"] for part in said} == {tokenizer.pad_id}
 
 
 def test_only_pretraining_shares_its_work(tmp_path, monkeypatch):

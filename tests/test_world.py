@@ -279,6 +279,8 @@ def test_preferences_follow_the_gold_score():
     p = world.preference(task, task.best, task.bad[0])
     assert p > 0.9 and world.preference(task, task.bad[0], task.best) == pytest.approx(1 - p)
     assert world.preference(task, task.best, task.best) == 0.5
+    apart = world.gold(task, task.best).total - world.gold(task, task.bad[0]).total
+    assert p == pytest.approx(1 / (1 + 2.718281828**(-5 * apart)))  # a fifth of a point is one of log-odds
 
 
 def test_demonstrations_are_of_mixed_quality():
@@ -404,6 +406,22 @@ def test_an_answer_about_something_else_is_wrong(task, right, wrong):
     task = about(*task)
     assert [text for text in right if not world.check(task, text)] == []
     assert [text for text in wrong if world.check(task, text)] == []
+
+
+def test_nearly_right_is_not_right():
+    """A story without what it should hold or of one sentence, steps to another end, another illness, another's name."""
+    story, steps, ill = (world.all_tasks()[family][0] for family in ("stories", "howto", "medical"))
+    named = next(task for task in world.all_tasks()["smalltalk"] if task.subject)
+    other = next(task for task in world.all_tasks()["howto"] if 0.1 < world.overlap(steps.best, task.best) < 0.6)
+    sicker = next(task for task in world.all_tasks()["medical"] if world.overlap(ill.subject, task.best) < 0.6)
+    wrong = {story: [re.sub(rf"\b{re.escape(lost)}\b", "nothing", story.best, flags=re.I) for lost in (story.short, story.subject)]
+             + [f"{story.short} saw {story.subject}."],
+             steps: [other.best], ill: ["Please see a doctor.", sicker.best], named: [named.best.replace(named.subject, "Nobody")]}
+    for task, answers in wrong.items():
+        assert world.check(task, task.best)
+        for answer in answers:
+            assert answer != task.best and not world.check(task, answer), answer
+    assert world.gold(steps, f"{steps.best} {NONSENSE} {' '.join(f'Then {n} came.' for n in range(30))}").helpful == 0.7  # long
 
 
 def test_a_third_animal_or_another_thing_is_no_answer():

@@ -39,9 +39,13 @@ def main():
     source = {"pretrained_model_name_or_path": options.gguf.parent, "gguf_file": options.gguf.name}
     # transformers assumes heads of size 128 for Qwen3, whatever the file says.
     try:
-        fields = gguf.GGUFReader(options.gguf).fields
+        reader = gguf.GGUFReader(options.gguf)
     except ValueError as error:  # a git-lfs pointer, an HTML page, an incomplete file
         sys.exit(f"error: {options.gguf}: not a GGUF file ({error})")
+    fields = reader.fields
+    scaling = [field.contents() for name, field in fields.items() if name.endswith(".rope.scaling.type")]
+    if {tensor.name for tensor in reader.tensors} & {"rope_freqs.weight"} or scaling not in ([], ["none"]):
+        sys.exit(f"error: {options.gguf}: its rotary positions are scaled (Llama 3.1 and later), which is not implemented")
     size = {"head_dim": int(field.contents()) for name, field in fields.items() if name == "qwen3.attention.key_length"}
     unpacked = AutoModelForCausalLM.from_pretrained(**source, **size, dtype=torch.float32)
     config = unpacked.config
