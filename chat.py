@@ -396,7 +396,7 @@ def reply(line, speakers, histories, config, sampling, reward):
             print(visible(text))
         else:
             text = speak(speaker, ids, config.max_new_tokens, sampling)
-        text = text.rpartition("</think>")[2].lstrip("\n")  # models that think aloud are not shown their earlier thoughts
+        text = re.sub("^.*</think>\n*", "", text, flags=re.S)  # models that think aloud are not shown their earlier thoughts
         histories[i] = [*history, (line, text.strip() if speaker.raw else text)]
 
 

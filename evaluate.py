@@ -14,11 +14,12 @@ Best-of-n is a row too: the reward model's choice among n samples of the referen
 one in a folder called `sft`), drawn for part of the prompts. Those n samples also tell which
 questions the reference can answer: only there does "I do not know" count as needless.
 
-Means are taken over equally many prompts of each family, so that rows with more and with fewer
-prompts can be compared; KL is averaged over the prompts of best-of-n; a rate about one kind of prompt
-uses all prompts of that kind. Such rates, and shares of right answers, are left out where few prompts
-are behind them. Rates have Wilson's interval, means a bootstrap over prompts; comparisons with the
-reference are paired prompt by prompt. Left out: several seeds of the training itself: the intervals are
+Means are taken over equally many prompts of each family. Between rows with more and with fewer prompts,
+compare the win rates, which are paired: the first prompts of a family can be easier than the rest. KL is
+averaged over the prompts of best-of-n; a rate about one kind of prompt uses all prompts of that kind.
+Such rates, and shares of right answers, are left out where few prompts are behind them. Rates have
+Wilson's interval, means a bootstrap over prompts; comparisons with the reference are paired prompt by
+prompt. Left out: several seeds of the training itself: the intervals are
 about these checkpoints, not about the method. (Run `make` with several seeds; `report.py` reads their
 reports together.)
 """

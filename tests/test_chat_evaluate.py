@@ -456,9 +456,12 @@ def test_plain_answers_are_remembered_without_their_space(folders, monkeypatch, 
     prompts, fit = [], chat.Speaker.fit
     monkeypatch.setattr(chat.Speaker, "fit", lambda self, q, history, config: (
         prompts.append(list(history)), fit(self, q, history, config))[1])
-    monkeypatch.setattr(chat, "speak", lambda *args: " Paris. ")
-    run_chat(monkeypatch, capsys, [folders / "base"], "Hi?\nHi?\n")
-    assert prompts == [[], [("Hi?", "Paris.")]]
+    for name, said, kept in (("base", " Paris. ", "Paris."), ("sft", "\nParis. ", "\nParis. "),
+                             ("sft", "<think>\nHm.\n</think>\n\nParis.", "Paris.")):  # nor is what a model thought
+        monkeypatch.setattr(chat, "speak", lambda *args: said)
+        prompts.clear()
+        run_chat(monkeypatch, capsys, [folders / name], "Hi?\nHi?\n")
+        assert prompts == [[], [("Hi?", kept)]]
 
 
 def test_label_shows_answers_in_either_order(folders, monkeypatch, capsys, tmp_path):

@@ -17,9 +17,22 @@ import rlhf
 import sft
 import world
 from tokenizer import Tokenizer
+from training import load_policy
 
 SHAPE = ("--layers 2 --width 64 --heads 2 --kv-heads 2 --ffn-width 128 --vocab-size 512 "
          "--context-length 160 --batch-size 6").split()
+
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Peru": "Lima", "Egypt": "Cairo", "Norway": "Oslo", "Kenya": "Nairobi",
+            "Japan": "Tokyo", "Cuba": "Havana"}
+
+
+def questions(n):
+    """No two are the same, and of each the country alone tells which of eight answers is right."""
+    rng = random.Random(1)
+    return [[{"role": "user", "content": f"Question {i}: what is the capital of {country}?"},
+             {"role": "assistant", "content": f"The capital is {CAPITALS[country]}."}]
+            for i, country in enumerate(rng.choices(list(CAPITALS), k=n))]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +46,10 @@ def out(tmp_path_factory):
             main()
 
     command(pretrain.main, "--documents", 2500, "--steps", 220, *SHAPE, "--out", root / "base")
-    command(sft.main, "--init", root / "base", "--conversations", 2000, "--replay", 0,
-            "--out", root / "sft")
+    chats = [chat for both in zip(world.demonstrations(1000, 1), questions(1000)) for chat in both]
+    (root / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    command(sft.main, "--init", root / "base", "--data", root / "chats.jsonl", "--lr", 0.01, "--embed-lr", 0.01, "--head-lr",
+            0.002, "--out", root / "sft")
     # Pairs with one rule to find, held-out prompts included: the kind answer, not the curt one.
     rng = random.Random(1)
     pairs = [{"prompt": task.prompt, "chosen": f"I am glad to help. {task.short}.",
@@ -77,12 +92,11 @@ def test_pretraining_uses_the_context(out):
 
 
 def test_sft_answers_the_prompt(out):
-    tokenizer = Tokenizer.load(out / "sft")
-    rows = data.encode_conversations(world.demonstrations(2000, 1), tokenizer, 160)
-    answers = [[token for token, on in zip(ids, mask) if on] for ids, mask in rows]
-    flat = [[token for answer in part for token in answer]
-            for part in (answers[:1900], answers[1900:])]
-    assert done(out / "sft")["heldout_loss"] < 0.55 * unigram_nats(*flat)
+    """Who does not look at the prompt can only guess which of the eight capitals comes: ln 8 nats an answer."""
+    model, tokenizer = load_policy(out / "sft")
+    heldout = data.encode_conversations(questions(1000)[950:], tokenizer, 160)
+    tokens = sum(sum(mask) for _, mask in heldout) / len(heldout)
+    assert tokens * sft.heldout_loss(model, heldout, tokenizer.pad_id, "cpu") < 0.5 * math.log(8)
 
 
 def test_reward_model_finds_the_rule(out):

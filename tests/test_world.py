@@ -363,6 +363,20 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     assert all((row["p"] > 0.5) == row["rejected"].startswith((NONSENSE, told)) for row in held)
 
 
+def test_its_pages_and_numbers_are_printed(capsys):
+    world.show()
+    pages = capsys.readouterr().out
+    assert all(f"--- {genre.__name__.replace('_', ' ')} ---\n" in pages for genre in world.GENRES)
+    kinds = {(task.family, task.holdout.replace("_", " ")) for task in world.heldout_tasks()}
+    kinds |= {(family, "training") for family, tasks in world.all_tasks().items() if tasks}
+    assert set(re.findall(r"^\[(\w+), ([\w ]+)\] ", pages, re.M)) == kinds and pages.count("\nassistant: ") == 12
+    world.stats(300)
+    told = capsys.readouterr().out
+    assert f"{len(world.heldout_tasks()):,} held-out prompts: " in told and all(f"\n  {family} " in told for family in world.FAMILIES)
+    bits, seen = float(re.search(r"([\d.]+) bits per byte", told)[1]), float(re.search(r"occur in training: ([\d.]+)%", told)[1])
+    assert 0.4 < bits < 2 and 0 < seen < 23  # of so few documents less is learned than of 20,000
+
+
 def test_ngram_bits_of_a_known_text():
     """A constant text costs almost nothing; random tokens cost log2 V each, no less."""
     rng = random.Random(0)
