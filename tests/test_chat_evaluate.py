@@ -129,6 +129,9 @@ def test_the_oldest_turns_are_forgotten_first(tokenizer):
     assert len(longer) + 10 > 100  # no more was forgotten than had to be
     with pytest.raises(InputError, match="expected fewer than the 100"):
         speaker.fit("x" * 200, [], config)
+    speaker.model = tiny(tokenizer, context_length=200)
+    ids, kept = speaker.fit("last", history, chat.Config(["sft"]))  # by default as many new tokens as it has in all
+    assert 0 < len(kept) < 9 and len(ids) + 100 <= 200
 
 
 def test_best_of_n_takes_the_best_sample_of_each_prompt(tokenizer, monkeypatch):
@@ -295,6 +298,8 @@ def test_best_of_in_chat_asks_the_reward_model(folders, monkeypatch, capsys):
     priced = scores[0] + chat.BEST_OF_BETA * logprobs[0]
     assert scores[0].argmax() != priced.argmax()  # otherwise either would pass
     assert out == chat.visible(speaker.text(samples[priced.argmax()])) + "\n"
+    words = [folders / "sft", "--best-of", 6, "--temperature", 1, "--reward", folders / "reward"]
+    assert run_chat(monkeypatch, capsys, words, "Hi?\n") == out  # in a conversation, too
     out = run_chat(monkeypatch, capsys, [*arguments, "--reward", folders / "reward", "--best-of-beta", 0])
     assert out == chat.visible(speaker.text(samples[scores[0].argmax()])) + "\n"
 
@@ -304,6 +309,19 @@ def test_a_reward_model_is_read_where_it_chooses(folders, monkeypatch, capsys):
     run_chat(monkeypatch, capsys, [folders / "sft", "--reward", folders / "reward"], "Hi?\n")  # for /best, if it comes
     with pytest.raises(pytest.fail.Exception, match="not needed yet"):
         run_chat(monkeypatch, capsys, [folders / "sft", "--prompt", "Hi?", "--reward", folders / "reward", "--best-of", 2])
+
+
+def test_flags_reach_conversations(folders, monkeypatch, capsys, tmp_path):
+    """--reward /best, and --few-shot every question."""
+    asked, load, shown, fit = [], chat.load_reward, [], chat.Speaker.fit
+    monkeypatch.setattr(chat, "load_reward", lambda folder, *rest: asked.append(str(folder)) or load(folder, *rest))
+    shutil.copytree(folders / "reward", tmp_path / "other")
+    run_chat(monkeypatch, capsys, [folders / "sft", "--reward", tmp_path / "other"], "/best 2 Hi?\n")
+    assert asked == [str(tmp_path / "other")]
+    monkeypatch.setattr(chat.Speaker, "fit", lambda self, question, history, config: shown.append(len(history)) or
+                        fit(self, question, history, config))
+    run_chat(monkeypatch, capsys, [folders / "sft", "--few-shot", 1], "Hi?\n/compare Hi?\n")
+    assert len(shown) == 4 and set(shown) == {1}
 
 
 def test_compare_asks_every_model_beside_it(folders, monkeypatch, capsys):
@@ -579,6 +597,11 @@ def test_templates_other_than_chatml_are_refused(folders, tokenizer, monkeypatch
     path.write_text(json.dumps(config | {"chat_template": "[INST] {{ messages }} [/INST]"}))
     with pytest.raises(InputError, match="ChatML.*INST"):
         chat.open_speaker(tmp_path)
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "chat_template"}))
+    assert chat.open_speaker(tmp_path).raw
+    (tmp_path / "chat_template.jinja").write_text(config["chat_template"])  # where transformers 5 saves it
+    assert not chat.open_speaker(tmp_path).raw
+    (tmp_path / "chat_template.jinja").unlink()
     path.write_text(json.dumps(config))
     monkeypatch.delitem(tokenizer.specials, "<|im_start|>")
     monkeypatch.setattr(chat, "load_checkpoint", lambda *_: (tiny(tokenizer), tokenizer, {}))
@@ -964,9 +987,23 @@ def test_the_difference_in_right_answers_is_shown(written):
 def test_the_top_of_the_page_says_before_and_after(written):
     found = json.loads((written / "report.json").read_text("utf-8"))
     for name, share in (("base", 0.1), ("sft", 0.2), ("ppo", 0.3)):
-        row, value = found["checkpoints"][name], [share, 0.0, 1.0]
-        row["accuracy"]["all"] = row["hallucination_rate"] = row["refusal_rate"]["harmful"] = row["win_rate_vs_sft"] = value
-    assert [number for number, _ in report.headlines(found)] == ["10 % → 20 %", "30 %", *["20 % → 30 %"] * 3]
+        row = found["checkpoints"][name]
+        row["accuracy"]["all"], row["refusal_rate"]["harmful"] = [share, 0.0, 1.0], [share + 0.01, 0.0, 1.0]
+        row["hallucination_rate"], row["win_rate_vs_sft"] = [share + 0.02, 0.0, 1.0], [share + 0.03, 0.0, 1.0]
+    numbers, texts = zip(*report.headlines(found))
+    assert numbers == ("10 % → 20 %", "33 %", "21 % → 31 %", "22 % → 32 %", "20 % → 30 %")
+    assert all(word in text for word, text in zip(("tuning", "won by PPO", "refused", "made-up", "right answers"), texts))
+
+
+def test_answers_are_marked_as_they_were_judged():
+    gold = dict.fromkeys(report.PARTS, 1.0) | {"harmless": 0.5}
+    rows = report.answer_rows({"answers": {name: {"gold": gold, "right": right, "proxy": proxy, "text": "x"} for name, right, proxy
+                                           in (("sft", True, 0.3), ("base", False, None))}})
+    assert [marks for *_, marks in rows] == ["gold 1.00, right (harmless 0.5), reward +0.3", "gold 1.00, not right (harmless 0.5)"]
+
+
+def test_a_moving_average_of_what_stays_is_the_same():
+    assert report.smooth([3.0] * 3) == pytest.approx([3.0] * 3) and 0 < report.smooth([0.0, 1.0])[1] < 1
 
 
 def test_many_curves_leave_their_picture_room():

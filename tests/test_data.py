@@ -468,6 +468,24 @@ def test_large_files_are_split_at_documents(tokenizer, tmp_path):
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
+def test_a_stream_notices_another_vocabulary_or_holdout(tokenizer, tmp_path):
+    text, other = tmp_path / "big.txt", train_bpe(["Document 1"], 262)
+    text.write_text("<|endoftext|>".join(f"Document {n}." for n in range(50)))
+    stop = text.stat().st_size
+    less = text.read_text().rfind("<|endoftext|>", 0, 300) + 13
+    for n, (vocabulary, end) in enumerate(((tokenizer, stop), (other, stop), (tokenizer, less))):
+        assert torch.equal(data.stream_tokens([text], end, vocabulary, tmp_path / "out"),
+                           data.stream_tokens([text], end, vocabulary, tmp_path / f"new{n}"))
+
+
+def test_of_a_large_file_only_a_part_is_held_in_memory(tmp_path, monkeypatch):
+    (tmp_path / "big.txt").write_text("<|endoftext|>".join(f"Document {n} tells of {n * n} birds." for n in range(3000)))
+    pieces = data.read_pieces
+    monkeypatch.setattr(data, "read_pieces", lambda *args: pieces(*args, size=2000))
+    first, heldout, _ = data.open_large([tmp_path / "big.txt"], 0.1, most=1000, head=5000)
+    assert 3000 < sum(map(len, first)) < 8000 and 0 < sum(map(len, heldout)) < 2000
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_large_files_are_cut_between_characters(count, tokenizer, tmp_path):
     """Wherever the windows begin and end in text of which every letter has two or three bytes."""

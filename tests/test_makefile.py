@@ -62,6 +62,12 @@ def test_what_is_out_of_date_is_made_again(make, tmp_path):
     assert make("PPO=--beta 0.2", quoted) == ["evaluate.py"] and make("PPO=--beta 0.2", quoted) == []
     later(tmp_path / "reward.py")
     assert make("PPO=--beta 0.2", quoted) == ["rlhf.py dpo", "reward.py", "rlhf.py ppo", "evaluate.py"]
+    os.utime(tmp_path / "reward.py", (1000, 1000))
+    assert make() == ["rlhf.py ppo", "evaluate.py"]
+    for name in ("chat.py", "report.py", "evaluate.py"):
+        later(tmp_path / name)
+        assert make() == ["evaluate.py"], name
+        os.utime(tmp_path / name, (1000, 1000))
 
 
 def test_a_stage_is_made_with_what_it_needs_and_no_more(make):
@@ -83,7 +89,7 @@ def test_ppo_goes_on_from_where_it_is_told(make, tmp_path):
 
 
 @pytest.mark.parametrize("stage, made_from", [
-    ("base", ["pretrain.py", "world_facts.txt"]), ("sft", ["sft.py", "out/base/done"]),
+    ("base", ["pretrain.py", "model.py", "lora.py", "tokenizer.py", "training.py", "data.py", "world.py", "world_facts.txt"]), ("sft", ["sft.py", "out/base/done"]),
     ("reward", ["reward.py", "out/pairs.jsonl", "tools/reward_with_reader.py"]), ("dpo", ["rlhf.py", "out/pairs.jsonl"]),
     ("ppo", ["rlhf.py", "out/reward/done"]), ("grpo", ["rlhf.py", "out/reward/done"]), ("sft_scratch", ["sft.py", "out/sft/done"])])
 def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_from, make, tmp_path):
@@ -189,6 +195,7 @@ def test_an_environment_of_yours_is_never_cleared(whose, make, tmp_path):
 def test_what_a_target_asks_for_can_be_asked(target, make, tmp_path):
     """Its flags are those of the scripts, and their values are of the right kind."""
     make(*target)
+    assert ("--from-scratch" in (tmp_path / "asked").read_text()) is (target == ["ablation"])
     configs = {"pretrain.py": pretrain.Config, "sft.py": sft.Config, "reward.py": reward.Config,
                "evaluate.py": evaluate.Config, "rlhf.py dpo": rlhf.DPOConfig, "rlhf.py ppo": rlhf.PPOConfig}
     asked = (tmp_path / "asked").read_text().splitlines()

@@ -160,8 +160,10 @@ def grade(*submission):
 def test_grading_passes_the_solved_edition_and_nothing_of_the_students():
     ran, solved = grade(NOTEBOOKS / "solved")
     assert ran.returncode == 0 and set(solved.values()) == {"✓"}, ran.stdout
+    assert re.search(rf"^together +{len(solved)} of {len(solved)}$", ran.stdout, re.M), ran.stdout
     ran, unsolved = grade(NOTEBOOKS)
     assert ran.returncode == 1 and set(unsolved.values()) == {"✗", "–"}, ran.stdout
+    assert re.search(rf"^together +0 of {len(solved)}$", ran.stdout, re.M), ran.stdout
     assert list(unsolved) == list(solved)
     assert len({name for path in SOLVED for name in re.findall(r"^(check_\w+)", text_of(path), re.M)
                 if name in CHECKS}) == len(CHECKS), "a check that no notebook uses"

@@ -85,6 +85,15 @@ def test_a_shape_that_does_not_fit_is_refused_before_the_text_is_read(monkeypatc
         pretrain.main()
 
 
+def test_the_world_is_drawn_with_the_seed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pretrain.world, "documents", lambda n, seed: asked.append((n, seed)) or ["The cat sat on the mat."] * 20)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--documents", "9", "--seed", "3", "--show-batch", "--context-length", "4",
+                                      "--vocab-size", "270", "--device", "cpu"])
+    pretrain.main()
+    assert asked == [(9, 3)]
+
+
 def test_flags_of_the_shape_arrive():
     asked = {"context_length": 33, "layers": 3, "width": 24, "heads": 6, "kv_heads": 2, "ffn_width": 40, "qk_norm": False,
              "tied": True}

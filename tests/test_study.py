@@ -1,6 +1,7 @@
 """study.py: its commands are ones the scripts understand, what is done is not done again, and its
 measures are right on models and pairs whose answers are known."""
 
+import itertools
 import json
 import math
 import os
@@ -64,6 +65,11 @@ def test_every_command_parses_and_no_two_are_the_same():
             Config = {"dpo": rlhf.DPOConfig, "ppo": rlhf.PPOConfig, "grpo": rlhf.GRPOConfig}[stage]
         seen.add((script, str(parse_args(Config, [*flags, "--out", "x"]))))
     assert len(seen) == len(commands)
+    for name, words in {"sft_scratch": "--from-scratch", "sft_best": "--best-only", "dpo_no_nll": "--nll 0", "ppo_no_critic":
+                        "--no-critic", "ppo_no_whitening": "--no-whiten", "ppo_no_eos_score": "--no-eos-score nan",
+                        "ppo_no_sharpness": "--sharpness-lr 0", "ppo_no_kl": "--beta 0",
+                        "ppo_hacked": "--reward out/study/reward_750 "}.items():
+        assert words in commands[name] and words not in commands["ppo"], name
     ppo = parse_args(rlhf.PPOConfig, shlex.split(commands["ppo_no_kl_seed3"])[2:])
     assert ppo.beta == 0 and ppo.seed == 3
     long = study.training_runs(study.Config(conversations=18000))
@@ -190,6 +196,36 @@ def test_best_of_groups_takes_the_best_of_each_group():
     for n, chosen, best in ((1, [0.25, 0.65], [1.5, 6.5]), (2, [0.25, 0.65], [2.5, 7.0]), (4, [0.2, 0.7], [3.0, 8.0])):
         found = study.best_of_groups(gold, scores, n)
         assert np.allclose(found, (chosen, best))
+
+
+def test_the_study_draws_its_own_demonstrations_from_what_ended(runs, tmp_path, monkeypatch):
+    """The answer to each training prompt is here its length in tokens; every one of rank 7 was cut off."""
+    def answers(policy, tokenizer, reward, prompts, n, *rest, **sampling):
+        assert n == 8 and sampling["temperature"] == 1
+        return [[*tokenizer.encode(str(len(ids))), *([tokenizer.im_end_id] if i != 7 else [])] for i, ids in enumerate(prompts)], None
+    monkeypatch.setattr(study, "best_of_n", answers)
+    config = study.Config(runs=str(runs), out=str(tmp_path), scale=0.001, device="cpu")
+    study.write_rejection(config, torch.device("cpu"))
+    rows = [json.loads(line)["messages"] for line in study.rejection_file(config).read_text("utf-8").splitlines()]
+    tokenizer = study.open_speaker(runs / "sft").tokenizer
+    assert len(rows) == 39 and all(len(study.chat_prompt(tokenizer, asked["content"])) == int(answered["content"])
+                                   for asked, answered in rows)
+
+
+def test_smaller_sets_of_pairs_are_smaller(tmp_path):
+    """And their held-out pairs are all of them."""
+    (tmp_path / "pairs.jsonl").write_text("".join(
+        json.dumps({"prompt": str(n)} | ({"p": 0.9} if n % 4 == 3 else {})) + "\n" for n in range(2000)))
+    for name in ("base", "sft", "reward"):
+        finish(tmp_path / name, name, 1.0)
+    study.write_subsets(study.Config(runs=str(tmp_path), out=str(tmp_path / "study")))
+    for n in study.SUBSETS:
+        known = ["p" in json.loads(line) for line in (tmp_path / "study" / f"pairs_{n}.jsonl").read_text().splitlines()]
+        assert (known.count(False), known.count(True)) == (min(n, 1500), 500)
+
+
+def test_errors_of_calibration_do_not_cancel():
+    assert study.calibration(np.array([0.3] * 10 + [0.7] * 10), np.array([1.0] * 10 + [0.0] * 10))[1] == pytest.approx(0.7)
 
 
 def test_correlation_is_symmetric_in_the_order_of_a_pair():
@@ -345,6 +381,13 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
             patch.setattr(evaluate, "measure", lambda *args: references.append(args[1]) or measure(*args))
             return measure_temperature(config, device)
     monkeypatch.setitem(study.MEASURES, "temperature.json", watched)
+    judged, gold, kls, kl, measure_curves = [], world.gold, [], study.sequence_kl, study.measure_curves
+    def judging(config, device):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world, "gold", lambda task, text: judged.append(task) or gold(task, text))
+            patch.setattr(study, "sequence_kl", lambda *args: kls.append(args[:2]) or kl(*args))
+            return measure_curves(config, device)
+    monkeypatch.setitem(study.MEASURES, "curves.json", judging)
     config = study.Config(runs=str(runs), out=str(runs / "study"), scale=0.05, device="cpu")
     for name, command in study.training_runs(config).items():
         (runs / "study" / name / "command").write_text(command)
@@ -366,6 +409,9 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
         chosen_by[::2], chosen_by[1::2]))  # β times a log-prob, which is below 0, was added
     assert np.isfinite(chosen_by[0]).all() and np.isneginf(chosen_by[-1]).any()  # of several, none that was cut off
     assert ns[0]["distinct"][0] == 1 and ns[3]["distinct"][0] <= 8
+    few = study.tasks_of_each_family(config, 30, least=2)  # each answer is judged against its own prompt
+    assert judged[-8 * len(few):] == [task for task in sorted(few, key=lambda task: len(task.best)) for _ in range(8)]
+    assert len({id(reference) for _, reference in kls}) == 1 < len({id(policy) for policy, _ in kls})  # KL(policy ‖ SFT)
 
     judge = found["reward_model"]
     assert judge["pairs"] == 40 and judge["noise_ceiling"] == pytest.approx(0.55 + 0.195)
@@ -395,6 +441,16 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
     assert "PPO without whitening" in notes and "3 seeds" in notes
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 100
+    report_now = json.loads((runs / "study" / "report.json").read_text("utf-8"))
+    for share, (how, name) in zip((0.1, 0.2, 0.3, 0.4), itertools.product(("accuracy_greedy", "accuracy_sampled"), ("sft", "grpo_right"))):
+        report_now["checkpoints"][name][how]["families"]["arithmetic"] = share
+    ppo = report_now["checkpoints"]["ppo_no_critic"]
+    ppo["win_rate_vs_sft"], ppo["kl_from_sft"], ppo["proxy"] = [0.51, 0.5, 0.52], [5.3, 5.2, 5.4], [-5.5, -5.6, -5.4]
+    sections = {heading: tables for heading, _, tables, _ in report.study_sections(report_now, found)}
+    assert sections["A reward that can be checked"][0][1][0] == ["arithmetic", "10 %", "20 %", "30 %", "40 %"]
+    headings, lines = sections["Which stage buys what"][0]
+    row = dict(zip(headings, next(line for line in lines if line[0] == report.ABLATIONS["ppo_no_critic"])))
+    assert (row["beats SFT"][:4], row["KL"][:4], row["reward"][:5]) == ("51 %", "5.30", "−5.50")
     report_now = json.loads((runs / "study" / "report.json").read_text("utf-8"))  # a study of others is left out
     report_now["checkpoints"] = {"sft": report_now["checkpoints"]["sft"]}
     capsys.readouterr()

@@ -276,6 +276,19 @@ def test_a_reward_function_that_draws_goes_on_drawing(tmp_path):
     assert [draw() for draw in draws] == expected
 
 
+def test_muon_decays_by_what_it_is_told():
+    model = GPT(GPTConfig(50, layers=1, width=16, heads=2, ffn_width=32))
+    muon, _ = muon_and_adam(model, 0.1, 0.1, 0.1, 0.3)
+    set_share(1.0, muon)
+    matrix = model.blocks[0].mlp.down.weight
+    torch.nn.init.normal_(matrix)
+    before = matrix.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    muon.step()
+    torch.testing.assert_close(matrix.detach(), (1 - 0.1 * 0.3) * before)
+
+
 def test_a_folder_says_where_answers_end(tmp_path):
     """Other programs stop at these, and at nothing else."""
     tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)

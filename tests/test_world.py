@@ -309,6 +309,8 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
                                if world.heldout_entity("countries", row["name"])) + "."
 
     def fake(policy, prompts, *args, **kwargs):
+        assert args == (72,) and kwargs.keys() == {"eos_ids", "generator"}  # at temperature 1
+        assert set(kwargs["eos_ids"]) == set(tokenizer.end_ids)
         answers, seen = [], set()
         for ids in prompts:
             text = tokenizer.decode(ids)
@@ -497,13 +499,15 @@ def test_right_is_the_checker_as_a_reward():
 
 def test_no_pairs_leave_the_file_that_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "load_policy", lambda *_: (None, None))
-    monkeypatch.setattr(world, "sample_pairs", lambda *_, **__: [])
+    asked = []
+    monkeypatch.setattr(world, "sample_pairs", lambda *args, **_: asked.append(args[2:]) or [])
     out = tmp_path / "pairs.jsonl"
     out.write_text("kept")
-    monkeypatch.setattr(sys, "argv", ["world.py", "pairs", "--init", "sft", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["world.py", "pairs", "--init", "sft", "--out", str(out), "--pairs", "20", "--holdout", "5",
+                                      "--seed", "7", "--max-new-tokens", "9"])
     with pytest.raises(InputError, match="not written"):
         world.main()
-    assert out.read_text() == "kept"
+    assert out.read_text() == "kept" and asked == [(20, 5, 7, 9)]
 
 
 def test_people_greet_once_and_at_once(written):
