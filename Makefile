@@ -6,7 +6,7 @@
 #   make real DATA=FOLDER   the same scripts on real files, into out/real
 #   make test     the tests
 #   make test-all the slow ones too: killed runs, planted mistakes (tests/README.md)
-#   make notebooks  what `make` has not made yet, then both editions of the course, from top to bottom
+#   make notebooks  what `make` has not made yet, then the course: the solved edition to its end, the student's to its first gap
 #   make venv     only install, into .venv
 #   make ppo      one stage and what it needs: base sft pairs reward dpo ppo grpo report
 #   make OUT=out/seed2 SEED=2   another seed for all that training draws: texts, weights, batches, pairs, answers.
@@ -14,6 +14,9 @@
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
 #   make clean    forget all results (in OUT)
+#
+# With OUT=out/long, OUT=out/quick or a folder that was made by hand, any target but that folder's own would make it anew,
+# with the settings of `make`.
 #
 # A stage is done when its `done` stamp is newer than its script, its settings and its inputs. A
 # stage that was interrupted continues from its last save.

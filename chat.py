@@ -67,7 +67,8 @@ class Config:
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
     best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
-    reward: str | None = flag(None, "folder of the reward model, for --best-of and /best")
+    reward: str | None = flag(None, "folder of the reward model, for --best-of and /best (default: for /best the folder `reward` "
+                              "beside the model)")
     label: str | None = flag(None, "show one answer from the first and one from the last model, in random order, "
                               "ask which is better, append the pair to this file")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")

@@ -208,7 +208,7 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens, but context_length {self.config.context_length}")
         if attention_mask is None and cache is None and ids.is_cpu and torch.is_autocast_enabled("cpu"):
             # A CPU builds new bf16 kernels for every shape, so lengths are padded to multiples of 8, which saves
-            # 14 % of SFT's time. No token sees the padding to its right, which is cut off at the end.
+            # 14 % of SFT's forward and backward. No token sees the padding to its right, which is cut off at the end.
             ids = F.pad(ids, (0, min(-T % 8, self.config.context_length - T)))
             T = ids.size(1)
         positions, mask = slice(past, past + T), None

@@ -59,7 +59,7 @@ def _run():
     needed = ["base", "sft", "reward", "dpo", "ppo"]
     missing = [name for name in needed if not (folder / name / "model.safetensors").exists()]
     if missing:
-        print(f"{folder} has no {', '.join(missing)}. Run `make` in {ROOT} first (5 to 20 minutes); or "
+        print(f"{folder} has no {', '.join(missing)}. Run `make` in {ROOT} first (6 to 25 minutes); or "
               "`make quick` (a minute or two), and set the environment variable RUN to out/quick: then every "
               "cell runs, but the models know little.")
     return folder
