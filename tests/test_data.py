@@ -473,7 +473,7 @@ def test_a_stream_notices_another_vocabulary_or_holdout(tokenizer, tmp_path):
     text.write_text("<|endoftext|>".join(f"Document {n}." for n in range(50)))
     stop = text.stat().st_size
     less = text.read_text().rfind("<|endoftext|>", 0, 300) + 13
-    for n, (vocabulary, end) in enumerate(((tokenizer, stop), (other, stop), (tokenizer, less))):
+    for n, (vocabulary, end) in enumerate(((tokenizer, stop), (tokenizer, less), (other, less))):
         assert torch.equal(data.stream_tokens([text], end, vocabulary, tmp_path / "out"),
                            data.stream_tokens([text], end, vocabulary, tmp_path / f"new{n}"))
 
