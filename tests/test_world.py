@@ -516,8 +516,9 @@ def test_people_greet_once_and_at_once(written):
     assert sum(text.count(f": {greeting}\n") for greeting in greetings) > 10
     assert not [greeting for greeting in greetings if re.search(rf"nice to meet you.*\n\w+: {greeting}\n", text)]
     tasks = {task.prompt for task in world.all_tasks()["smalltalk"]}
-    asked = [line for line in text.split("\n") if world.unspoken(line)[0] == line and set(world.unspoken(line)) & tasks]
-    assert len(asked) > 100 and set(asked) <= tasks
+    lines = Counter(text.split("\n"))
+    asked = {line for line in lines if world.unspoken(line)[0] == line and set(world.unspoken(line)) & tasks}
+    assert sum(lines[line] for line in asked) > 100 and asked <= tasks
     assert {task.prompt for task in world.training_prompts(2000, 1) if task.family == "smalltalk"} <= tasks
 
 
