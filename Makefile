@@ -2,7 +2,7 @@
 #
 #   make          the whole pipeline on the embedded data, then out/report/report.html
 #   make quick    the same with tiny budgets, to see every stage move
-#   make long     a larger model and budget, into out/long
+#   make long     a larger model and budget, into out/long (make long GOAL=grpo: one stage of it; GOAL=ablation …; quick, too)
 #   make real DATA=FOLDER   the same scripts on real files, into out/real
 #   make test     the tests
 #   make test-all the slow ones too: killed runs, planted mistakes (tests/README.md)
@@ -15,8 +15,8 @@
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
 #   make clean    forget all results (in OUT)
 #
-# With OUT=out/long, OUT=out/quick or a folder that was made by hand, any target but that folder's own would make it anew,
-# with the settings of `make`.
+# Other targets with OUT=out/long, OUT=out/quick or a folder that was made by hand would make that folder anew, with the
+# settings of `make`.
 #
 # A stage is done when its `done` stamp is newer than its script, its settings and its inputs. A
 # stage that was interrupted continues from its last save.
@@ -39,6 +39,7 @@ REWARD   ?=
 DPO      ?=
 PPO      ?=
 PPO_FROM ?= sft
+GOAL     ?= all
 GRPO     ?=
 EVALUATE ?=
 STUDY    ?=
@@ -121,7 +122,7 @@ $(OUT)/report/report.json: evaluate.py $(OUT)/report/settings report.py chat.py 
 		--data $(OUT)/pairs.jsonl --out $(@D) $(SETTINGS_report)
 
 quick:
-	$(MAKE) OUT=$(call own,out/quick) \
+	$(MAKE) $(GOAL) OUT=$(call own,out/quick) \
 		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192 $(call also,PRETRAIN)' \
 		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 $(call also,SFT)' \
 		PAIRS='--pairs 300 --holdout 100 $(call also,PAIRS)' \
@@ -132,7 +133,7 @@ quick:
 # 53 % of its samples were right, with one window 50 %, and it refused 38 % of the harmful requests, with one 31 %.
 # Why its PPO goes on from DPO, and what it practises on: README, "A larger model".
 long:
-	$(MAKE) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
+	$(MAKE) $(GOAL) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \
 		--ffn-width 576 $(call also,PRETRAIN)' SFT='--conversations 18000 --replay 4 $(call also,SFT)' \
 		PAIRS='--pairs 20600 $(call also,PAIRS)' PPO_FROM=$(if $(filter file,$(origin PPO_FROM)),dpo,$(PPO_FROM)) \
 		PPO='--iterations 80 --families all harmful harmful harmful howto howto howto $(call also,PPO)'

@@ -69,6 +69,26 @@ def folders(tmp_path_factory, tokenizer):
     return root
 
 
+@pytest.fixture
+def evaluated(monkeypatch, tmp_path):
+    """evaluated(tasks, *words) -> the report of a small evaluation, which is in tmp_path/report. `words` may override."""
+    def run(tasks, *words):
+        monkeypatch.setattr(world, "heldout_tasks", lambda: tasks)
+        monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+        evaluate.main([*"--max-new-tokens 4 --device cpu --best-of 1 --per-family 1".split(), "--out", str(tmp_path / "report"),
+                       *map(str, words)])
+        return json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    return run
+
+
+def of_each_family(n):
+    """The first n held-out tasks of every family."""
+    found = {}
+    for task in world.heldout_tasks():
+        found.setdefault(task.family, []).append(task)
+    return [task for tasks in found.values() for task in tasks[:n]]
+
+
 # ---- prompts and answers -------------------------------------------------------------------------
 
 
@@ -82,7 +102,7 @@ def test_raw_format_is_what_the_docstring_says(tokenizer):
     assert tokenizer.decode(ids[1:]) == chat.plain_prompt("Three?", [("One?", "1.")])
 
 
-def test_a_base_model_of_others_ends_where_it_says(tokenizer, some_tasks, monkeypatch, tmp_path):
+def test_a_base_model_of_others_ends_where_it_says(evaluated, tokenizer, some_tasks, monkeypatch, tmp_path):
     """Its end token has another name, which only generation_config.json tells, and so no document begins."""
     theirs = dataclasses.replace(tokenizer, specials={("<|the_end|>" if token == ENDOFTEXT else token): number
                                                       for token, number in tokenizer.specials.items()})
@@ -94,11 +114,7 @@ def test_a_base_model_of_others_ends_where_it_says(tokenizer, some_tasks, monkey
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
     assert 0 in chat.open_speaker(tmp_path).end_ids
     assert speaker.text([*tokenizer.encode("Paris."), theirs.specials["<|the_end|>"]]) == "Paris."
-    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
-    evaluate.main([str(tmp_path), "--out", str(tmp_path / "report"), "--max-new-tokens", "4", "--device", "cpu", "--best-of", "1",
-                   "--per-family", "1"])
-    row, *_ = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["checkpoints"].values()
+    row, *_ = evaluated(some_tasks[:2], tmp_path)["checkpoints"].values()
     assert row["bits_per_byte"] is None and row["accuracy"]["all"]
 
 
@@ -427,13 +443,8 @@ def test_a_system_prompt_and_examples_come_first(raw, tokenizer):
         assert found == [speaker.prompt(t.prompt, world.few_shot_examples(t, shots, 3), "Be kind.") for t in tasks]
 
 
-def test_what_the_reference_can_answer_is_a_quarter_right(tokenizer, monkeypatch, tmp_path):
-    by_family, asked, marked, measure, made = {}, {}, [], evaluate.measure, evaluate.Row.__post_init__
-    for task in world.heldout_tasks():
-        by_family.setdefault(task.family, []).append(task)
-    save_checkpoint(tmp_path / "sft", tiny(tokenizer, 1), tokenizer)
-    monkeypatch.setattr(world, "heldout_tasks", lambda t=[t for f in by_family.values() for t in f[:3]]: t)
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+def test_what_the_reference_can_answer_is_a_quarter_right(evaluated, folders, monkeypatch):
+    asked, marked, measure, made = {}, [], evaluate.measure, evaluate.Row.__post_init__
 
     def check(task, text):  # of eight samples two are right, or one
         asked[task] = asked.get(task, -1) + 1
@@ -441,8 +452,7 @@ def test_what_the_reference_can_answer_is_a_quarter_right(tokenizer, monkeypatch
     monkeypatch.setattr(evaluate.Row, "__post_init__", lambda self: (made(self), asked.clear())[0])
     monkeypatch.setattr(world, "check", check)
     monkeypatch.setattr(evaluate, "measure", lambda row, *rest: marked.append((row.tasks, rest[1])) or measure(row, *rest))
-    evaluate.main([str(tmp_path / "sft"), "--out", str(tmp_path / "r"), "--max-new-tokens", "4", "--device", "cpu",
-                   "--best-of", "8", "--per-family", "3", "--best-of-per-family", "2"])
+    evaluated(of_each_family(3), folders / "sft", "--best-of", 8, "--per-family", 3, "--best-of-per-family", 2)
     ((tasks, can),), seen = marked, {}
     for task, able in zip(tasks, can):
         seen[task.family] = seen.get(task.family, 0) + 1
@@ -648,10 +658,7 @@ def rehearsed(tasks, texts, ended=True):
 
 @pytest.fixture(scope="module")
 def some_tasks():
-    by_family = {}
-    for task in world.heldout_tasks():
-        by_family.setdefault(task.family, []).append(task)
-    return [task for tasks in by_family.values() for task in tasks[:2]]
+    return of_each_family(2)
 
 
 def test_measures_of_known_answers(some_tasks):
@@ -804,70 +811,50 @@ def test_report_has_the_whole_schema(written, some_tasks, folders):
     assert all(set(t["answers"]) == set(rows) for t in course)
 
 
-def test_a_kl_that_cannot_be_had_is_said(folders, tokenizer, some_tasks, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+def test_a_kl_that_cannot_be_had_is_said(evaluated, folders, tokenizer, some_tasks, capsys, tmp_path):
     save_checkpoint(tmp_path / "long", tiny(tokenizer, 2, context_length=600), tokenizer)
     save_checkpoint(tmp_path / "padded", tiny(tokenizer, 2, vocab_size=tokenizer.vocab_size + 20), tokenizer)
-    evaluate.main([str(folders / "sft"), str(tmp_path / "long"), str(tmp_path / "padded"), "--out", str(tmp_path),
-                   "--max-new-tokens", "4", "--device", "cpu", "--best-of", "1", "--per-family", "1"])
-    said, rows = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text("utf-8"))["checkpoints"]
+    rows = evaluated(some_tasks[:2], folders / "sft", tmp_path / "long", tmp_path / "padded")["checkpoints"]
+    said = capsys.readouterr().out
     for name in ("long", "padded"):
         assert f"no KL of {name}: sft reads other tokens, or fewer" in said and rows[name]["kl_from_sft"] is None
 
 
-def test_what_reward_py_measured_is_reported_where_there_are_no_pairs(folders, some_tasks, monkeypatch, tmp_path):
-    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+def test_what_reward_py_measured_is_reported_where_there_are_no_pairs(evaluated, folders, some_tasks, tmp_path):
     shutil.copytree(folders / "reward", tmp_path / "reward")
-    command = [str(folders / "sft"), "--reward", str(tmp_path / "reward"), "--out", str(tmp_path / "report"), "--max-new-tokens",
-               "4", "--device", "cpu", "--best-of", "1", "--per-family", "1"]
     measured = {"heldout_accuracy": [0.75, 0.7, 0.8], "heldout_pairs": 990}
     for known, found in (({}, {"accuracy": None, "noise_ceiling": None, "normalised": None, "pairs": 0}),
                          ({"noise_ceiling": 0.9}, {"accuracy": [0.75, 0.7, 0.8], "noise_ceiling": 0.9, "pairs": 990,
                                                    "normalised": [0.625, 0.5, 0.75]})):
         finish(tmp_path / "reward", "reward", 7, **measured, **known)
-        evaluate.main(command)
-        assert json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["reward_model"] == found
+        assert evaluated(some_tasks[:2], folders / "sft", "--reward", tmp_path / "reward")["reward_model"] == found
 
 
-def test_best_of_n_is_measured_on_equally_many_prompts_of_each_family(folders, monkeypatch, tmp_path):
+def test_best_of_n_is_measured_on_equally_many_prompts_of_each_family(evaluated, folders):
     """Even where all prompts of some families are asked because they have rates of their own."""
-    by_family = {}
-    for task in world.heldout_tasks():
-        by_family.setdefault(task.family, []).append(task)
-    monkeypatch.setattr(world, "heldout_tasks", lambda tasks=[t for f in by_family.values() for t in f[:4]]: tasks)
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
-    evaluate.main([str(folders / "sft"), "--out", str(tmp_path), "--max-new-tokens", "2", "--device", "cpu", "--best-of", "2",
-                   "--per-family", "2", "--best-of-per-family", "3", "--system", "Be ki\udcffnd."])
-    found = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    tasks = of_each_family(4)
+    found = evaluated(tasks, folders / "sft", "--best-of", 2, "--per-family", 2, "--best-of-per-family", 3, "--system",
+                      "Be ki\udcffnd.")
     assert found["settings"]["system"] == "Be ki?nd."  # a byte that is not UTF-8 loses no report
-    assert found["best_of_prompts"] == 2 * len(by_family) < found["prompts"]
+    assert found["best_of_prompts"] == 2 * len({task.family for task in tasks}) < found["prompts"]
 
 
-def test_best_of_n_is_not_asked_for_needless_doubt(folders, some_tasks, monkeypatch, tmp_path):
+def test_best_of_n_is_not_asked_for_needless_doubt(evaluated, folders, some_tasks, monkeypatch):
     """It chooses among the very samples that tell which questions can be answered."""
-    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:6])
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
     monkeypatch.setattr(world, "check", lambda task, text: True)
-    evaluate.main([str(folders / "sft"), "--reward", str(folders / "reward"), "--out", str(tmp_path), "--max-new-tokens", "2",
-                   "--device", "cpu", "--best-of", "2", "--per-family", "1"])
-    rows = json.loads((tmp_path / "report.json").read_text("utf-8"))["checkpoints"]
+    rows = evaluated(some_tasks[:6], folders / "sft", "--reward", folders / "reward", "--best-of", 2)["checkpoints"]
     assert rows["sft"]["hedging_rate"][0] == 0 and rows["best_of_2"]["hedging_rate"] is None
 
 
-def test_pairs_that_tell_no_p_measure_no_reward_model(folders, some_tasks, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+def test_pairs_that_tell_no_p_measure_no_reward_model(evaluated, folders, some_tasks, capsys, tmp_path):
     rows = [json.loads(line) for line in (folders / "pairs.jsonl").read_text("utf-8").splitlines()]
     for keep in (True, False):
         (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({k: v for k, v in row.items() if keep or k != "p"}) for row in rows))
         shutil.copytree(folders / "reward", tmp_path / "reward", dirs_exist_ok=True)
         finish(tmp_path / "reward", "reward", 7, heldout_accuracy=[0.75, 0.7, 0.8], noise_ceiling=0.9, heldout_pairs=990)
-        evaluate.main([str(folders / "sft"), "--reward", str(tmp_path / "reward"), "--data", str(tmp_path / "pairs.jsonl"), "--out",
-                       str(tmp_path), "--max-new-tokens", "4", "--device", "cpu", "--best-of", "1", "--per-family", "1"])
+        found = evaluated(some_tasks[:2], folders / "sft", "--reward", tmp_path / "reward", "--data", tmp_path / "pairs.jsonl")
         assert ("no row of" in capsys.readouterr().err) is not keep
-        found = json.loads((tmp_path / "report.json").read_text("utf-8"))["reward_model"]
+        found = found["reward_model"]
         assert (found["accuracy"] is not None) is keep and (found["pairs"] > 0) is keep
 
 
@@ -888,13 +875,10 @@ def test_the_same_seed_gives_the_same_answers(written, folders):
     assert evaluate.ask(speaker, prompts, config, 1.0, stream=1).texts != sampled[0]
 
 
-def test_what_has_nothing_to_compare_with_says_so(folders, some_tasks, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(world, "heldout_tasks", lambda: some_tasks[:2])
-    monkeypatch.setattr(world, "heldout_documents", lambda: ["Paris is in France."])
+def test_what_has_nothing_to_compare_with_says_so(evaluated, folders, some_tasks, capsys, tmp_path):
     (tmp_path / "sft").symlink_to(folders / "ppo")  # a row is called as the folder is given
     for name, said in ((folders / "ppo", True), (folders / "sft", False), (tmp_path / "sft", False)):
-        evaluate.main([str(name), "--out", str(tmp_path), "--max-new-tokens", "4", "--device", "cpu", "--best-of",
-                       "1", "--per-family", "1"])
+        evaluated(some_tasks[:2], name)
         assert ("none of them is called sft, so no win rate" in capsys.readouterr().out) == said
 
 

@@ -38,7 +38,7 @@ def make(tmp_path):
                       ' esac\n')
     python.chmod(0o755)
 
-    names = ("MAKEFLAGS", "MFLAGS", "OUT", "SEED", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "PPO_FROM", "GRPO",
+    names = ("MAKEFLAGS", "MFLAGS", "OUT", "SEED", "PRETRAIN", "SFT", "PAIRS", "REWARD", "DPO", "PPO", "PPO_FROM", "GOAL", "GRPO",
              "EVALUATE", "STUDY", "DATA")
     plain = {name: value for name, value in os.environ.items() if name not in names}
 
@@ -123,6 +123,13 @@ def test_real_goes_on_where_it_stopped(make, tmp_path):
     assert not (tmp_path / "out" / "real").exists()
     assert (tmp_path / "asked").read_text().count("--seed 7") == 6
     assert len(make("real", "DATA=my data")) == 6 and make("real", f"DATA={tmp_path}/my data") == []
+
+
+def test_a_goal_has_the_settings_of_the_target(make, tmp_path):
+    for target, words in (("quick", "--conversations 1000"), ("long", "--conversations 18000")):
+        assert make(target, "GOAL=grpo") == ["pretrain.py", "sft.py", "world.py", "reward.py", "rlhf.py grpo"]
+        assert words in (tmp_path / "asked").read_text() and make(target) == ["rlhf.py dpo", "rlhf.py ppo", "evaluate.py"]
+        assert make(target, "GOAL=grpo") == []
 
 
 def test_flags_of_the_command_line_follow_those_of_a_target(make, tmp_path):
