@@ -102,7 +102,8 @@ class Tokenizer:
         """-> list of ids. Nothing in `text` becomes a special token, except those that are text themselves (`plain`)."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        ids = self.encoding.encode(text, allowed_special=self.plain, disallowed_special=())
+        ids = (self.encoding.encode(text, allowed_special=self.plain, disallowed_special=()) if self.plain else
+               self.encoding.encode_ordinary(text))  # a tenth faster
         return [i for i in ids if i < self.vocab_size] if self._lossy else ids
 
     def decode(self, ids):
