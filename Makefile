@@ -2,7 +2,8 @@
 #
 #   make          the whole pipeline on the embedded data, then out/report/report.html
 #   make quick    the same with tiny budgets, to see every stage move
-#   make long     a larger model and budget, into out/long (make long GOAL=grpo: one stage of it; GOAL=ablation …; quick, too)
+#   make long     a larger model and budget, into out/long
+#   make long GOAL=grpo   another target with the settings of long, or of quick; only these two heed GOAL
 #   make real DATA=FOLDER   the same scripts on real files, into out/real
 #   make test     the tests
 #   make test-all the slow ones too: killed runs, planted mistakes (tests/README.md)

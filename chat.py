@@ -397,8 +397,9 @@ def reply(line, speakers, histories, config, sampling, reward):
             print(visible(text))
         else:
             text = speak(speaker, ids, config.max_new_tokens, sampling)
-        text = re.sub("^.*</think>\n*", "", text, flags=re.S)  # models that think aloud are not shown their earlier thoughts
-        histories[i] = [*history, (line, text.strip() if speaker.raw else text)]
+        # Models that think aloud are not shown their earlier thoughts.
+        text = text.strip() if speaker.raw else re.sub("^.*</think>\n*|<think>.*", "", text, flags=re.S)
+        histories[i] = [*history, (line, text)]
 
 
 def label(speakers, config, sampling, reward):

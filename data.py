@@ -261,13 +261,14 @@ def _with_system(row, messages, where):
 
 
 def _answered(prompt, row, key, where):
-    """The whole dialogue, ending with the answer under `key`; if prompt is None, `key` holds all of it."""
+    """The whole dialogue, ending with the answer under `key`; if prompt is None, `key` holds all of it. A list that
+    contains the prompt's last turn repeats the conversation; then of the prompt only a system turn counts."""
     if prompt is None:
         read = _dialogue if isinstance(row[key], str) else _messages
         return _usable(read(row, key, where))
     answer = _messages(row, key, where, role="assistant")
-    if any(message["role"] == "user" for message in answer):  # some lists repeat the conversation before the answer
-        prompt = [turn for turn in prompt[:1] if turn["role"] == "system" != answer[0]["role"]]
+    if any(turn in answer for turn in prompt[-1:]):
+        prompt = [turn for turn in prompt[:1] if turn["role"] == "system" and answer[0]["role"] != "system"]
     return _usable(prompt + answer)
 
 

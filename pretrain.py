@@ -212,7 +212,7 @@ def main():
             rate = step * config.batch_size * config.context_length / elapsed
             bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s", refresh=False)
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm, tokens_per_second=rate)
-        if rank == 0 and (stopping or step % config.save_every == 0):
+        if rank == 0 and (stopping or step % config.save_every == 0 or step == config.steps):
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
         if stopping:
             bar.close()

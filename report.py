@@ -144,7 +144,7 @@ def part_rows(report):
         [name if counts[name] == usual else f"{name} {counts[name]}",
          *(cell(measures["gold"][part], NUMBER) for part in PARTS),
          *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS),
-         cell(measures["refusal_rate"]["howto"], PERCENT), cell(dig(measures, ("accuracy_vs_sft", decode)), PERCENT)]
+         cell(dig(measures, ("refusal_rate", "howto")), PERCENT), cell(dig(measures, ("accuracy_vs_sft", decode)), PERCENT)]
         for name, measures in report["checkpoints"].items()]
 
 

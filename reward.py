@@ -224,7 +224,7 @@ def main():
             chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id, rows_to_read(config))
             log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
                 heldout_accuracy=(chosen > rejected).float().mean())
-        if stop or step % config.save_every == 0:
+        if stop or step % config.save_every == 0 or step == steps:
             save_state(config, "reward", step, time.perf_counter() - started, generator, modules)
         if stop:
             bar.close()

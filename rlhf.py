@@ -436,7 +436,7 @@ def dpo(argv=None):
             log(config.out, step, **seen, sharpness=sharpness(), lr=share * config.lr, gradient_norm=norm)
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(model), tokenizer)
-        if stop or step % config.save_every == 0:
+        if stop or step % config.save_every == 0 or step == steps:
             save_state(config, "dpo", step, time.perf_counter() - started, generator, modules)
         if stop:
             bar.close()
@@ -849,7 +849,7 @@ def ppo(argv=None):
             show_samples(rollout, prompts, drawn, tokenizer, config, step, bar)
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(policy), tokenizer)
-        if stop or step % config.save_every == 0:
+        if stop or step % config.save_every == 0 or step == config.iterations:
             save_state(config, "ppo", step, time.perf_counter() - started, generator, modules,
                        before=before)
         if stop:
@@ -995,7 +995,7 @@ def grpo(argv=None):
             show_samples(rollout, prompts, drawn, tokenizer, config, step, bar)
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(policy), tokenizer)
-        if stop or step % config.save_every == 0:
+        if stop or step % config.save_every == 0 or step == config.iterations:
             save_state(config, "grpo", step, time.perf_counter() - started, generator, modules,
                        before=before)
         if stop:

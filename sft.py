@@ -193,7 +193,7 @@ def main():
             rate = step * config.batch_size / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm)
-        if stop or step % config.save_every == 0:
+        if stop or step % config.save_every == 0 or step == steps:
             save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
         if stop:
             bar.close()

@@ -7,8 +7,9 @@ models (Llama 3, Qwen, SmolLM) open too.
     python -c "import tokenizer; tokenizer.train_bpe([open('book.txt').read()], 4096).save('out')"
 
 Left out: SentencePiece and WordPiece, offsets into the text, and the `<s>`-like tokens that some
-files want before every text. Special tokens written in a text are never parsed: they are spelled
-out in ordinary tokens, so that no user can forge the end of a turn.
+files want before every text. Control tokens written in a text are never parsed: they are spelled out in
+ordinary tokens, so that no user can forge the end of a turn. (Added tokens that are text, such as Qwen's
+<think>, are.)
 """
 
 import heapq
@@ -219,7 +220,7 @@ class Tokenizer:
             specials,
             pad_token=pad["content"] if isinstance(pad, dict) else pad,
             nfc=normalizer is not None,
-            plain=frozenset(token["content"] for token in added if not token.get("special", True)),
+            plain=frozenset(token["content"] for token in added if not token.get("special", True)) - {*SPECIALS},
         )
 
 

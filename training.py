@@ -136,7 +136,7 @@ def parse_args(Config, argv=None, description=None, prog=None):
             options["type"] = {"int": int, "float": float}.get(base, str)
         parser.add_argument(name, **options)
     config = Config(**vars(parser.parse_args(argv)))
-    config.begun = time.time()
+    config.begun = time.time()  # for save_state
     for name in ("init", "reward", "runs"):
         source, out = getattr(config, name, None), getattr(config, "out", None)
         if not source or not out or getattr(config, "show_batch", False):
@@ -626,8 +626,8 @@ def start_run(config, stage, first=True):
         for path in read_by(config):  # what was moved here may be older than the state, but hardly of the same size
             now, size = path.stat(), saved.get("sizes", {}).get(str(path))
             if now.st_mtime > state.stat().st_mtime or size not in (None, now.st_size):
-                raise InputError(f"--resume: {path} has changed since {state} was made; start without --resume, or "
-                                 "delete the state")
+                raise InputError(f"--resume: {path} has changed since the run that saved {state} began; start without "
+                                 "--resume, or delete the state")
         mine = settings_of(config)
         for name in sorted(set(mine) | set(settings)):
             old, new = settings.get(name), mine.get(name)
@@ -653,13 +653,16 @@ def save_state(config, stage, position, seconds, generator, modules, **extra):
     `modules` maps names to objects with a state_dict (models and optimisers)."""
     state = {"stage": stage, "settings": settings_of(config), "position": position,
              "seconds": seconds, "generator": generator.get_state(),
-             # Of a file that was changed after this run had begun, nobody knows what was read: no size fits.
-             "sizes": {str(path): -1 if path.stat().st_mtime > getattr(config, "begun", math.inf) else path.stat().st_size
-                       for path in read_by(config)},
+             "sizes": {str(path): path.stat().st_size for path in read_by(config)},
              "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
              "numpy_rng": [x.tolist() if hasattr(x, "tolist") else x for x in np.random.get_state()],
              "modules": {name: module.state_dict() for name, module in modules.items()}, **extra}
-    write_atomic(Path(config.out) / STATE, lambda path: torch.save(state, path))
+    begun = getattr(config, "begun", time.time())
+
+    def write(path):  # as old as the run: of a file that was changed since that began, nobody knows what was read
+        torch.save(state, path)
+        os.utime(path, (begun, begun))
+    write_atomic(Path(config.out) / STATE, write)
 
 
 def restore(saved, generator, modules):
@@ -692,7 +695,8 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.asked and os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
-                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once, without saving\n")
+                os.write(2, b"\nfinishing this step, then saving (after the last step: finishing the measurement); Ctrl-C "
+                         b"again stops at once, without saving\n")
         self.asked = self.asked or time.monotonic()
 
     def __bool__(self):

@@ -485,7 +485,8 @@ def test_plain_answers_are_remembered_without_their_space(folders, monkeypatch, 
     monkeypatch.setattr(chat.Speaker, "fit", lambda self, q, history, config: (
         prompts.append(list(history)), fit(self, q, history, config))[1])
     for name, said, kept in (("base", " Paris. ", "Paris."), ("sft", "\nParis. ", "\nParis. "),
-                             ("sft", "<think>\nHm.\n</think>\n\nParis.", "Paris.")):  # nor is what a model thought
+                             ("sft", "<think>\nHm.\n</think>\n\nParis.", "Paris."), ("sft", "<think>\nHm", ""),
+                             ("base", "A </think> B", "A </think> B")):  # nor is what a model thought
         monkeypatch.setattr(chat, "speak", lambda *args: said)
         prompts.clear()
         run_chat(monkeypatch, capsys, [folders / name], "Hi?\nHi?\n")

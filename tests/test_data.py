@@ -108,7 +108,8 @@ def test_preferences_in_every_format(write, row):
 
 def test_a_list_may_repeat_more_than_the_prompt_says(write):
     kind, again = {"role": "system", "content": "Be kind."}, [*HELLO, {"role": "user", "content": "Bye"}]
-    for prompt, before in (("Bye", [kind, *again]), (again, [kind, *again]), ([kind, *again], again)):
+    for prompt, before in (("Bye", [kind, *again]), (again, [kind, *again]), ([kind, *again], again),
+                           ([kind, *HELLO], again[2:]), ([kind, *HI], again[1:])):  # or go on from where the prompt ends
         answers = {name: [*before, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
         assert data.load_preferences([write("a.jsonl", {"prompt": prompt, **answers})]) == [Pair([kind, *again], "chosen", "rejected")]
 

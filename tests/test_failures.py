@@ -212,11 +212,14 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
         call(monkeypatch, [*words, "--lr", 0.1, "--resume"])
     with pytest.raises(InputError, match="of stage sft, not dpo"):
         training.start_run(rlhf.DPOConfig(out=str(tmp_path), resume=True), "dpo")
-    later, before = time.time() + 60, (files / changed).stat().st_mtime
-    rate = training.learning_rate
-    try:  # edited while the run trained, before its save
+    now, rate = time.time(), training.learning_rate
+    later, before = now + 60, now - 3600
+    for name in ("sft/model.safetensors", "conversations.jsonl"):
+        os.utime(files / name, (before, before))
+    try:  # edited a quarter of an hour ago, while a run trained that has begun half an hour ago; saved after that
         with monkeypatch.context() as edited:
-            edited.setattr(sft, "learning_rate", lambda *args: os.utime(files / changed) or rate(*args))
+            edited.setattr(training.time, "time", lambda: now - 1800)
+            edited.setattr(sft, "learning_rate", lambda *args: os.utime(files / changed, (now - 900, now - 900)) or rate(*args))
             with pytest.raises(ZeroDivisionError):
                 call(monkeypatch, words)
         with pytest.raises(InputError, match=f"{Path(changed).name} has changed since"):
@@ -634,15 +637,18 @@ def test_sft_reads_text_of_pretraining_beside(files, tmp_path, monkeypatch):
 
 
 def test_the_model_is_saved_before_it_is_measured(files, tmp_path, monkeypatch):
-    """A long measurement that is stopped loses nothing. (reward.py needs what it measures for the zero it saves.)"""
-    measure = {"pretrain": "heldout_loss", "sft": "heldout_loss", "dpo": "wilson", "ppo": "close", "grpo": "close"}
-    for stage, name in measure.items():
+    """A long measurement that is stopped loses nothing: weights and state are there. (reward.py needs what it measures
+    for the zero it saves.)"""
+    reads = {"pretrain": "heldout_loss", "sft": "heldout_loss", "dpo": "pair_logprobs", "ppo": "generate", "grpo": "generate"}
+    for stage, name in reads.items():
         short = [{"pretrain": "--steps", "ppo": "--iterations", "grpo": "--iterations"}.get(stage, "--epochs"), 1]
-        with monkeypatch.context() as stopped:
-            stopped.setattr(STAGES[stage], name, lambda *args: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                call(monkeypatch, command(files, stage, tmp_path / stage, *short))
-        load_checkpoint(tmp_path / stage)
+        events = []
+        with monkeypatch.context() as watched:
+            for what in (name, "save_checkpoint", "save_state"):
+                watched.setattr(STAGES[stage], what, lambda *args, what=what, real=getattr(STAGES[stage], what), **more: (
+                    events.append(what), real(*args, **more))[1])
+            call(monkeypatch, command(files, stage, tmp_path / stage, *short, "--save-every", 10**6))
+        assert events[-1] == name and events.count("save_checkpoint") == events.count("save_state") == 1, stage
 
 
 def test_settings_of_sft_reach_what_they_are_of(files, tmp_path, monkeypatch):

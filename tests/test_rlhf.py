@@ -427,7 +427,7 @@ def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, to
 
 
 def test_dpo_in_bfloat16_reads_policy_and_reference_alike(monkeypatch, tmp_path, tokenizer):
-    still = ["--lr", 0, "--sharpness-lr", 0, "--epochs", 1]
+    still = ["--lr", 0, "--sharpness-lr", 0, "--epochs", 1, "--micro-batch", 5]  # so many pairs are read at a time, always
     exact = toy_dpo(monkeypatch, tmp_path, tokenizer, *still)[1][0]
     rough = toy_dpo(monkeypatch, tmp_path, tokenizer, *still, "--dtype", "bfloat16")[1][0]
     assert rough["margin"] == pytest.approx(0, abs=1e-4) and 1e-5 < abs(rough["nll"] - exact["nll"]) < 0.02

@@ -285,6 +285,8 @@ def test_added_tokens_that_are_text_stay_text_and_gaps_have_none(tokenizer, tmp_
     tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     spec = json.loads(path.read_text("utf-8"))
+    for token in spec["added_tokens"]:  # whatever a file says, nobody forges the end of a turn
+        token["special"] = False
     spec["added_tokens"].append(spec["added_tokens"][0] | {"id": tokenizer.vocab_size + 3, "content": "<think>", "special": False})
     path.write_text(json.dumps(spec))
     for _ in range(2):  # as it came, and as we save it
@@ -293,7 +295,7 @@ def test_added_tokens_that_are_text_stay_text_and_gaps_have_none(tokenizer, tmp_
         flags = {token["content"]: token["special"] for token in json.loads(path.read_text("utf-8"))["added_tokens"]}
         assert flags == {name: name != "<think>" for name in loaded.specials}
     assert loaded.encode("a<think>b<|im_end|>") == [
-        *tokenizer.encode("a"), tokenizer.vocab_size + 3, *tokenizer.encode("b<|im_end|>")]  # nobody forges the end of a turn
+        *tokenizer.encode("a"), tokenizer.vocab_size + 3, *tokenizer.encode("b<|im_end|>")]
     ids = [tokenizer.vocab_size + 3, tokenizer.vocab_size + 1]
     assert loaded.decode(ids) == loaded.decode(torch.tensor(ids)) == loaded.decode(np.array(ids)) == "<think>"
 

@@ -44,8 +44,8 @@ def main():
         sys.exit(f"error: {options.gguf}: not a GGUF file ({error})")
     fields = reader.fields
     scaling = [field.contents() for name, field in fields.items() if name.endswith(".rope.scaling.type")]
-    if {tensor.name for tensor in reader.tensors} & {"rope_freqs.weight"} or scaling not in ([], ["none"]):
-        sys.exit(f"error: {options.gguf}: its rotary positions are scaled (Llama 3.1 and later), which is not implemented")
+    if "rope_freqs.weight" in {tensor.name for tensor in reader.tensors} or scaling not in ([], ["none"]):
+        sys.exit(f"error: {options.gguf}: its rotary positions are scaled (as Llama 3.1's are), which is not implemented")
     size = {"head_dim": int(field.contents()) for name, field in fields.items() if name == "qwen3.attention.key_length"}
     unpacked = AutoModelForCausalLM.from_pretrained(**source, **size, dtype=torch.float32)
     config = unpacked.config
