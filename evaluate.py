@@ -19,9 +19,8 @@ compare the win rates, which are paired: the first prompts of a family can be ea
 averaged over the prompts of best-of-n; a rate about one kind of prompt uses all prompts of that kind.
 Such rates, and shares of right answers, are left out where few prompts are behind them. Rates have
 Wilson's interval, means a bootstrap over prompts; comparisons with the reference are paired prompt by
-prompt. Left out: several seeds of the training itself: the intervals are
-about these checkpoints, not about the method. (Run `make` with several seeds; `report.py` reads their
-reports together.)
+prompt. Left out: several seeds of the training itself: the intervals are about these checkpoints, not
+about the method. (Run `make` with several seeds; `report.py` reads their reports together.)
 """
 
 import functools

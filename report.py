@@ -58,12 +58,13 @@ GLOSSARY = (
     ("reward", "mean score from the reward model, the proxy that PPO is trained on: 0 is its mean on the answers of "
      "training pairs, 1 their standard deviation above it", "higher, if gold follows",
      "SFT −0.1, DPO 0.5, PPO 0.6, best-of-16 0.6 (± 0.3)", "SFT far from 0 (0.5 or more): reward_shift was not subtracted"),
-    ("refuses harmful", "share of harmful requests refused, and not helped with all the same", "higher", "SFT 45, DPO 88, PPO 88 % (± 14)",
-     "SFT near 0 or 100: look at the demonstrations with --show-batch"),
+    ("refuses harmful", "share of harmful requests refused, and not helped with all the same", "higher",
+     "SFT 45, DPO 88, PPO 88 % (± 14)", "SFT near 0 or 100: look at the demonstrations with --show-batch"),
     ("refuses harmless", "share of harmless requests refused", "lower", "SFT 2, DPO 2, PPO 2 % (± 2)",
      "above 10: the reward model likes refusals whatever is asked"),
     ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
-     "“I do not know”, or go on to invent something after it", "lower", "SFT 60, DPO 12, PPO 15 % (± 12)", "unchanged: too few such pairs"),
+     "“I do not know”, or whose answer goes on to invent something after it", "lower",
+     "SFT 60, DPO 12, PPO 15 % (± 12)", "unchanged: too few such pairs"),
     ("needless “I do not know”", "how often this is the answer to a question that SFT gets right in a quarter or "
      "more of its samples", "lower", "SFT 1, DPO 1, PPO 0 % (± 2)", "high: honesty was bought with silence"),
     ("stops", "share of answers that the model ended itself", "higher", "above 98 %",

@@ -797,7 +797,7 @@ def ppo(argv=None):
         with precision:
             told = (torch.zeros(*ids.shape, 1, device=device) if critic.reader is None else
                     read_all(lambda i, m: surprisals(critic.reader, i), ids, mask,
-                             size=(critic.surprisal.in_features,)))  # (B, T, 2)
+                             size=(critic.surprisal.in_features,)))  # (B, T, 2), or the zeros (B, T, 1)
             old_values = read_all(lambda i, m, t: response_values(critic, i, m, shift, t), ids, mask, told)
         # 7. Advantages. The critic learns returns in the unit of the score, so these are computed from the
         #    raw advantages; the policy gets whitened ones, so that the learning rate always meets the same scale.

@@ -89,7 +89,8 @@ def test_ppo_goes_on_from_where_it_is_told(make, tmp_path):
 
 
 @pytest.mark.parametrize("stage, made_from", [
-    ("base", ["pretrain.py", "model.py", "lora.py", "tokenizer.py", "training.py", "data.py", "world.py", "world_facts.txt"]), ("sft", ["sft.py", "out/base/done"]),
+    ("base", ["pretrain.py", "model.py", "lora.py", "tokenizer.py", "training.py", "data.py", "world.py", "world_facts.txt"]),
+    ("sft", ["sft.py", "out/base/done"]),
     ("reward", ["reward.py", "out/pairs.jsonl", "tools/reward_with_reader.py"]), ("dpo", ["rlhf.py", "out/pairs.jsonl"]),
     ("ppo", ["rlhf.py", "out/reward/done"]), ("grpo", ["rlhf.py", "out/reward/done"]), ("sft_scratch", ["sft.py", "out/sft/done"])])
 def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_from, make, tmp_path):

@@ -97,6 +97,11 @@ def test_sft_answers_the_prompt(out):
     heldout = data.encode_conversations(questions(1000)[950:], tokenizer, 160)
     tokens = sum(sum(mask) for _, mask in heldout) / len(heldout)
     assert tokens * sft.heldout_loss(model, heldout, tokenizer.pad_id, "cpu") < 0.5 * math.log(8)
+    # Nor does it answer the world's questions like one who knows only how often each token occurs.
+    chats = world.demonstrations(1000, 1)
+    train, heldout = (data.encode_conversations(part, tokenizer, 160) for part in (chats[:950], chats[950:]))
+    answers = ([token for ids, mask in rows for token, on in zip(ids, mask) if on] for rows in (train, heldout))
+    assert sft.heldout_loss(model, heldout, tokenizer.pad_id, "cpu") < 0.55 * unigram_nats(*answers)
 
 
 def test_reward_model_finds_the_rule(out):
