@@ -3,7 +3,7 @@
     python notebooks/build.py student             write the student edition from the solved one
     python notebooks/build.py execute [NAME …]    run solved notebooks in Jupyter and keep what they print
                                                   (needs `pip install nbclient ipykernel`)
-    python notebooks/build.py run FILE            run a notebook's code without Jupyter, as the tests do
+    python notebooks/build.py run FILE …          run notebooks' code without Jupyter, as the tests do
 
 In a code cell of the solved edition, the answer stands between two marks:
 
@@ -135,8 +135,10 @@ def main():
     elif what == "execute":
         for path in solved(names):
             execute(path)
-    elif what == "run" and len(names) == 1:
-        run(Path(names[0]).resolve())
+    elif what == "run" and names:
+        for path in [Path(name).resolve() for name in names]:  # before the first one changes the folder
+            print(f"== {path.name}", flush=True)
+            run(path)
     else:
         print(__doc__)
 

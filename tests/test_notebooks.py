@@ -1,6 +1,6 @@
 """notebooks/: the two editions are one, each has its parts, everything runs, and the grader grades."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,17 +54,21 @@ def trained():
 
 
 def test_the_solved_edition_runs(trained):
-    """With few steps, two notebooks at a time, on a core each."""
-    def run(path):
-        return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", path], capture_output=True, text=True, env=env,
-                              timeout=600)
+    """With few steps, in two processes, on a core each."""
+    def run(paths):
+        return subprocess.run([sys.executable, NOTEBOOKS / "build.py", "run", *paths], capture_output=True, text=True, env=env,
+                              timeout=1200)
     env = {**os.environ, "RUN": str(trained), "FAST": "1", "OMP_NUM_THREADS": "1"}
     # 06 and 09 need it, and would make it in one folder at the same time.
     subprocess.run([sys.executable, "-c", "import start; start.plain_reward()"], cwd=NOTEBOOKS, env=env, check=True, timeout=600)
+    halves = [SOLVED[::2], SOLVED[1::2]]
     with ThreadPoolExecutor(2) as pool:
-        for path, ran in zip(SOLVED, pool.map(run, SOLVED)):
-            assert ran.returncode == 0, path.name + ran.stderr[-3000:]
-            assert ran.stdout.count("✓") >= len(re.findall(r"^check_", text_of(path), re.M)), path.name
+        for paths, ran in zip(halves, pool.map(run, halves)):
+            _, *printed = re.split(r"^== (.*)\n", ran.stdout, flags=re.M)
+            printed = dict(zip(printed[::2], printed[1::2]))
+            assert ran.returncode == 0, [*printed][-1] + ran.stderr[-3000:]
+            for path in paths:
+                assert printed[path.name].count("✓") >= len(re.findall(r"^check_", text_of(path), re.M)), path.name
 
 
 def test_the_student_edition_stops_at_its_first_gap(trained, monkeypatch):
@@ -140,6 +146,15 @@ def test_what_the_map_names_is_there():
             assert re.search(rf"(def|class) {name}\b|{name}:", path.read_text(encoding="utf-8")), (file, name)
 
 
+def test_code_that_stored_outputs_show_is_still_the_code():
+    shown = [re.match(r"(\w+\.py), line (\d+)\n(.*)", "".join(output.get("data", {}).get("text/plain", "")), re.S)
+             for path in SOLVED for cell in build.read(path)["cells"] for output in cell.get("outputs", ())]
+    assert len(found := [match for match in shown if match]) >= 4
+    for file, line, code in map(re.Match.groups, found):
+        lines = (NOTEBOOKS.parent / file).read_text(encoding="utf-8").split("\n")[int(line) - 1:]
+        assert lines[:len(code.split("\n"))] == code.split("\n"), f"{file}, line {line}: execute that notebook again"
+
+
 def test_solutions_become_gaps_and_bugs():
     code = ("# EXERCISE 7.2 · hunt\ndef f(x):\n    ### BEGIN SOLUTION: add one\n    return x + 1\n    ### END SOLUTION\n"
             "### BEGIN SOLUTION\nguess = 3\n### STUDENT\n# guess = None  # yours\n### END SOLUTION\nf(2)")
@@ -190,30 +205,40 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
     assert {name: sign for name, sign in found.items() if sign != "–"} == {
         "3.8 training_flops": "✓", "6.4 noise_ceiling": "✗", "0.3 win_rate": "✗", "9.3 best_of_n_kl": "✗"}, ran.stdout
     assert "which logarithm" in ran.stdout and "NameError" in ran.stdout and "its definition fails" in ran.stdout
-    shutil.copy(NOTEBOOKS / "solved" / "00_the_method.ipynb", tmp_path / "00_the_method (1).ipynb")
+    two = build.read(NOTEBOOKS / "solved" / "00_the_method.ipynb")
+    two["cells"].insert(0, build.tidy("code", "def win_rate(a, b):\n    return (a\n", 99))  # the later cell is right
+    build.write(tmp_path / "00_the_method (1).ipynb", two)
     found = grade(tmp_path / "00_the_method (1).ipynb")[1]
     assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "–"
-    found = grade(tmp_path)[1]
+    (tmp_path / "01_tokens_and_next_token_loss.ipynb").write_text("<html>")
+    ran, found = grade(tmp_path)
     assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "✗"  # the one in solutions.py
+    assert "01_tokens_and_next_token_loss.ipynb is not a notebook" in ran.stdout
+    assert "expected one folder of notebooks" in grade(NOTEBOOKS, tmp_path)[0].stderr
+
+
+def test_what_is_handed_in_is_one_thing_that_is_there(tmp_path):
+    spec = importlib.util.spec_from_file_location("of_notebooks", NOTEBOOKS / "conftest.py")
+    spec.loader.exec_module(conftest := importlib.util.module_from_spec(spec))
+    (tmp_path / "solutions.py").touch()
+    for handed_in, right in (([tmp_path / "nothing"], False), ([], False), ([NOTEBOOKS, tmp_path], False), ([tmp_path], True)):
+        config = SimpleNamespace(args=[str(NOTEBOOKS / "grade.py"), *map(str, handed_in)], stash={}, option=SimpleNamespace())
+        with nullcontext() if right else pytest.raises(pytest.UsageError, match="expected one folder of notebooks"):
+            conftest.pytest_configure(config)
+
+
+def test_definitions_are_found_and_only_they_are_run(tmp_path):
+    file, definitions = tmp_path / "solutions.py", importlib.import_module("grade").definitions
     file.write_text("def best_of_n_kl(n):\n    import math\n    return math.log(n) - (n - 1) / n\n", encoding="utf-8-sig")
-    assert grade(file)[1]["9.3 best_of_n_kl"] == "✓"  # Windows' editors begin with a BOM
+    assert definitions(file)[0]["best_of_n_kl"](1) == 0  # Windows' editors begin with a BOM
     file.write_text("SIX: int = 3 - -3\ntraining_flops = lambda parameters, tokens: SIX * parameters * tokens\n")
-    assert grade(file)[1]["3.8 training_flops"] == "✓"
+    assert definitions(file)[0]["training_flops"](2, 3) == 36
     file.write_text("def noise_ceiling(:\n")
-    assert "the cell is not Python" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
+    assert "the cell is not Python" in definitions(file)[1]["noise_ceiling"]
     two = "def noise_ceiling(labels=exit()):\n    return 1\n", "noise_ceiling = lambda labels: 2\n"
     for first, second in (two, two[::-1]):  # the last attempt counts
         file.write_text(first + second)
-        space, broken = importlib.import_module("grade").definitions(file)
+        space, broken = definitions(file)
         assert ("noise_ceiling" in space) is (second == two[1]) is ("noise_ceiling" not in broken)
     file.write_text("def noise_ceiling(labels=exit()):\n    return 1\n")
-    assert "SystemExit" in importlib.import_module("grade").definitions(file)[1]["noise_ceiling"]
-    for others in ([tmp_path / "nothing"], [], [NOTEBOOKS, tmp_path]):
-        assert "expected one folder of notebooks" in grade(*others)[0].stderr
-    two = json.loads((NOTEBOOKS / "solved" / "00_the_method.ipynb").read_text("utf-8"))
-    two["cells"].insert(0, {"cell_type": "code", "id": "first", "metadata": {}, "outputs": [], "execution_count": None,
-                            "source": ["def win_rate(a, b):\n", "    return (a\n"]})
-    (tmp_path / "00_the_method (2).ipynb").write_text(json.dumps(two), "utf-8")
-    assert grade(tmp_path / "00_the_method (2).ipynb")[1]["0.3 win_rate"] == "✓"  # the later cell is right
-    (tmp_path / "00_the_method.ipynb").write_text("<html>")
-    assert "00_the_method.ipynb is not a notebook" in grade(tmp_path / "00_the_method.ipynb")[0].stdout
+    assert "SystemExit" in definitions(file)[1]["noise_ceiling"]
