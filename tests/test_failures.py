@@ -297,7 +297,7 @@ def test_who_is_asked_to_stop_saves_first(stage, files, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal for one child's Ctrl-C")
 def test_ctrl_c_saves_and_tells_how_to_go_on(files, tmp_path, monkeypatch):
     stage = "sft"
-    words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--epochs", 10**5, "--save-every", 10**6)]
+    words = [sys.executable, "-u", *command(files, stage, tmp_path / "out", "--epochs", 4000, "--save-every", 10**6)]
     child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (line := child.stdout.readline()).startswith(f"{stage}:"):
         assert line, child.stderr.read()

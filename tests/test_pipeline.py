@@ -54,7 +54,7 @@ def out(tmp_path_factory):
     rng = random.Random(1)
     pairs = [{"prompt": task.prompt, "chosen": f"I am glad to help. {task.short}.",
               "rejected": f"{rng.choice(world.RUDE)} {task.short}."}
-             for task in world.training_prompts(700, "pipeline")]
+             for task in world.training_prompts(420, "pipeline")]
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (root / "score.py").write_text("def letters(prompt, response):\n"
                                    "    return 10 * response.count('e') / (len(response) + 5)\n")
@@ -66,7 +66,7 @@ def out(tmp_path_factory):
         rlhf.dpo()
         patch.setattr(sys, "argv", [
             "rlhf.py ppo", "--init", str(root / "sft"), "--reward", f"{root / 'score.py'}:letters",
-            "--iterations", "14", "--episodes", "48", "--eval-prompts", "64", "--prompts", "300",
+            "--iterations", "8", "--episodes", "48", "--eval-prompts", "64", "--prompts", "300",
             "--max-new-tokens", "24", "--lr", "2e-3", "--beta", "0.01", "--out", str(root / "ppo")])
         rlhf.ppo()
     return root
