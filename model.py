@@ -66,7 +66,7 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019): LayerNorm without the mean and the bias."""
+    """x / rms(x) * weight, its *gain* (Zhang and Sennrich 2019): LayerNorm without the mean and the bias."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -425,8 +425,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
     -> (id lists, including the end token if it came; lists of their log-probs, floats in nats, under
     the very distribution that was sampled from: after temperature, top_k and top_p). temperature 0 is
-    greedy. A row also ends at max_new_tokens or when the context is full. `generator` must be on
-    the model's device. Raises ValueError for an empty prompt or one that fills the context.
+    greedy (its log-probs are those at temperature 1). A row also ends at max_new_tokens or when the
+    context is full. `generator` must be on the model's device. Raises ValueError for an empty prompt or one
+    that fills the context.
     """
     answers, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     for drawn in decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids,

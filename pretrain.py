@@ -5,7 +5,7 @@
 
 The loss is the mean negative log-likelihood of each token given those before it in its window,
 
-    loss(θ) = − 1/N Σ_i log p_θ(x_i | x_1 … x_{i−1})
+    loss(θ) = − 1/N Σ_i log p_θ(x_i | x_0 … x_{i−1})
 
 (Foundations of LLMs, eqs. 2.13–2.14, which maximise the log-likelihood: this is minus that, per token),
 over documents packed end to end, each preceded by <|endoftext|>. A window may start in the middle of

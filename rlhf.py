@@ -32,7 +32,7 @@ grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO
         world.py:right`); in that paper the rewards come from a reward model. A group that is all right
         or all wrong teaches nothing.
         Papers differ on two choices: --standardise divides by the group's standard deviation
-        (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because dividing gives most weight to
+        (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because dividing raises the weight of
         prompts that are nearly always or nearly never solved), and --aggregation takes the mean
         over tokens within each response first (`sequence`, DeepSeekMath: a token of a long answer
         counts less), or over all tokens of a minibatch alike (`token`; in DAPO, arXiv 2503.14476, of
@@ -112,6 +112,8 @@ def gae(rewards, values, mask, gamma, lam):
 
         δ_t = r_t + γ V_{t+1} − V_t          A_t = Σ_l (γλ)^l δ_{t+l}
 
+    The value V_t is the critic's forecast, made before token t, of the reward still to come; the advantage A_t says by
+    how much token t and what followed were better than that.
     -> advantages, not whitened, and returns = advantages + values, what the critic should learn;
     both 0 outside the mask. The value after a row's last token is 0: the answer is over.
     """
@@ -127,7 +129,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 def clipped_surrogate(log_ratio, advantages, clip):
     """min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) at every token, eq. 7 of arXiv 1707.06347: (B, T), to be
-    maximised. `log_ratio` is log π − log π_old.
+    maximised. `log_ratio` is log π − log π_old, where π_old is the policy that sampled (not π_ref).
 
     The minimum makes the clip one-sided: where ρ has moved too far in the direction of the advantage,
     the gradient is 0; where it has moved against the advantage, the gradient is kept.
@@ -148,7 +150,7 @@ def step_statistics(log_ratio, mask, clip):
 def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2,
              value_clip=0.2, value_coef=0.1):
     """PPO's clipped surrogate and the critic's loss (eq. 9 of arXiv 1707.06347, without the entropy
-    bonus). Clipping the values too, around the old ones, is not in the paper but in its authors' code.
+    bonus). Clipping the values too, around the old ones, and the ½ are not in the paper but in its authors' code.
     Tables (B, T), means over the tokens where mask is 1. (`value_coef` hardly matters: the critic has a network
     and an optimiser of its own.)
     """
@@ -513,8 +515,8 @@ class RolloutConfig:
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    beta: float = flag(0.1, "reward, in standard deviations of the reward model's scores, that one nat of KL from --init "
-                       "costs; 0 invites reward hacking")
+    beta: float = flag(0.1, "reward, in standard deviations of the reward model's scores (or as a function gives it), that "
+                       "one nat of KL from --init costs; 0 invites reward hacking")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
     value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "
