@@ -48,11 +48,11 @@ def add_lora(model, rank, alpha=16.0):
 
 @torch.no_grad()
 def merged(model):
-    """A plain model that computes the same as `model`: a copy with the corrections added to their matrices,
-    or `model` itself if it has none."""
-    if not any(isinstance(module, LoRA) for module in model.modules()):
-        return model
-    model = copy.deepcopy(model)
+    """A plain model that computes the same as `model`: a copy with the corrections, if any, added to their matrices.
+    On the CPU, so that saving needs no memory of a GPU."""
+    copies = {id(p): nn.Parameter(p.to("cpu", copy=True), p.requires_grad) for p in model.parameters()}
+    copies |= {id(b): b.to("cpu", copy=True) for b in model.buffers()}
+    model = copy.deepcopy(model, copies)  # which takes these
     for owner, name, lora in matrices(model, LoRA):
         lora.linear.weight += lora.scale * lora.b @ lora.a
         setattr(owner, name, lora.linear)

@@ -481,13 +481,13 @@ def hf_layout(config, scalar):
 
 
 def to_hf(model):
-    """GPT or ScalarModel -> {Hugging Face name: tensor}, copies, for `model.safetensors`."""
+    """GPT or ScalarModel -> {Hugging Face name: tensor}, copies on the CPU, for `model.safetensors`."""
     state, named = model.state_dict(), {}
     for ours, theirs in hf_layout(model.config, isinstance(model, ScalarModel)).items():
         parts = state[ours].split([shape[0] for shape in theirs.values()])
-        named.update((name, part.clone()) for name, part in zip(theirs, parts))
+        named.update((name, part.to("cpu", copy=True)) for name, part in zip(theirs, parts))
     if getattr(model, "reader", None) is not None:  # no model of Hugging Face's has one: the names are ours
-        named["surprisal.weight"] = state["surprisal.weight"].clone()
+        named["surprisal.weight"] = state["surprisal.weight"].to("cpu", copy=True)
         named.update((f"reader.{name}", tensor) for name, tensor in to_hf(model.reader).items())
     return named
 

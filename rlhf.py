@@ -65,7 +65,7 @@ import torch.nn.functional as F
 
 import data
 import world
-from lora import add_lora
+from lora import add_lora, merged
 from model import ScalarModel, generate, surprisals, token_logprobs
 from reward import load_pairs, score, wilson
 from sft import load_replay, replay_loss
@@ -301,9 +301,10 @@ class Sharpness(torch.nn.Module):
 
     @torch.no_grad()
     def folded(self, policy):
-        """A copy of `policy` with s multiplied into the gains of its last norm, so that its logits are s · logits."""
-        policy = copy.deepcopy(policy)
-        policy.norm.weight *= self()
+        """A plain copy of `policy`, on the CPU, with s multiplied into the gains of its last norm, so that its logits are
+        s · logits."""
+        policy = merged(policy)
+        policy.norm.weight *= self().item()
         return policy
 
 

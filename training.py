@@ -40,7 +40,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lora import merged
 from model import GPT, ScalarModel, config_from_hf, from_hf, hf_config, to_hf
 from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer
 
@@ -279,7 +278,9 @@ def seed_everything(seed):
 # seconds of every stage, and nothing here compiles an optimiser. The unwrapped functions do without.
 for _name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
     setattr(torch.optim.Optimizer, _name, inspect.unwrap(getattr(torch.optim.Optimizer, _name)))
-torch.optim.Adam.step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+for _optimiser in (torch.optim.Adam, torch.optim.AdamW):
+    if "step" in vars(_optimiser):  # AdamW has had Adam's since torch 2.7
+        _optimiser.step = torch.no_grad()(inspect.unwrap(_optimiser.step))
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
@@ -482,7 +483,7 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     subfolder and moved when all are complete. A reader needs config.json, which is deleted first and moved last,
     so it never mixes two checkpoints."""
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(merged(model)).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
     told = scalar and model.reader is not None
     if told:

@@ -722,7 +722,10 @@ def test_lora_starts_as_the_model_and_is_merged_into_a_plain_one(tokenizer):
     before = plain(ids).detach()
     model = copy.deepcopy(plain)
     add_lora(model, 3)
-    assert torch.equal(model(ids), before) and merged(plain) is plain
+    copied = merged(plain)
+    assert torch.equal(model(ids), before) and torch.equal(copied(ids), before)
+    where = [{t.data_ptr() for t in (*each.parameters(), *each.buffers())} for each in (plain, copied)]
+    assert len(where[0]) == len(where[1]) and not where[0] & where[1]
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(learning) == 2 * 4 * 2 and all(name.endswith((".a", ".b")) for name in learning)
     for name, p in model.named_parameters():
