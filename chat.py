@@ -168,7 +168,9 @@ def open_speaker(folder, device="cpu", raw=False):
     ends = read_json(folder / "generation_config.json").get("eos_token_id")  # it may be 0
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     ends = {*ends, *special(tokenizer, ENDOFTEXT)}
-    if raw or info.get("stage") == "pretrain" or not template:
+    # transformers, when it tunes a base model and saves it, keeps the stage that we wrote.
+    base = info.get("stage") == "pretrain" and "transformers_version" not in info
+    if raw or base or not template:
         return Speaker(name, model, tokenizer, True, None, {*newline_ids(tokenizer), *ends})
     missing = [token for token in (IM_START, IM_END) if token not in tokenizer.specials]
     if IM_START in template and missing:

@@ -102,6 +102,14 @@ def test_raw_format_is_what_the_docstring_says(tokenizer):
     assert tokenizer.decode(ids[1:]) == chat.plain_prompt("Three?", [("One?", "1.")])
 
 
+def test_a_base_model_that_transformers_has_tuned_chats(tokenizer, tmp_path):
+    save_checkpoint(tmp_path, tiny(tokenizer), tokenizer, stage="pretrain")
+    assert chat.open_speaker(tmp_path).raw
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))  # it keeps what it does not know, and adds its version
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_version": "5.24.0"}))
+    assert not chat.open_speaker(tmp_path).raw
+
+
 def test_a_base_model_of_others_ends_where_it_says(evaluated, tokenizer, some_tasks, monkeypatch, tmp_path):
     """Its end token has another name, which only generation_config.json tells, and so no document begins."""
     theirs = dataclasses.replace(tokenizer, specials={("<|the_end|>" if token == ENDOFTEXT else token): number
