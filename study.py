@@ -115,7 +115,7 @@ def training_runs(config):
 
 def fresh(config, path, *code):
     """Does `path` exist, and is it newer than the runs it was made from and the code that made it?"""
-    made_from = (__file__, *code, *(f"{config.runs}/{name}/done" for name in ("base", "sft", "reward")))
+    made_from = (__file__, *code, *(f"{config.runs}/{name}" for name in ("base/done", "sft/done", "reward/done", "pairs.jsonl")))
     return path.exists() and path.stat().st_mtime > max(os.path.getmtime(stamp) for stamp in made_from)
 
 

@@ -82,6 +82,7 @@ def test_a_stopped_study_goes_on_and_a_changed_run_is_made_anew(tmp_path, monkey
     config = study.Config(runs=str(runs), out=str(out))
     for name in ("base", "sft", "reward"):
         finish(runs / name, name, 1.0)
+    (runs / "pairs.jsonl").touch()
     calls = []
 
     def call(command):
@@ -127,6 +128,7 @@ def test_what_another_command_left_is_gone_before_the_script_starts(tmp_path, mo
     config = study.Config(runs=str(runs), out=str(out))
     for name in ("base", "sft", "reward"):
         finish(runs / name, name, 1.0)
+    (runs / "pairs.jsonl").touch()
     first = out / next(iter(study.training_runs(config)))
     finish(first, "sft", 1.0)
     (first / "command").write_text("sft.py --of-another-scale")
@@ -150,6 +152,7 @@ def test_a_save_older_than_the_world_is_not_gone_on_from(tmp_path, monkeypatch):
     config = study.Config(runs=str(tmp_path / "runs"), out=str(tmp_path / "study"))
     for name in ("base", "sft", "reward"):
         finish(tmp_path / "runs" / name, name, 1.0)
+    (tmp_path / "runs" / "pairs.jsonl").touch()
     (tmp_path / "world.py").touch()
     monkeypatch.setattr(study, "world", SimpleNamespace(__file__=str(tmp_path / "world.py")))
     commands = []
@@ -308,6 +311,8 @@ def runs(tmp_path_factory):
               "p": 0.55 + n / 100} for n in range(40)]
     for name in ("pairs.jsonl", "study/heldout_pairs_100_seed1.jsonl"):
         (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = (root / "base" / "done").stat().st_mtime - 9
+    os.utime(root / "pairs.jsonl", (before, before))  # the study was made from them
     return root
 
 
@@ -344,6 +349,9 @@ def test_what_is_older_than_a_run_or_the_code_is_measured_anew(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "done").touch()
         os.utime(tmp_path / name / "done", (10, 10))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.touch()
+    os.utime(pairs, (10, 10))
     path.touch()
     assert study.fresh(config, path)
     os.utime(path, (20, 20))  # younger than the runs
@@ -355,6 +363,9 @@ def test_what_is_older_than_a_run_or_the_code_is_measured_anew(tmp_path):
     assert study.fresh(config, path) and not study.fresh(config, path, code)
     (tmp_path / "sft" / "done").touch()
     os.utime(tmp_path / "sft" / "done", (path.stat().st_mtime + 1,) * 2)
+    assert not study.fresh(config, path)
+    os.utime(tmp_path / "sft" / "done", (10, 10))
+    os.utime(pairs, (path.stat().st_mtime + 1,) * 2)
     assert not study.fresh(config, path)
 
 
