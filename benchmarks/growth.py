@@ -51,18 +51,20 @@ def train(size=BASE, context=256, batch=8):
     """-> (microseconds per token, operations per token, bytes of activations kept per token)."""
     model, precision = build(size, context), training.autocast(torch.device("cpu"))
     optimiser = training.adamw(model, 1e-3)
-    ids = torch.randint(2048, (batch, context + 1))
-    kept = {}  # what the forward pass keeps for the backward pass, each piece of memory once
+    ids = torch.randint(2048, (batch + 1, context + 1))
 
-    def keep(tensor):
-        if tensor.shape not in shapes:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def kept(batch):
+        """Bytes that the forward pass keeps for the backward pass, each piece of memory once."""
+        pieces = {}
 
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}  # of weights' bfloat16 copies
-    with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        next_token_loss(model, ids[:, :-1], ids[:, 1:])
+        def keep(tensor):
+            pieces[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            next_token_loss(model, ids[:batch, :-1], ids[:batch, 1:])
+        return sum(pieces.values())
+    memory = kept(batch + 1) - kept(batch)  # of one more window: weights and their copies in bfloat16 cancel
+    ids = ids[:batch]
 
     def step():
         with precision:
@@ -73,7 +75,7 @@ def train(size=BASE, context=256, batch=8):
     tokens = batch * context
     width, layers = SIZES[size]
     work = 6 * sum(p.numel() for p in model.parameters()) + 6 * layers * context * width
-    return best(step) / tokens * 1e6, work, sum(n for at, n in kept.items() if at not in own) / tokens
+    return best(step) / tokens * 1e6, work, memory / context
 
 
 @torch.inference_mode()
