@@ -493,8 +493,9 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
 
 
 def stream_tokens(paths, stop, tokenizer, folder):
-    """The tokens of the bytes before `stop`, as `pack_documents` gives them, in FOLDER/tokens.bin: (N,) int32,
-    memory-mapped, so that only what is accessed is read. If interrupted, a later call continues there."""
+    """The tokens of the bytes before `stop`, as `pack_documents` gives them (but for line breaks at the end of a document
+    longer than a piece), in FOLDER/tokens.bin: (N,) int32, memory-mapped, so that only what is accessed is read. If
+    interrupted, a later call continues there."""
     make_folder(folder)
     folder = Path(folder)
     mark, binary = folder / "tokens.json", folder / "tokens.bin"

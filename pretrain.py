@@ -48,7 +48,8 @@ class Config:
     holdout: float = flag(0.05, "documents to hold out, from the end: a fraction (of the characters, if there are only "
                            "a few long ones), or a count if 1 or more")
     stream: bool = flag(False, "for text larger than memory (.txt): its tokens are written to OUT/tokens.bin and "
-                        "read from there as needed; if interrupted, the next run continues writing them")
+                        "read from there as needed; if interrupted, the next run continues writing them. --holdout is then "
+                        "a fraction of the bytes, and at most 16 MB are held out")
     documents: int = flag(80000, "documents to generate (with --data world)")
     # the model
     vocab_size: int = flag(4096, "tokens in the vocabulary, including the 256 bytes and 4 special ones; learned from "
@@ -216,6 +217,8 @@ def main():
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
         if stopping:
             bar.close()
+            if processes > 1:  # torchrun kills the others when one leaves: wait until the state is saved
+                torch.distributed.barrier()
             leave(config)
     bar.close()
     if processes > 1:  # before any of them exits, or its open connections may crash it at exit
