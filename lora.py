@@ -52,7 +52,7 @@ def merged(model):
     On the CPU, so that saving needs no memory of a GPU."""
     copies = {id(p): nn.Parameter(p.to("cpu", copy=True), p.requires_grad) for p in model.parameters()}
     copies |= {id(b): b.to("cpu", copy=True) for b in model.buffers()}
-    model = copy.deepcopy(model, copies)  # which takes these
+    model = copy.deepcopy(model, copies)  # takes what it finds there for copied
     for owner, name, lora in matrices(model, LoRA):
         lora.linear.weight += lora.scale * lora.b @ lora.a
         setattr(owner, name, lora.linear)

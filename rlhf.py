@@ -114,6 +114,7 @@ def gae(rewards, values, mask, gamma, lam):
 
     The value V_t is the critic's forecast, made before token t, of the reward still to come; the advantage A_t says by
     how much token t and what followed were better than that.
+
     -> advantages, not whitened, and returns = advantages + values, what the critic should learn;
     both 0 outside the mask. The value after a row's last token is 0: the answer is over.
     """
