@@ -483,7 +483,7 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     subfolder and moved when all are complete. A reader needs config.json, which is deleted first and moved last,
     so it never mixes two checkpoints."""
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_hf(model).items()}
+    tensors = to_hf(model)
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
     told = scalar and model.reader is not None
     if told:

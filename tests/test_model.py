@@ -383,6 +383,7 @@ def test_hugging_face_roundtrip(changes, scalar):
     state = to_hf(model)
     assert ("lm_head.weight" in state) == (not scalar and not model.config.tied)
     assert all(tensor.is_contiguous() for tensor in state.values())
+    assert not {t.untyped_storage().data_ptr() for t in state.values()} & {p.untyped_storage().data_ptr() for p in model.parameters()}
     config = config_from_hf(json.loads(json.dumps(hf_config(model.config))))
     assert config == model.config
     other = GPT(config)

@@ -58,7 +58,7 @@ def tensors(model):
     """Yields (name in GGUF, float32 array); a tied head is not written again: llama.cpp uses the embedding."""
     heads = {"q_proj": model.config.heads, "k_proj": model.config.kv_heads}
     for name, tensor in to_hf(model).items():
-        array = tensor.float().cpu().numpy()
+        array = tensor.float().numpy()
         kind = name.split(".")[-2]
         if not model.config.qk_norm and kind in heads:
             array = interleave(array, heads[kind])
