@@ -18,6 +18,7 @@ the file is probably not what its user thinks it is, and that is an error too.
 Files are read whole, except plain text with `pretrain.py --stream`. Left out: tool calls, and packing
 of conversations.
 """
+import contextlib
 import gzip
 import itertools
 import json
@@ -38,8 +39,6 @@ from tokenizer import render_chat
 from training import InputError, make_folder, write_text, writing
 
 IGNORE = -100  # what torch's cross_entropy skips
-CONVERSATIONS = '{"messages"}, {"instruction", "output"} or {"instruction", "response"}'
-PREFERENCES = '"chosen" and "rejected", with a "prompt" or "instruction" or as whole dialogues'
 
 
 @dataclass
@@ -127,22 +126,14 @@ def _rows(path):
         if name.endswith(".gz"):
             data = gzip.decompress(data)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: found a corrupt or truncated gzip file ({error}), "
-                         "expected a whole one")
+        raise InputError(f"{path}: found a corrupt or truncated gzip file ({error}), expected a whole one")
     except OSError as error:
         raise InputError(f"{path}: found no readable file ({error.strerror}), expected a data file")
     kind = Path(name.removesuffix(".gz")).suffix
     if kind not in (".txt", ".json", ".jsonl"):
         raise InputError(f"{path}: found the ending {kind!r}, "
                          "expected .txt, .json or .jsonl, or one of these with .gz")
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")  # "utf-8-sig" would shift error.start
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: found byte 0x{data[error.start]:02x} at byte "
-                         f"offset {error.start}, expected UTF-8 text")
-    if "\0" in text:
-        raise InputError(f"{path}: found a zero byte at byte offset {data.index(0)}, expected text")
+    text = _decode(data, path)
     if not text.strip():
         raise InputError(f"{path}: found an empty file, expected {kind}")
     if kind == ".txt":
@@ -161,6 +152,20 @@ def _rows(path):
     return rows
 
 
+def _decode(data, path, offset=0):
+    """The text of bytes that begin at `offset` of the file."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        place = path if offset else f"{path}, line {line}"
+        raise InputError(f"{place}: found byte 0x{data[error.start]:02x} at byte offset {offset + error.start}, "
+                         "expected UTF-8 text")
+    if "\0" in text:
+        raise InputError(f"{path}: found a zero byte at byte offset {offset + data.index(0)}, expected text")
+    return text if offset else text.removeprefix("\ufeff")
+
+
 def _parse(text, path, line, expected):
     try:
         return json.loads(text)
@@ -168,8 +173,7 @@ def _parse(text, path, line, expected):
         raise InputError(f"{path}, line {line + error.lineno - 1}, column {error.colno}: "
                          f"found bad JSON ({error.msg}), expected {expected}")
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise InputError(f"{path}, line {line}: found unreadable JSON ({error}), "
-                         f"expected {expected}")
+        raise InputError(f"{path}, line {line}: found unreadable JSON ({error}), expected {expected}")
 
 
 def _show(value):
@@ -221,24 +225,17 @@ def _conversation(row, where):
             answered = _usable([*_alpaca(row, where), _turn("assistant", _string(row, answer, where))])
             return _with_system(row, answered, where)
     hint = "; this is a row of preferences" if _is_preference(row) else ""
-    raise _no_format(row, where, CONVERSATIONS + hint)
+    raise _no_format(row, where, '{"messages"}, {"instruction", "output"} or {"instruction", "response"}' + hint)
 
 
 def _pair(row, where):
     if not _is_preference(row):
-        raise _no_format(row, where, PREFERENCES)
+        raise _no_format(row, where, '"chosen" and "rejected", with a "prompt" or "instruction" or as whole dialogues')
     p = row.get("p")
     if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):
         raise InputError(f"{where}: found {_show(p)} for 'p', expected a probability")
-    hh = r"\n\nHuman:|Human:.*\n\nAssistant:"  # in three columns; some versions lack the first line breaks
-    if isinstance(row.get("prompt"), str) and re.match(hh, row["prompt"], re.S):
-        row = dict(row)
-        before = row.pop("prompt").lstrip("\n")
-        asked = before.rfind("Human:") > before.rfind("\n\nAssistant:")
-        for key in ("chosen", "rejected"):  # the answer, after "Assistant:" or not, or the whole dialogue
-            answer = _string(row, key, where).lstrip("\n").removeprefix(before)
-            named = re.match(r"\s*Assistant:", answer)
-            row[key] = before + "\n\nAssistant:" * asked + (answer[named.end():] if named else answer)
+    if isinstance(row.get("prompt"), str) and re.match(r"\n\nHuman:|Human:.*\n\nAssistant:", row["prompt"], re.S):
+        row = _whole_dialogues(row, where)
     if "prompt" in row:
         prompt = _messages(row, "prompt", where, role="user")
     else:
@@ -249,6 +246,19 @@ def _pair(row, where):
     if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
         raise Unusable("chosen equals rejected")
     return Pair(_with_system(row, chosen[:-1], where), chosen[-1]["content"], rejected[-1]["content"], p)
+
+
+def _whole_dialogues(row, where):
+    """Anthropic HH in three columns -> in two, without "prompt". `chosen` and `rejected` may be the whole dialogue, the
+    answer after "Assistant:", or the answer alone."""
+    prompt = start = row["prompt"].lstrip("\n")  # some versions lack the first line breaks
+    if prompt.rfind("Human:") > prompt.rfind("\n\nAssistant:"):  # it ends with the question
+        start += "\n\nAssistant:"
+    answers = {}
+    for key in ("chosen", "rejected"):
+        answer = _string(row, key, where).lstrip("\n").removeprefix(prompt)
+        answers[key] = start + re.sub(r"^\s*Assistant:", "", answer)
+    return {key: value for key, value in row.items() if key != "prompt"} | answers
 
 
 def _with_system(row, messages, where):
@@ -299,8 +309,7 @@ def _messages(row, key, where, role=None):
         raise InputError(f"{where}: found {_show(value)} for {key!r}, expected {expected}")
     if any(message.get("tool_calls") for message in value):
         raise Unusable("tool calls")
-    return [_turn(_string(message, "role", where), _string(message, "content", where))
-            for message in value]
+    return [_turn(_string(message, "role", where), _string(message, "content", where)) for message in value]
 
 
 def _turn(role, content):
@@ -325,26 +334,18 @@ def _usable(messages):
 
 # ---- held-out rows -------------------------------------------------------------------------------
 
-def check_holdout(holdout):
-    """InputError unless it is above 0, which nan is not."""
-    if not holdout > 0:
-        raise InputError(f"found a hold-out of {holdout}, expected a fraction or a count above 0")
-
-
 def split_holdout(rows, holdout):
     """(train, heldout): heldout is the last rows, a fraction if `holdout` is below 1 (at least one row), else a count.
-
-    If that fraction is at most half a document, as with a few books, the end of the last one is
-    held out: that fraction of all characters. InputError if nothing is left to train on.
-    """
-    check_holdout(holdout)
+    If that fraction is at most half a document, as with a few books, the end of the last one is held out: that fraction
+    of all characters. InputError if nothing is left to train on."""
     if rows and isinstance(rows[-1], str) and holdout < 1 and (len(rows) == 1 or round(len(rows) * holdout) == 0):
-        cut = max(0, len(rows[-1]) - max(1, round(holdout * sum(map(len, rows)))))
-        rows, holdout = [*rows[:-1], *(part for part in (rows[-1][:cut], rows[-1][cut:]) if part)], 1
+        *before, book = rows
+        end = max(1, round(holdout * sum(map(len, rows))))  # characters to hold out
+        if end < len(book):
+            return [*before, book[:-end]], [book[-end:]]
     count = max(1, round(len(rows) * holdout)) if holdout < 1 else holdout
     if count >= len(rows):
-        raise InputError(f"found {len(rows)} rows and a hold-out of {count}, "
-                         "expected some rows left to train on")
+        raise InputError(f"found {len(rows)} rows and a hold-out of {count}, expected some rows left to train on")
     cut = len(rows) - int(count)
     return rows[:cut], rows[cut:]
 
@@ -352,7 +353,6 @@ def split_holdout(rows, holdout):
 def split_marked(rows, marked, holdout, paths):
     """(train, heldout): held out are the rows whose entry in `marked` is true, as those of a preference file
     that have a p are; if there are none, the last ones, as in `split_holdout`. InputError if all rows are marked."""
-    check_holdout(holdout)
     train, heldout = ([row for row, mark in zip(rows, marked, strict=True) if mark == wanted] for wanted in (False, True))
     if not heldout:
         return split_holdout(rows, holdout)
@@ -367,8 +367,7 @@ def drop_seen(heldout, train, key):
     seen = {json.dumps(key(row), sort_keys=True) for row in train}
     fresh = [row for row in heldout if json.dumps(key(row), sort_keys=True) not in seen]
     if not fresh:
-        raise InputError(f"found the prompts of all {len(heldout)} held-out rows in training, "
-                         "expected some new ones")
+        raise InputError(f"found the prompts of all {len(heldout)} held-out rows in training, expected some new ones")
     if len(fresh) < len(heldout):
         print(f"data: kept {len(fresh)} of {len(heldout)} held-out rows; dropped "
               f"{len(heldout) - len(fresh)}: prompt is also in training", file=sys.stderr)
@@ -377,15 +376,10 @@ def drop_seen(heldout, train, key):
 
 # ---- encoding ------------------------------------------------------------------------------------
 
-def pack_documents(documents, tokenizer, chunk=1024):
+def pack_documents(documents, tokenizer):
     """(tokens (N,) int32, number of UTF-8 bytes in the documents); <|endoftext|> begins each document."""
-    arrays, size = [], 0
-    for start in range(0, len(documents), chunk):  # in chunks, as Python ints take 10 times the space
-        part = documents[start:start + chunk]
-        size += sum(len(document.encode("utf-8")) for document in part)
-        ids = [[tokenizer.endoftext_id, *tokenizer.encode(document)] for document in part]
-        arrays.append(torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int32))
-    return torch.cat(arrays), size
+    tokens = [np.array([tokenizer.endoftext_id, *tokenizer.encode(document)], dtype=np.int32) for document in documents]
+    return torch.from_numpy(np.concatenate(tokens)), sum(len(document.encode("utf-8")) for document in documents)
 
 
 def encode_conversations(conversations, tokenizer, context_length, what="conversations"):
@@ -416,25 +410,22 @@ def encode_pairs(pairs, tokenizer, context_length, what="pairs"):
 # ---- texts larger than memory --------------------------------------------------------------------
 
 def _cut(piece):
-    """Where `piece` (bytes) can be cut: after its last document, else after its last line; 0: nowhere."""
-    at = piece.rfind(SEPARATOR.encode())
-    return at + len(SEPARATOR) if at >= 0 else piece.rfind(b"\n") + 1
+    """Where `piece` (bytes) can be cut: before its last separator, else after its last line; 0: nowhere."""
+    before = piece[:max(0, piece.rfind(SEPARATOR.encode()))].rstrip(b"\r\n")
+    return len(before) or piece.rfind(b"\n") + 1
 
 
 def read_pieces(paths, start=0, stop=None, size=2**22):
-    """Yield (end, text, begun, goes_on) for pieces of .txt files, read one after the other, from byte `start`
-    to `stop`, counted over all of them. A piece has up to `size` bytes and is cut after a document or, in one
-    longer than that, after a line. `end` is the offset of the byte after it; `begun` and `goes_on` say that it
-    begins, or ends, inside a document. `start` and `stop` must lie between characters."""
-    separator, before = SEPARATOR.encode(), 0
+    """Yield (end, text) for pieces of .txt files, read one after the other, from byte `start` to `stop`, counted
+    over all of them; `end` is the offset of the byte after the piece. Every document begins with the separator, which
+    the first of a file is given if it has none. A piece has up to `size` bytes and ends where a document does or, in
+    a longer one, after a line. `start` and `stop` must lie between characters."""
+    before = 0
     for path in map(Path, paths):
         length = path.stat().st_size
-        last = length if stop is None else min(length, stop - before)
-        position = max(0, start - before)
+        position, last = max(0, start - before), length if stop is None else min(length, stop - before)
         with open(path, "rb") as file:
             while position < last:
-                file.seek(max(0, position - len(separator)))
-                begun = position > 0 and file.read(len(separator)) != separator
                 file.seek(position)
                 piece = file.read(min(size, last - position))
                 if position + len(piece) < last:
@@ -442,17 +433,11 @@ def read_pieces(paths, start=0, stop=None, size=2**22):
                     if not piece:
                         raise InputError(f"{path}: found no line break and no {SEPARATOR} in {size:,} bytes "
                                          f"from offset {position:,}, expected text in lines")
-                try:
-                    text = piece.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{path}: found byte 0x{piece[error.start]:02x} at byte offset "
-                                     f"{position + error.start:,}, expected UTF-8 text")
-                text = (text if position else text.removeprefix("\ufeff")).replace("\r\n", "\n")
-                if "\0" in text:
-                    raise InputError(f"{path}: found a zero byte at byte offset {position + piece.index(0):,}, "
-                                     "expected text")
+                text = _decode(piece, path, position).replace("\r\n", "\n")
+                if position == 0:
+                    text = SEPARATOR + text
                 position += len(piece)
-                yield before + position, text, begun, position < length and not text.endswith(SEPARATOR)
+                yield before + position, text.rstrip("\r\n") if position == length else text
         before += length
 
 
@@ -460,19 +445,19 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
     """(documents from the beginning, to learn a vocabulary from; held-out documents; the byte where these
     begin). About the last `holdout` of the bytes is held out, at most `most` of them."""
     for path in map(Path, paths):
-        if path.suffix.lower() != ".txt" or not os.path.isfile(path):
-            raise InputError(f"{path}: found no .txt file, which is what --stream reads")
-        if not os.access(path, os.R_OK):
-            raise InputError(f"{path}: found no readable file (Permission denied), expected a data file")
-    total = sum(Path(path).stat().st_size for path in paths)
+        if path.suffix.lower() != ".txt" or not os.path.isfile(path) or not os.access(path, os.R_OK):
+            raise InputError(f"{path}: found no .txt file that can be read, which --stream needs")
+    sizes = [Path(path).stat().st_size for path in paths]
+    total = sum(sizes)
     if not 0 < holdout < 1 or total < 2:
         raise InputError(f"found a hold-out of {holdout} and {total} bytes, expected a fraction and some text")
     cut = total - min(most, max(1, round(holdout * total)))
+    # The hold-out begins where the last document, or line, before the cut ends: look for it in the cut's own file.
     before = 0
-    for path in map(Path, paths):  # until the one in which the cut lies
-        if cut < before + path.stat().st_size:
+    for path, size in zip(paths, sizes):
+        if cut < before + size:
             break
-        before += path.stat().st_size
+        before += size
     with open(path, "rb") as file:  # bytes: the window may begin inside a character
         begin = max(0, cut - before - window)
         file.seek(begin)
@@ -480,10 +465,10 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
     if begin and not at:
         raise InputError(f"{path}: found no line break and no {SEPARATOR} in {window:,} bytes from offset "
                          f"{begin:,}, expected text in lines")
-    found = before + begin + at  # where a document, or a line, ends
-    heldout = [document for _, text, *_ in read_pieces(paths, found) for document in _pieces_of_text(text)]
+    found = before + begin + at
+    heldout = [document for _, text in read_pieces(paths, found) for document in _pieces_of_text(text)]
     first = []
-    for end, text, *_ in read_pieces(paths, 0, found):
+    for end, text in read_pieces(paths, 0, found):
         first += _pieces_of_text(text)
         if end >= head:
             break
@@ -497,33 +482,28 @@ def stream_tokens(paths, stop, tokenizer, folder):
     longer than a piece), in FOLDER/tokens.bin: (N,) int32, memory-mapped, so that only what is accessed is read. If
     interrupted, a later call continues there."""
     make_folder(folder)
-    folder = Path(folder)
-    mark, binary = folder / "tokens.json", folder / "tokens.bin"
+    mark, binary = Path(folder) / "tokens.json", Path(folder) / "tokens.bin"
     seen = [(str(path), Path(path).stat()) for path in paths]
     made_from = {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in seen], "stop": stop,
                  "vocabulary": f"{zlib.crc32(repr(tokenizer.merges).encode()):08x}"}
     done = {"position": 0, "tokens": 0}
-    if mark.exists() and binary.exists():
-        try:
-            found = dict(json.loads(mark.read_text(encoding="utf-8")))
-        except (TypeError, ValueError):  # damaged
-            found = {}
-        there = binary.stat().st_size >= 4 * found.get("tokens", 0)  # the file may be an incomplete copy
-        if there and {name: found.get(name) for name in made_from} == made_from:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none yet, or a damaged one
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        whole = binary.stat().st_size >= 4 * found["tokens"]  # the file may be an incomplete copy
+        if whole and found == made_from | {name: found[name] for name in done}:
             done = {name: found[name] for name in done}
     # `writing` comes first: closing the file after a failed write tries to write again.
     with writing(binary), open(binary, "r+b" if done["tokens"] else "wb") as file, tqdm(
             total=stop, initial=done["position"], unit="B", unit_scale=True, desc="tokens") as bar:
         file.truncate(4 * done["tokens"])
         file.seek(0, 2)
-        for end, text, begun, goes_on in read_pieces(paths, done["position"], stop):
-            ids, parts = [], text.split(SEPARATOR)
-            for number, part in enumerate(parts):
-                new, over = number > 0 or not begun, number < len(parts) - 1 or not goes_on
-                part = part.lstrip("\r\n") if new else part
-                part = part.rstrip("\r\n") if over else part
-                if part.strip():
-                    ids += [tokenizer.endoftext_id] * new + tokenizer.encode(part)
+        for end, text in read_pieces(paths, done["position"], stop):
+            # What comes before the first separator belongs to a document that began in an earlier piece.
+            rest, *documents = re.split(rf"[\r\n]*{re.escape(SEPARATOR)}[\r\n]*", text)
+            ids = tokenizer.encode(rest)
+            for document in documents:
+                if document.strip():
+                    ids += [tokenizer.endoftext_id, *tokenizer.encode(document)]
             file.write(np.asarray(ids, dtype=np.int32).tobytes())
             file.flush()
             os.fsync(file.fileno())  # before tokens.json, which relies on it
@@ -540,8 +520,7 @@ def stream_tokens(paths, stop, tokenizer, folder):
 def check_long_enough(tokens, length):
     """InputError unless a window of `length` tokens and the target after it fit."""
     if len(tokens) <= length:
-        raise InputError(f"found {len(tokens)} tokens of text, expected more than a window of "
-                         f"{length}")
+        raise InputError(f"found {len(tokens)} tokens of text, expected more than a window of {length}")
 
 
 def random_windows(tokens, batch, length, generator):
@@ -553,10 +532,8 @@ def random_windows(tokens, batch, length, generator):
 
 
 def length_batches(lengths, batch_size, generator=None):
-    """Lists of indices, every index once; a batch holds similar lengths, so padding is small.
-
-    With a generator the order is random, and a new one at each call; without, it is sorted by length.
-    """
+    """Lists of indices, every index once; a batch holds similar lengths, so padding is small. With a generator the
+    order is random, and a new one at each call; without, it is sorted by length."""
     count = len(lengths)
     if generator is None:
         order = sorted(range(count), key=lengths.__getitem__)
@@ -585,10 +562,8 @@ def pad_right(rows, pad_id):
 
 
 def sft_batch(rows, pad_id):
-    """inputs (B, T - 1), targets (B, T - 1) of (ids, mask) rows; -100 where nothing is supervised.
-
-    The shift happens here and nowhere else: targets[:, t] is the token after inputs[:, t].
-    """
+    """inputs (B, T - 1), targets (B, T - 1) of (ids, mask) rows; -100 where nothing is supervised. The shift happens
+    here and nowhere else: targets[:, t] is the token after inputs[:, t]."""
     inputs = pad_right([ids for ids, _ in rows], pad_id)[:, :-1]
     supervised = [[token if on else IGNORE for token, on in zip(*row)] for row in rows]
     targets = pad_right(supervised, IGNORE)[:, 1:]
@@ -598,10 +573,8 @@ def sft_batch(rows, pad_id):
 
 
 def preference_batch(pairs, pad_id):
-    """ids (2B, T), mask (2B, T), last (2B,): the B chosen rows first, then the B rejected ones.
-
-    mask[i, t] is 1 where ids[i, t] is part of the answer; last is the index of the last real token.
-    """
+    """ids (2B, T), mask (2B, T), last (2B,): the B chosen rows first, then the B rejected ones. mask[i, t] is 1 where
+    ids[i, t] is part of the answer; last is the index of the last real token."""
     sides = [(pair.prompt, pair.chosen) for pair in pairs]
     sides += [(pair.prompt, pair.rejected) for pair in pairs]
     ids = pad_right([prompt + answer for prompt, answer in sides], pad_id)

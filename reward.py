@@ -140,7 +140,6 @@ def load_pairs(config, policy, tokenizer):
     """(train, heldout) lists of data.EncodedPair: from files, or sampled from `policy` and labelled
     by the embedded world. Rows that have a `p`, as the world's held-out ones do, are held out; if none
     has one, the last rows are. No held-out prompt occurs in training."""
-    data.check_holdout(config.holdout)
     if config.data == ["world"]:
         count = config.holdout * config.pairs if config.holdout < 1 else config.holdout
         if count >= config.pairs:

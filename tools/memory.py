@@ -2,7 +2,7 @@
 
     python tools/memory.py            # on a GPU if there is one; a CPU takes some minutes, and 20 GB for the largest
 
-On a CPU each case is a process of its own: random weights of that shape, 4 pairs with 256 tokens a side, half of
+Each case is a process of its own: random weights of that shape, 4 pairs with 256 tokens a side, half of
 them the answer, two steps (the first creates AdamW's moments), then the peak memory. What to expect:
 
     trained weights      16 bytes each: weight, gradient and two moments, in float32
@@ -41,9 +41,6 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
     from model import GPT, GPTConfig
     from training import adamw, autocast, micro_batches
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     model = GPT(GPTConfig(context_length=512, **shape)).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     model.recompute = recompute
@@ -68,28 +65,22 @@ def step(shape, micro=None, recompute=False, dtype="float32", lora=None):
 
 
 def main():
-    if len(sys.argv) == 2:  # --help, or what it does not take
+    if len(sys.argv) == 3:  # how it calls itself
+        print(json.dumps(step(SHAPES[sys.argv[1]], **CASES[sys.argv[2]])))
+        return
+    if len(sys.argv) > 1:  # --help
         print(__doc__)
         return
-    if len(sys.argv) == 3:  # how it calls itself
-        shape, case = SHAPES[sys.argv[1]], CASES[sys.argv[2]]
-        print(json.dumps(step(shape, **case)))
-        return
-    import torch
-    on_gpu = torch.cuda.is_available()
     print("| GiB, peak | parameters | " + " | ".join(CASES) + " |\n" + "|---" * (len(CASES) + 2) + "|")
     for name in SHAPES:
         found = []
         for case in CASES:
-            if on_gpu:
-                found.append(step(SHAPES[name], **CASES[case]))
-                continue
             ran = subprocess.run([sys.executable, __file__, name, case], capture_output=True, text=True)
             found.append(json.loads(ran.stdout) if ran.returncode == 0 else [0, float("nan")])
             if ran.returncode:  # perhaps out of memory, which leaves no word
                 print(f"{name}, {case}: exit status {ran.returncode} {ran.stderr.strip()[-200:]}", file=sys.stderr)
-        print(f"| {name} | {max(count for count, _ in found) / 1e6:.0f} M | " + " | ".join(f"{gb:.1f}" for _, gb in found) + " |",
-              flush=True)
+        parameters = max(count for count, _ in found)
+        print(f"| {name} | {parameters / 1e6:.0f} M | " + " | ".join(f"{gb:.1f}" for _, gb in found) + " |", flush=True)
 
 
 if __name__ == "__main__":
