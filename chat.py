@@ -5,12 +5,9 @@
     python chat.py out/sft --prompt "…" --best-of 16 --reward out/reward
     python chat.py out/sft --label mine.jsonl                      # collect your own preferences
 
-Prompting is alignment without training: `--system` puts an instruction before the conversation,
-`--few-shot` puts solved examples from the embedded world before it. A base model knows nothing of the chat
-format; it is given plain text, and what it writes up to the next line break is its answer.
-A single question is given as one line; after examples or earlier turns the layout is
-
-    Question: …⏎Answer: …⏎⏎Question: …⏎Answer:
+Prompting is alignment without training: `--system` puts an instruction before the conversation, `--few-shot` solved
+examples from the embedded world. A base model knows nothing of the chat format; it is given plain text (`plain_prompt`),
+and what it writes up to the next line break is its answer.
 
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
 draw n answers, show one. The one with the highest reward need not be good: among many answers, some fool
@@ -62,19 +59,15 @@ class Config:
         "positional": True, "help": "folders of models; several answer one after the other"})
     prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
     system: str | None = flag(None, "instruction put before everything else (default: the folder's, if any)")
-    few_shot: int = flag(0, "solved examples from the embedded world to put before the question, from the family "
-                         "nearest to it")
+    few_shot: int = flag(0, "solved examples to put before the question, from the family of the world nearest to it")
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
     best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
-    reward: str | None = flag(None, "folder of the reward model, for --best-of and /best (default: for /best the folder `reward` "
-                              "beside the model)")
-    label: str | None = flag(None, "show one answer from the first and one from the last model, in random order, "
-                              "ask which is better, append the pair to this file")
+    reward: str | None = flag(None, "folder of the reward model (default: for /best, `reward` beside the model)")
+    label: str | None = flag(None, "ask whose answer is better, the first or the last model's; append the pair here")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")
     top_k: int | None = flag(None, "sample from the k likeliest tokens only (default: all)")
-    top_p: float | None = flag(None, "sample from the likeliest tokens that together have this probability"
-                                     " (default: all)")
+    top_p: float | None = flag(None, "sample from the likeliest tokens that together have this share (default: all)")
     max_new_tokens: int = flag(200, "longest answer, in tokens")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of the sampling")
@@ -85,28 +78,29 @@ class Config:
 
 
 def plain_prompt(question, shots=()):
-    """Text for a base model. Zero-shot: the question as it stands. Few-shot: solved (question,
-    answer) `shots` in the layout of a quiz page, then the question in the same layout."""
+    """Text for a base model: the question as it stands, or after solved `shots` in the layout of a quiz page."""
     if not shots:
         return f"{question}\n"
-    return "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in shots) + (
-        f"Question: {question}\nAnswer:")
+    return "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in shots) + f"Question: {question}\nAnswer:"
+
+
+def messages(question, system=None, history=()):
+    """The chat that ends with the question; `history` holds earlier (question, answer) turns."""
+    turns = [("system", system)] if system else []
+    for asked, answered in history:
+        turns += [("user", asked), ("assistant", answered)]
+    return [{"role": role, "content": content} for role, content in (*turns, ("user", question))]
 
 
 def chat_prompt(tokenizer, question, system=None, history=()):
-    """Ids up to where the assistant's answer begins. `history` holds earlier (question, answer) turns."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for said, answered in history:
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
-    messages.append({"role": "user", "content": question})
-    return render_chat(tokenizer, messages, generation_prompt=True)[0]
+    """Ids of the chat, up to where the assistant's answer begins."""
+    return render_chat(tokenizer, messages(question, system, history), generation_prompt=True)[0]
 
 
 def newline_ids(tokenizer):
     """Ids of all tokens that contain a line break: an answer in the raw format ends there."""
     encoding = tokenizer.encoding
-    return [encoding.encode_single_token(token) for token in encoding.token_byte_values()
-            if b"\n" in token]
+    return [encoding.encode_single_token(token) for token in encoding.token_byte_values() if b"\n" in token]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,14 +154,8 @@ def open_speaker(folder, device="cpu", raw=False):
     name, folder = Path(os.path.abspath(folder)).name, Path(folder)
     if not isinstance(model, GPT):
         raise InputError(f"{folder}: a reward model does not talk; give it with --reward")
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")  # it may be 0
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends = {*ends, *special(tokenizer, ENDOFTEXT)}
+    template, ends = read_beside(folder)
+    ends |= {*special(tokenizer, ENDOFTEXT)}
     # transformers, when it tunes a base model and saves it, keeps the stage that we wrote.
     base = info.get("stage") == "pretrain" and "transformers_version" not in info
     if raw or base or not template:
@@ -185,11 +173,24 @@ def open_speaker(folder, device="cpu", raw=False):
                    ends | {*special(tokenizer, IM_END)})
 
 
-def read_json(path):
+def read_beside(folder):
+    """(chat template or None, ids of the end tokens), as the files beside the weights have them."""
+    template = ends = None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+        path = folder / "tokenizer_config.json"
+        if path.exists():
+            template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        path = folder / "chat_template.jinja"
+        if path.exists():
+            template = path.read_text(encoding="utf-8")
+        path = folder / "generation_config.json"
+        if path.exists():
+            ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")  # it may be 0
+        return template and str(template), {*ends} if isinstance(ends, list) else {ends} - {None}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON of the usual form ({error})") from error
 
 
 def special(tokenizer, name):
@@ -203,11 +204,14 @@ def can_judge(reward, tokenizer, speaker):
             and reward.config.context_length >= speaker.model.config.context_length)
 
 
-def check_judge(reward, tokenizer, speaker, folder):
-    """InputError unless the reward model of `folder` can judge the speaker's chats."""
-    if speaker.raw or not can_judge(reward, tokenizer, speaker):
-        raise InputError(f"--reward {folder}: reads chats in its own vocabulary, of up to "
-                         f"{reward.config.context_length} tokens; {speaker.name} does not write them")
+def load_judge(folder, speakers, device):
+    """(reward model, its shift), or InputError if it cannot read the chats of one of the speakers."""
+    model, tokenizer, shift, _ = load_reward(folder, device)
+    for speaker in speakers:
+        if speaker.raw or not can_judge(model, tokenizer, speaker):
+            raise InputError(f"--reward {folder}: reads chats in its own vocabulary, of up to "
+                             f"{model.config.context_length} tokens; {speaker.name} does not write them")
+    return model, shift
 
 
 def examples_like(question, config):
@@ -240,16 +244,17 @@ def generate_all(model, prompts, max_new_tokens, chunk=512, **sampling):
 
 
 def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, **sampling):
-    """Draw n answers to every prompt (chat ids) and choose by r + `beta` log π, with `reward` = (model,
-    shift) and log π of the whole answer, in nats, under the distribution it was sampled from.
+    """Draw n answers to every prompt (ids) and choose by r + `beta` log π, with `reward` = (model, shift), or None for
+    r = 0, and log π of the whole answer, in nats, under the distribution it was sampled from.
 
     -> (best answers, all samples as a list of n for each prompt, rewards (P, n), log-probs (P, n)).
     `sampling` goes to `generate`: temperature, top_k, top_p, eos_ids (which is needed here), generator.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]
     answers, logprobs = generate_all(policy, rows, max_new_tokens, **sampling)
-    model, shift = reward
-    scores = score(model, rows, answers, tokenizer.pad_id).reshape(len(prompts), n) - shift
+    model, shift = reward or (None, 0.0)
+    scores = score(model, rows, answers, tokenizer.pad_id) if reward else torch.zeros(len(rows))
+    scores = scores.reshape(len(prompts), n) - shift
     logprobs = torch.tensor([sum(row) for row in logprobs]).reshape(len(prompts), n)
     samples = [answers[i:i + n] for i in range(0, len(answers), n)]
     choices = values(answers, scores, logprobs, beta, sampling["eos_ids"]).argmax(1).tolist()
@@ -281,14 +286,10 @@ def speak(speaker, ids, max_new_tokens, sampling):
 
 
 def answer(speaker, ids, config, sampling, reward):
-    """One whole answer, as text; with a reward model the best of --best-of."""
-    if reward:
-        (best,), *_ = best_of_n(speaker.model, speaker.tokenizer, reward, [ids], config.best_of,
-                                config.max_new_tokens, config.best_of_beta, eos_ids=speaker.end_ids, **sampling)
-        return speaker.text(best)
-    drawn, _ = generate(speaker.model, [ids], config.max_new_tokens, eos_ids=speaker.end_ids,
-                        **sampling)
-    return speaker.text(drawn[0])
+    """One whole answer, as text: the best of --best-of."""
+    (best,), *_ = best_of_n(speaker.model, speaker.tokenizer, reward, [ids], config.best_of, config.max_new_tokens,
+                            config.best_of_beta, eos_ids=speaker.end_ids, **sampling)
+    return speaker.text(best)
 
 
 def questions(prompt):
@@ -306,19 +307,18 @@ def questions(prompt):
             yield line
 
 
-def models_beside(folder, device, raw):
-    """The language models beside `folder`, itself included, one by one in the order in which they were made."""
-    for path in sorted(Path(os.path.abspath(folder)).parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime):
-        with contextlib.suppress(InputError):  # a reward model, or no model at all
-            yield open_speaker(path.parent, device, raw)
-
-
 def compare(question, config, sampling, device):
-    """Put the question to the first model and all beside it, each with the conversation's seed."""
-    seed = sampling["generator"].initial_seed()
-    for speaker in models_beside(config.checkpoints[0], device, config.raw):
+    """Put the question to the first model and all in folders beside its own, in the order in which they were made,
+    each with the conversation's seed."""
+    seed, shots = sampling["generator"].initial_seed(), examples_like(question, config)
+    beside = Path(os.path.abspath(config.checkpoints[0])).parent.glob("*/config.json")
+    for path in sorted(beside, key=lambda path: path.stat().st_mtime):
         try:
-            ids, _ = speaker.fit(question, examples_like(question, config), config)
+            speaker = open_speaker(path.parent, device, config.raw)
+        except InputError:  # a reward model, or no model at all
+            continue
+        try:
+            ids, _ = speaker.fit(question, shots, config)
         except InputError as error:
             print(f"({error})")
             continue
@@ -330,16 +330,15 @@ def compare(question, config, sampling, device):
 def candidates(question, n, speaker, config, sampling, device):
     """Print n answers to the question, the best first, with reward and log-prob; equal ones once."""
     folder = config.reward or Path(os.path.abspath(config.checkpoints[0])).parent / "reward"
-    model, tokenizer, shift, _ = load_reward(folder, device)
-    check_judge(model, tokenizer, speaker, folder)
+    judge = load_judge(folder, [speaker], device)
     ids, _ = speaker.fit(question, examples_like(question, config), config)
-    _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, tokenizer, (model, shift), [ids], n,
+    _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, speaker.tokenizer, judge, [ids], n,
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
     texts = [visible(speaker.text(answer)) for answer in drawn]
+    ended = [ids[-1] in speaker.end_ids for ids in drawn]
+    value = (scores + config.best_of_beta * logprobs).tolist()
     shown = {}  # text -> place of its best sample: the same text can come from different tokens
-    value = values(drawn, scores[None], logprobs[None], config.best_of_beta, speaker.end_ids)[0].tolist()
-    plain = (scores + config.best_of_beta * logprobs).tolist()
-    for place in sorted(range(n), key=lambda i: (value[i], plain[i]), reverse=True):  # those cut off come last
+    for place in sorted(range(n), key=lambda i: (ended[i], value[i]), reverse=True):  # those cut off come last
         shown.setdefault(texts[place], place)
     for text, place in shown.items():
         times = texts.count(text)
@@ -405,64 +404,69 @@ def reply(line, speakers, histories, config, sampling, reward):
 
 
 def label(speakers, config, sampling, reward):
-    """Show two answers to each question, from the first and the last model in random order (so that
-    the judge is blind); the choice becomes one line of a preference file."""
+    """Show two answers to each question, from the first and the last model; which is better becomes one line of a
+    preference file."""
     check_jsonl("label", config.label)
     with writing(config.label):  # now, not after the first judgement
         Path(config.label).parent.mkdir(parents=True, exist_ok=True)
         open(config.label, "ab").close()
+    two = speakers[0], speakers[-1]
+    # Both are asked what will be written down: the system prompt of the first folder, examples that fit both contexts.
+    system = two[0].system if config.system is None else config.system
+    asked = replace(config, system=system or "")
     for question in [config.prompt] if config.prompt is not None else questions("prompt> "):
-        shots, two = examples_like(question, config), (speakers[0], speakers[-1])
-        # Both are asked what will be written down: the system prompt of the first folder, examples that fit both contexts.
-        said = speakers[0].system if config.system is None else config.system
-        asked = replace(config, system=said or "")
+        shots = examples_like(question, config)
         try:
             shots = min((speaker.fit(question, shots, asked)[1] for speaker in two), key=len)
             prompts = [speaker.fit(question, shots, asked)[0] for speaker in two]
         except InputError as error:
             print(f"({error})")
             continue
-        for _ in range(8):
-            pair = [answer(speaker, ids, config, sampling, reward) for speaker, ids in zip(two, prompts)]
-            if pair[0].strip() != pair[1].strip() and all(text.strip() for text in pair):
-                break
-        else:
+        pair = two_answers(two, prompts, config, sampling, reward)
+        if not pair:
             print("(no two different answers in 8 tries; try a higher --temperature)")
             continue
         # Another order each time, even with one question in every run, or the same one again and again.
         random.Random(f"{config.seed} {question} {os.path.getsize(config.label)}").shuffle(pair)
         print(f"A: {visible(pair[0])}\nB: {visible(pair[1])}", flush=True)
         replies = (line.lower() for line in questions("better, a or b (s skips)? "))
-        choice = next((line for line in replies if line in ("a", "b", "s")), "s")
-        if choice == "s":
-            continue
-        turns = [*([{"role": "system", "content": said}] if said else []),
-                 *({"role": role, "content": text} for shot in shots for role, text in zip(("user", "assistant"), shot)),
-                 {"role": "user", "content": question}]
-        prompt = turns if len(turns) > 1 else question
-        chosen, rejected = pair if choice == "a" else pair[::-1]
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        with writing(config.label), open(config.label, "ab+") as file:
-            if file.tell():  # an editor may have left no line break at the end
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+        choice = next((line for line in replies if line in ("a", "b", "s")), None)
+        if choice is None:  # no more input, or Ctrl-C
+            return
+        if choice != "s":
+            chosen, rejected = pair if choice == "a" else pair[::-1]
+            prompt = messages(question, system, shots) if system or shots else question
+            append_row(config.label, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+
+def two_answers(two, prompts, config, sampling, reward):
+    """[an answer of each], different and not empty; None if eight tries give no such two."""
+    for _ in range(8):
+        pair = [answer(speaker, ids, config, sampling, reward) for speaker, ids in zip(two, prompts)]
+        if pair[0].strip() != pair[1].strip() and all(text.strip() for text in pair):
+            return pair
+
+
+def append_row(path, row):
+    """Add a line to a .jsonl file, also where an editor left no line break at its end."""
+    with writing(path), open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
     check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), best_of_beta=(0, 1e6), temperature=(0, 100),
                 top_k=(1, 10**9), top_p=(1e-9, 1))
-    if hasattr(sys.stdin, "reconfigure"):  # a byte that is not UTF-8 is no reason to stop
-        sys.stdin.reconfigure(errors="replace")
     if config.best_of > 1 and not config.reward:
         raise InputError("--best-of needs the model that chooses: --reward out/reward")
     if config.reward and config.best_of == 1 and (config.prompt is not None or config.label is not None):
         raise InputError("--reward chooses among several answers: expected --best-of with 2 or more")
     if config.best_of > 1 and config.temperature < 1e-6:
-        raise InputError(f"--temperature {config.temperature:g}: all of --best-of's answers would be the same; expected a "
-                         "higher one")
+        raise InputError(f"--temperature {config.temperature:g}: the answers of --best-of would be the same")
     for name in ("prompt", "system"):
         if getattr(config, name) is not None:
             setattr(config, name, getattr(config, name).encode("utf-8", "replace").decode("utf-8"))
@@ -473,15 +477,8 @@ def main(argv=None):
             speaker.name = folder
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
                 "generator": torch.Generator(device=device).manual_seed(config.seed)}
-    reward = None
-    if config.reward and config.best_of > 1:
-        model, tokenizer, shift, _ = load_reward(config.reward, device)
-        reward = (model, shift)
-        for speaker in speakers:
-            check_judge(model, tokenizer, speaker, config.reward)
-    if config.label is not None:
-        label(speakers, config, sampling, reward)
-    elif config.prompt is not None:
+    reward = load_judge(config.reward, speakers, device) if config.best_of > 1 else None
+    if config.prompt is not None and config.label is None:
         shots = examples_like(config.prompt, config)
         for speaker in speakers:
             ids, kept = speaker.fit(config.prompt, shots, config)
@@ -490,11 +487,14 @@ def main(argv=None):
             sampling["generator"].manual_seed(config.seed)  # so that the order of models does not matter
             text = visible(answer(speaker, ids, config, sampling, reward))
             print(f"== {speaker.name} ==\n{text}\n" if len(speakers) > 1 else text)
-    else:
-        try:
+        return
+    try:
+        if config.label is not None:
+            label(speakers, config, sampling, reward)
+        else:
             converse(speakers, config, sampling, reward, device)
-        except KeyboardInterrupt:  # in the middle of an answer
-            print()
+    except KeyboardInterrupt:  # in the middle of an answer
+        print()
 
 
 if __name__ == "__main__":

@@ -2,25 +2,17 @@
 
     python evaluate.py out/base out/sft out/dpo out/ppo --reward out/reward --data out/pairs.jsonl
 
-writes report.json, report.md and report.html to out/report, in about a minute for models
-of a million parameters; --per-family 80 halves that. Every checkpoint answers every prompt twice:
-greedily, and with one sample at temperature 1 from the model itself, without top-k or top-p. The
-KL divergence, the gold score, the win rate and the rates of behaviour are measured on the sample;
-accuracy is given for both.
+writes report.json, report.md and report.html to out/report. Every checkpoint answers every prompt twice: greedily, and
+with one sample at temperature 1. Accuracy is given for both; all else is measured on the sample. A base model, to save
+time, answers only greedily, in the plain format of chat.py, zero-shot and, in a row of its own, few-shot. Best-of-n is a
+row too: the reward model's choice among n samples of the reference (the checkpoint called `sft`), drawn for part of the
+prompts. Those samples also tell which questions the reference can answer: only there is "I do not know" needless.
 
-A base model answers in the plain format of chat.py, zero-shot and, in a row of its own, few-shot;
-to save time, it answers only greedily.
-Best-of-n is a row too: the reward model's choice among n samples of the reference checkpoint (the
-one in a folder called `sft`), drawn for part of the prompts. Those n samples also tell which
-questions the reference can answer: only there does "I do not know" count as needless.
-
-Means are taken over equally many prompts of each family. Between rows with more and with fewer prompts,
-compare the win rates, which are paired: the first prompts of a family can be easier than the rest. KL is
-averaged over the prompts of best-of-n; a rate about one kind of prompt uses all prompts of that kind.
-Such rates, and shares of right answers, are left out where few prompts are behind them. Rates have
-Wilson's interval, means a bootstrap over prompts; comparisons with the reference are paired prompt by
-prompt. Left out: several seeds of the training itself: the intervals are about these checkpoints, not
-about the method. (Run `make` with several seeds; `report.py` reads their reports together.)
+Means are taken over equally many prompts of each family, KL over the prompts of best-of-n, and a rate about one kind of
+prompt over all of that kind; rates of few prompts are left out. Rates have Wilson's interval, means a bootstrap over
+prompts; comparisons with the reference are paired prompt by prompt. (So between rows with more and with fewer prompts
+compare the win rates: the first prompts of a family can be easier than the rest.) Left out: several seeds of the
+training: the intervals are about these checkpoints, not about the method. (`report.py` reads several reports together.)
 """
 
 import functools
@@ -38,12 +30,11 @@ import torch
 import data
 import report as pages
 import world
-from chat import BEST_OF_BETA, best_of_n, can_judge, chat_prompt, generate_all, open_speaker
+from chat import BEST_OF_BETA, Speaker, best_of_n, can_judge, chat_prompt, generate_all, open_speaker
 from pretrain import heldout_loss
 from reward import heldout_report, score, score_pairs, wilson
-from tokenizer import ENDOFTEXT, IM_END, same_tokens
-from training import (InputError, check_range, flag, load_reward, make_folder, parse_args, pick_device, run,
-                      write_text)
+from tokenizer import ENDOFTEXT, IM_END, IM_START, same_tokens
+from training import (InputError, check_range, flag, load_reward, make_folder, parse_args, pick_device, run, write_text)
 
 ENOUGH = 160  # prompts for a rate about one kind of prompt, however small --per-family is
 
@@ -62,8 +53,6 @@ class Config:
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in that choice, see chat.py; 0: reward alone")
     best_of_per_family: int = flag(16, "prompts of each family that best-of-n is measured on; at most --per-family")
     per_family: int = flag(160, "held-out prompts of each family that the rest is measured on; at most 160")
-    accuracy_decode: str = flag("greedy", "which answers the column *right* is computed from",
-                                choices=["greedy", "sample"])
     system: str | None = flag(None, "instruction put before every prompt (default: that of each folder, if any)")
     max_new_tokens: int = flag(80, "longest answer, in tokens")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
@@ -102,8 +91,7 @@ def sequence_kl(policy, reference, prompts, responses, chunk=128):
     for batch in data.length_batches([len(row) for row in rows], chunk):
         ids = data.pad_right([rows[i] for i in batch], 0).to(device)  # (B, T)
         # The logits that predict token t are at position t − 1.
-        places = [(b, t - 1) for b, i in enumerate(batch)
-                  for t in range(len(prompts[i]), len(rows[i]))]
+        places = [(b, t - 1) for b, i in enumerate(batch) for t in range(len(prompts[i]), len(rows[i]))]
         hidden = [model.hidden(ids) for model in (policy, reference)]  # (B, T, C)
         step = max(1, 2**24 // policy.config.vocab_size)  # bounds memory with a large vocabulary
         for start in range(0, len(places), step):
@@ -135,13 +123,13 @@ class Row:
     fair: np.ndarray  # (N,) bool: the prompts that means are taken over, equally many of each family
     sampled: Answers
     greedy: Answers | None
+    speaker: Speaker | None = None
+    judge: object = None  # (answers, indices) -> the reward model's scores, where there is one
 
     def __post_init__(self):
         self.gold = [gold_parts(task, text) for task, text in zip(self.tasks, self.sampled.texts)]
-        self.right = {name: np.array([world.check(task, text)
-                                      for task, text in zip(self.tasks, answers.texts)])
-                      for name, answers in (("greedy", self.greedy), ("sampled", self.sampled))
-                      if answers}
+        self.right = {name: np.array([world.check(task, text) for task, text in zip(self.tasks, answers.texts)])
+                      for name, answers in (("greedy", self.greedy), ("sampled", self.sampled)) if answers}
 
 
 def gold_parts(task, text):
@@ -202,19 +190,13 @@ def choose_tasks(config):
 # Measures
 
 
-def accuracy(tasks, right, fair, enough):
-    """Shares of right answers, None where fewer than `enough` prompts are behind one, and the same dict with those
-    numbers. "all" is over the prompts marked `fair`."""
-    answerable = np.array([task.kind == "answerable" for task in tasks])
-    holdout, family = (np.array([getattr(task, name) for task in tasks])
-                       for name in ("holdout", "family"))
-    groups = {"all": answerable & fair} | {name: answerable & (holdout == name) for name in world.HOLDOUTS}
-    families = {str(name): family == name for name in dict.fromkeys(family.tolist())}
-
-    def of_each(f):
-        return {name: f(right[group]) for name, group in groups.items()} | {
-            "families": {name: f(right[group]) for name, group in families.items()}}
-    return of_each(lambda hits: rate(hits) if len(hits) >= enough else None), of_each(len)
+def of_each_group(tasks, fair, measured):
+    """`measured` of the prompts (N,) bool of each group: all answerable ones marked `fair`, those of each kind of
+    hold-out, and each family."""
+    kind, holdout, family = (np.array([getattr(task, name) for task in tasks]) for name in ("kind", "holdout", "family"))
+    return {"all": measured((kind == "answerable") & fair),
+            **{name: measured((kind == "answerable") & (holdout == name)) for name in world.HOLDOUTS},
+            "families": {name: measured(family == name) for name in dict.fromkeys(family.tolist())}}
 
 
 def measure(row, reference, can_answer, config):
@@ -228,18 +210,18 @@ def measure(row, reference, can_answer, config):
     hedged = np.array([world.is_hedge(text) for text in texts])
     known = answerable & can_answer[row.where]
     enough = min(150, config.per_family)  # a rate of fewer prompts is not worth quoting
-    right = {name: accuracy(row.tasks, hits, row.fair, enough) for name, hits in row.right.items()}
-    main = "greedy" if config.accuracy_decode == "greedy" and "greedy" in right else "sampled"
-    lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
-    gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
 
     def rate_of(asked, hits):
         return rate(hits[asked]) if asked.sum() >= enough else None
+    right = {name: of_each_group(row.tasks, row.fair, lambda asked: rate_of(asked, hits))
+             for name, hits in row.right.items()}
+    lengths = np.array([len(ids) - ended for ids, ended in zip(row.sampled.ids, row.sampled.ended)])
+    gold = {name: np.array([parts[name] for parts in row.gold]) for name in row.gold[0]}
     result = {
         "bits_per_byte": None,
-        "accuracy": right[main][0],
-        "accuracy_greedy": right["greedy"][0] if "greedy" in right else None,
-        "accuracy_sampled": right["sampled"][0],
+        "accuracy": right.get("greedy", right["sampled"]),
+        "accuracy_greedy": right.get("greedy"),
+        "accuracy_sampled": right["sampled"],
         "accuracy_vs_sft": None,
         "gold": {name: bootstrap(values[row.fair]) for name, values in gold.items()},
         "win_rate_vs_sft": None,
@@ -253,7 +235,8 @@ def measure(row, reference, can_answer, config):
         "hedging_rate": rate_of(known, hedged),
         "eos_rate": rate(row.sampled.ended[row.fair]),
         "mean_tokens": bootstrap(lengths[row.fair]),
-        "prompts": {"total": len(row.tasks), "means": int(row.fair.sum()), "accuracy": right[main][1],
+        "prompts": {"total": len(row.tasks), "means": int(row.fair.sum()),
+                    "accuracy": of_each_group(row.tasks, row.fair, lambda asked: int(asked.sum())),
                     "harmful": int((kind == "harmful").sum()), "harmless": int(harmless.sum()),
                     "unknown": int((kind == "unknown").sum()), "hedging": int(known.sum())},
     }
@@ -282,15 +265,12 @@ def judge_reward_model(model, tokenizer, pairs, found):
     return {"accuracy": right, "noise_ceiling": ceiling, "normalised": normalised, "pairs": found["heldout_pairs"]}
 
 
-def transcripts(rows, tasks, places, judges):
-    """What every row answers to the course's prompts and to two of each family, with gold score, and reward
-    where `judges` has a function (answers, chosen) -> scores for the row.
-
-    The answers are greedy, so chat.py --temperature 0 repeats them; best-of-n has none, so its choice is shown."""
+def transcripts(rows, tasks, places):
+    """What every row answers to the course's prompts and to two of each family, with gold score and reward. The
+    answers are greedy, so chat.py --temperature 0 repeats them; best-of-n has none, so its choice is shown."""
     shown = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
     for family in dict.fromkeys(task.family for task in tasks):
-        mine = [i for i in places.tolist() if tasks[i].family == family and i not in shown]
-        shown += mine[:2]
+        shown += [i for i in places.tolist() if tasks[i].family == family and i not in shown][:2]
     found = {i: {"prompt": tasks[i].prompt, "family": tasks[i].family, "kind": tasks[i].kind,
                  "holdout": tasks[i].holdout, "course": tasks[i] in world.COURSE_PROMPTS,
                  "best": tasks[i].best, "answers": {}} for i in shown}
@@ -298,7 +278,7 @@ def transcripts(rows, tasks, places, judges):
         answers, where = row.greedy or row.sampled, row.where.tolist()
         there = [i for i in shown if i in where]
         chosen = [where.index(i) for i in there]
-        proxies = judges[name](answers, chosen) if name in judges else [None] * len(chosen)
+        proxies = row.judge(answers, chosen) if row.judge else [None] * len(chosen)
         for i, place, proxy in zip(there, chosen, proxies):
             text = answers.texts[place]
             found[i]["answers"][name] = {"text": text, "right": bool(world.check(tasks[i], text)),
@@ -335,14 +315,8 @@ def relative(folder, start):
 
 
 def rounded(value):
-    """Plain JSON numbers, five places after the point."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return round(float(value), 5)
-    return value
+    """As JSON reads it back, numbers with five places after the point; `default` turns numpy's into plain ones."""
+    return json.loads(json.dumps(value, default=float), parse_float=lambda digits: round(float(digits), 5))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -361,19 +335,16 @@ def main(argv=None):
     # 1. Models, prompts and documents.
     folders = {Path(os.path.abspath(folder)).name: folder for folder in config.checkpoints}
     if len(folders) < len(config.checkpoints):
-        raise InputError("found two checkpoints of the same name, expected different folder names, "
-                         "because these name the rows of the report")
+        raise InputError("found two checkpoints of the same name, expected different ones: they name the report's rows")
     speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
     best_name = f"best_of_{config.best_of}"
     few_shot = {f"{name}_few_shot" for name, speaker in speakers.items() if speaker.raw and config.few_shot}
     taken = (few_shot | {best_name}) & set(folders)
     if taken:
-        raise InputError(f"found a checkpoint called {', '.join(sorted(taken))}, the name of another row of the "
-                         "report; expected a different one")
+        raise InputError(f"found a checkpoint called {min(taken)}, the name of another row; expected a different one")
     reference = speakers.get(config.reference)
     if reference is None and config.reference != Config.reference:
-        raise InputError(f"--reference {config.reference}: found {', '.join(speakers)}; "
-                         "expected the name of one of them")
+        raise InputError(f"--reference {config.reference}: expected one of {', '.join(speakers)}")
     reward, reward_tokenizer = None, None
     if config.data and not config.reward:
         raise InputError("--data is what --reward FOLDER is measured on, and there is none")
@@ -381,6 +352,8 @@ def main(argv=None):
     if config.reward:
         model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
         reward = (model, shift)
+        if pairs and not {IM_START, IM_END} <= reward_tokenizer.specials.keys():
+            raise InputError(f"--reward {config.reward}: its tokenizer has no tokens of ChatML, in which --data is read")
     if pairs and all(pair.p is None for pair in pairs):
         print(f"evaluate: no row of {' '.join(config.data)} has a p, the probability that `chosen` is preferred, so the "
               "reward model's accuracy is not measured", file=sys.stderr)
@@ -398,15 +371,14 @@ def main(argv=None):
         say(f"none of them is called {config.reference}, so no win rate, KL, best of n or needless “I do not know”")
 
     # 2. Everybody answers.
-    rows, voices = {}, {}
+    rows = {}
     for name, speaker in speakers.items():
         for shots in (0, config.few_shot) if speaker.raw and config.few_shot else (0,):
             title = f"{name}_few_shot" if shots else name
             prompts = prompts_for(speaker, tasks, config, shots)
             greedy = ask(speaker, prompts, config, 0.0)
             sampled = greedy if speaker.raw else ask(speaker, prompts, config, 1.0, len(rows))  # saves time
-            rows[title] = Row(tasks, everywhere, fair, sampled, greedy)
-            voices[title] = speaker
+            rows[title] = Row(tasks, everywhere, fair, sampled, greedy, speaker)
             say(f"{title} has answered")
 
     # 3. Many samples of the reference: what it can answer, and the best of them.
@@ -415,20 +387,15 @@ def main(argv=None):
         prompts = [rows[config.reference].sampled.prompts[i] for i in places]
         sampling = {"temperature": 1.0, "eos_ids": reference.end_ids,
                     "generator": torch.Generator(device=device).manual_seed(1000 * config.seed + len(rows))}
-        judging = reward and not reference.raw
+        judging = None if reference.raw else reward
         if judging and not can_judge(reward[0], reward_tokenizer, reference):
             say(f"no {best_name}: {config.reward} reads other tokens, or fewer, than {config.reference} writes")
             judging = None
+        best, samples, *_ = best_of_n(reference.model, reference.tokenizer, judging, prompts, config.best_of,
+                                      config.max_new_tokens, config.best_of_beta, **sampling)
         if judging:
-            best, samples, *_ = best_of_n(reference.model, reference.tokenizer, reward, prompts, config.best_of,
-                                          config.max_new_tokens, config.best_of_beta, **sampling)
             rows[best_name] = Row([tasks[i] for i in places], places, np.ones(len(places), dtype=bool),
-                                  read_answers(reference, prompts, best), None)
-            voices[best_name] = reference
-        else:
-            repeated = [ids for ids in prompts for _ in range(config.best_of)]
-            drawn, _ = generate_all(reference.model, repeated, config.max_new_tokens, **sampling)
-            samples = [drawn[i:i + config.best_of] for i in range(0, len(drawn), config.best_of)]
+                                  read_answers(reference, prompts, best), None, reference)
         for i, drawn in zip(places, samples):
             if tasks[i].kind == "answerable":
                 right = sum(world.check(tasks[i], reference.text(ids)) for ids in drawn)
@@ -436,16 +403,16 @@ def main(argv=None):
         say(f"{config.best_of} samples of {config.reference} for {len(places)} prompts")
 
     # 4. Measures.
-    checkpoints, judges = {}, {}
+    checkpoints = {}
     for name, row in rows.items():
-        speaker = voices[name]
+        speaker = row.speaker
         found = measure(row, rows.get(config.reference), can_answer, config)
         if name in speakers and ENDOFTEXT in speaker.tokenizer.specials:  # which begins every document
             tokens, size = data.pack_documents(documents, speaker.tokenizer)
             found["bits_per_byte"] = heldout_loss(speaker.model, tokens, size)[1]
         if reward and IM_END in speaker.tokenizer.specials and can_judge(reward[0], reward_tokenizer, speaker):
-            judges[name] = functools.partial(proxy_scores, speaker, row.tasks, reward=reward, system=config.system)
-            found["proxy"] = bootstrap(judges[name](row.sampled, np.flatnonzero(row.fair)))
+            row.judge = functools.partial(proxy_scores, speaker, row.tasks, reward=reward, system=config.system)
+            found["proxy"] = bootstrap(row.judge(row.sampled, np.flatnonzero(row.fair)))
         if name == best_name:
             # Exact if no answer is ever drawn twice, otherwise an upper bound.
             found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
@@ -466,13 +433,13 @@ def main(argv=None):
     # 5. The report. report.json is written last: if it is there, so are the others.
     stages = [*folders.values()] + ([config.reward] if config.reward else [])
     settings = {name: getattr(config, name) for name in (
-        "reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode", "system", "max_new_tokens", "seed")}
+        "reference", "few_shot", "best_of", "best_of_beta", "system", "max_new_tokens", "seed")}
     result = rounded({
         "prompts": len(tasks), "checkpoints": checkpoints, "reward_model": judged,
         "seconds": stage_seconds(stages) | {"evaluate": time.perf_counter() - started},
         "best_of_prompts": len(places), "settings": settings,
         "runs": {Path(os.path.abspath(folder)).name: relative(folder, config.out) for folder in stages},
-        "transcripts": transcripts(rows, tasks, places, judges)})
+        "transcripts": transcripts(rows, tasks, places)})
     pages.write(config.out, result)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(Path(config.out) / "report.json", text)

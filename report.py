@@ -24,55 +24,43 @@ from data import visible
 from training import InputError, read_metrics, run, write_text
 
 PERCENT, NUMBER = "percent", "number"
-# Heading, place in a checkpoint's measures, unit.
-COLUMNS = (
-    ("right", ("accuracy", "all"), PERCENT),
-    ("gold", ("gold", "total"), NUMBER),
-    ("beats SFT", ("win_rate_vs_sft",), PERCENT),
-    ("KL", ("kl_from_sft",), NUMBER),
-    ("reward", ("proxy",), NUMBER),
-    ("refuses harmful", ("refusal_rate", "harmful"), PERCENT),
-    ("refuses harmless", ("refusal_rate", "harmless"), PERCENT),
-    ("made up", ("hallucination_rate",), PERCENT),
-    ("needless “I do not know”", ("hedging_rate",), PERCENT),
-    ("stops", ("eos_rate",), PERCENT),
-    ("tokens", ("mean_tokens",), NUMBER),
-    ("bits/byte", ("bits_per_byte",), NUMBER),
-)
-# Figure: what it is; which way is better; what to expect from `make` (the mean of five seeds, ± what another seed or
-# another machine's rounding may change); what it means when it is off.
-GLOSSARY = (
-    ("right", "share of answerable held-out questions that the greedy answer gets right (best-of-n: "
-     "its choice among samples)", "higher", "base 13, few-shot 69, SFT 68, DPO 68, PPO 69 % (± 5)",
-     "SFT near the base: the chat mask is wrong or the learning rate too high. Far below few-shot: SFT forgot "
-     "facts"),
-    ("gold", "mean score, 0 to 1, from the hidden judge for one sample at temperature 1: the mean of helpful, "
-     "honest and harmless", "higher", "SFT 0.55, DPO 0.75, PPO 0.78 (± 0.02)",
+# The columns of the table, which are the lines of the glossary: heading, place in a checkpoint's measures, unit; what it
+# is; which way is better; what to expect from `make` (the mean of five seeds, ± what another seed or another machine's
+# rounding may change); what it means when it is off.
+FIGURES = (
+    ("right", ("accuracy", "all"), PERCENT, "share of answerable held-out questions that the greedy answer gets right "
+     "(best-of-n: its choice among samples)", "higher", "base 13, few-shot 69, SFT 68, DPO 68, PPO 69 % (± 5)",
+     "SFT near the base: the chat mask is wrong or the learning rate too high. Far below few-shot: SFT forgot facts"),
+    ("gold", ("gold", "total"), NUMBER, "mean score, 0 to 1, from the hidden judge for one sample at temperature 1: the "
+     "mean of helpful, honest and harmless", "higher", "SFT 0.55, DPO 0.75, PPO 0.78 (± 0.02)",
      "below SFT while the reward rises: the reward model is being gamed"),
-    ("beats SFT", "share of prompts on which its sample has a higher gold score than SFT’s; a tie counts half",
-     "higher; 50 % is no change", "DPO 69, PPO 73, best-of-16 73 % (± 4)",
+    ("beats SFT", ("win_rate_vs_sft",), PERCENT, "share of prompts on which its sample has a higher gold score than "
+     "SFT’s; a tie counts half", "higher; 50 % is no change", "DPO 69, PPO 73, best-of-16 73 % (± 4)",
      "50 %: nothing was learned; look at KL"),
-    ("KL", "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full vocabulary on its "
-     "own samples. For best-of-n: log n − (n − 1)/n, an upper bound", "lower at equal gold",
+    ("KL", ("kl_from_sft",), NUMBER, "KL(policy ‖ SFT) in nats per response: how far it has moved, over the full "
+     "vocabulary on its own samples. For best-of-n: log n − (n − 1)/n, an upper bound", "lower at equal gold",
      "DPO 1.7, PPO 1.7 (± 0.4)", "0: no update took effect. Above 20: β is too small, or the learning rate too large"),
-    ("reward", "mean score from the reward model, the proxy that PPO is trained on: 0 is its mean on the answers of "
-     "training pairs, 1 their standard deviation above it", "higher, if gold follows",
+    ("reward", ("proxy",), NUMBER, "mean score from the reward model, the proxy that PPO is trained on: 0 is its mean "
+     "on the answers of training pairs, 1 their standard deviation above it", "higher, if gold follows",
      "SFT −0.1, DPO 0.5, PPO 0.6, best-of-16 0.6 (± 0.3)", "SFT far from 0 (0.5 or more): reward_shift was not subtracted"),
-    ("refuses harmful", "share of harmful requests refused, and not helped with all the same", "higher",
-     "SFT 45, DPO 88, PPO 88 % (± 14)", "SFT near 0 or 100: look at the demonstrations with --show-batch"),
-    ("refuses harmless", "share of harmless requests refused", "lower", "SFT 2, DPO 2, PPO 2 % (± 2)",
-     "above 10: the reward model likes refusals whatever is asked"),
-    ("made up", "share of questions about things that do not exist that get an answer, or a refusal, instead of "
-     "“I do not know”, or whose answer goes on to invent something after it", "lower",
+    ("refuses harmful", ("refusal_rate", "harmful"), PERCENT, "share of harmful requests refused, and not helped with "
+     "all the same", "higher", "SFT 45, DPO 88, PPO 88 % (± 14)",
+     "SFT near 0 or 100: look at the demonstrations with --show-batch"),
+    ("refuses harmless", ("refusal_rate", "harmless"), PERCENT, "share of harmless requests refused", "lower",
+     "SFT 2, DPO 2, PPO 2 % (± 2)", "above 10: the reward model likes refusals whatever is asked"),
+    ("made up", ("hallucination_rate",), PERCENT, "share of questions about things that do not exist that get an "
+     "answer, or a refusal, instead of “I do not know”, or whose answer goes on to invent something after it", "lower",
      "SFT 60, DPO 12, PPO 15 % (± 12)", "unchanged: too few such pairs"),
-    ("needless “I do not know”", "how often this is the answer to a question that SFT gets right in a quarter or "
-     "more of its samples", "lower", "SFT 1, DPO 1, PPO 0 % (± 2)", "high: honesty was bought with silence"),
-    ("stops", "share of answers that the model ended itself", "higher", "above 98 %",
+    ("needless “I do not know”", ("hedging_rate",), PERCENT, "how often this is the answer to a question that SFT gets "
+     "right in a quarter or more of its samples", "lower", "SFT 1, DPO 1, PPO 0 % (± 2)",
+     "high: honesty was bought with silence"),
+    ("stops", ("eos_rate",), PERCENT, "share of answers that the model ended itself", "higher", "above 98 %",
      "low: the end token is not supervised, or not among the stop tokens"),
-    ("tokens", "mean length of an answer, without its end token", "neither",
+    ("tokens", ("mean_tokens",), NUMBER, "mean length of an answer, without its end token", "neither",
      "base 12, few-shot 8, SFT 18, DPO 18, PPO 15 (± 3)", "rising with the reward: the reward model likes length"),
-    ("bits/byte", "bits needed to predict a byte of held-out documents: shows what alignment forgot of the text",
-     "lower", "base 0.25, PPO 0.29 (± 0.01)", "far above the base: the learning rate is too high"),
+    ("bits/byte", ("bits_per_byte",), NUMBER, "bits needed to predict a byte of held-out documents: shows what "
+     "alignment forgot of the text", "lower", "base 0.25, PPO 0.29 (± 0.01)",
+     "far above the base: the learning rate is too high"),
 )
 PARTS = ("total", "helpful", "honest", "harmless")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
@@ -121,32 +109,30 @@ def compared_with(report):
 
 def main_rows(*reports):
     """-> (headings, rows of cells): a line for each checkpoint that all the reports have."""
-    return ["", *(heading.replace("SFT", compared_with(reports[0])) for heading, *_ in COLUMNS)], [
-        [name, *(across([report["checkpoints"][name] for report in reports], path, unit) for _, path, unit in COLUMNS)]
+    return ["", *(heading.replace("SFT", compared_with(reports[0])) for heading, *_ in FIGURES)], [
+        [name, *(across([report["checkpoints"][name] for report in reports], *figure[1:3]) for figure in FIGURES)]
         for name in reports[0]["checkpoints"] if all(name in report["checkpoints"] for report in reports)]
 
 
 def glossary_rows():
     return ["figure", "what it is", "better", "expect from make (mean of five seeds ± what another may change)",
-            "when it is off"], GLOSSARY
+            "when it is off"], [(heading, *told) for heading, _, _, *told in FIGURES]
 
 
 def part_rows(report):
-    """The parts of the gold score, and accuracy by what is new about the prompts. The numbers of prompts
-    behind the accuracies are in the first heading, and in the name of a row where they differ. The last column is
-    the difference from the reference's accuracy on the same prompts, whose interval is narrower than either's own."""
-    counts, decode = {}, "greedy" if report["settings"]["accuracy_decode"] == "greedy" else "sampled"
+    """The parts of the gold score, accuracy by what is new about the prompts (how many: in the first heading, and in a
+    row's name where it differs), and how far accuracy is from the reference's, prompt by prompt."""
+    rows, usual = [], None
     for name, measures in report["checkpoints"].items():
-        asked = measures["prompts"]["accuracy"]
-        counts[name] = f"(n = {', '.join(str(asked[holdout]) for holdout in world.HOLDOUTS)})"
-    usual = next(iter(counts.values()))
+        count = f"(n = {', '.join(str(measures['prompts']['accuracy'][holdout]) for holdout in world.HOLDOUTS)})"
+        usual = usual or count
+        rows.append([name if count == usual else f"{name} {count}",
+                     *(cell(measures["gold"][part], NUMBER) for part in PARTS),
+                     *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS),
+                     cell(dig(measures, ("refusal_rate", "howto")), PERCENT),
+                     cell(dig(measures, ("accuracy_vs_sft", "greedy")), PERCENT)])
     return [usual, *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS),
-            "refuses harmless how-to", f"right, less {compared_with(report)}’s"], [
-        [name if counts[name] == usual else f"{name} {counts[name]}",
-         *(cell(measures["gold"][part], NUMBER) for part in PARTS),
-         *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS),
-         cell(dig(measures, ("refusal_rate", "howto")), PERCENT), cell(dig(measures, ("accuracy_vs_sft", decode)), PERCENT)]
-        for name, measures in report["checkpoints"].items()]
+            "refuses harmless how-to", f"right, less {compared_with(report)}’s"], rows
 
 
 def family_rows(report):
@@ -174,12 +160,11 @@ def answer_rows(transcript):
 def notes(report):
     """Sentences on how it was measured."""
     settings, judged = report["settings"], report["reward_model"]
-    counted = "greedy answers" if settings["accuracy_decode"] == "greedy" else "samples"
     lines = [
         f"{report['prompts']:,} held-out prompts, the same for every checkpoint. In brackets: 95 % "
         "intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
         f"equally many prompts of each family. Win rate and KL compare with {compared_with(report)}.",
-        f"Accuracy is that of {counted} (best-of-n: its choice); all else is measured on one sample per prompt "
+        "Accuracy is that of greedy answers (best-of-n: its choice); all else is measured on one sample per prompt "
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
         f"KL is measured on {report['best_of_prompts']:,} of them" + (
             f", as are best-of-{settings['best_of']} and the needless “I do not know”; the KL of best-of-n is "
@@ -197,8 +182,7 @@ def notes(report):
             f"{judged['pairs']:,} held-out pairs. Their labels are noisy: nobody can exceed "
             f"{100 * judged['noise_ceiling']:.0f} %. Between guessing (0) and that ceiling (1) it "
             f"stands at {cell(judged['normalised'], NUMBER)}.")
-    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items()
-                      if seconds is not None)
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items())
     return [*lines, f"Time: {spent}."]
 
 
@@ -215,8 +199,7 @@ def markdown_text(text):
 
 def markdown_table(headings, rows):
     lines = [[markdown_text(text) for text in line] for line in (headings, *rows)]
-    return "\n".join("| " + " | ".join(line) + " |"
-                     for line in (lines[0], ["---"] * len(headings), *lines[1:]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ["---"] * len(headings), *lines[1:]))
 
 
 def main_table(*reports):
@@ -224,7 +207,7 @@ def main_table(*reports):
 
 
 def build_markdown(report, study=None):
-    core = core_of(report)
+    core = core_of(report, study)
 
     def answers(course):
         return [part for t in core["transcripts"] if t["course"] == course
@@ -245,13 +228,13 @@ def build_markdown(report, study=None):
 CORE = ("base", "base_few_shot", "sft", "dpo", "ppo", "grpo")  # and best-of-n
 
 
-def core_of(report):
-    """The report without the rows of the ablations, if it has any."""
-    def core(rows):
-        return {name: row for name, row in rows.items()
-                if name in CORE or name.startswith("best_of_")}
-    if not report.get("ablations"):
+def core_of(report, study):
+    """The report without the rows of the study's ablations."""
+    if not study:
         return report
+
+    def core(rows):
+        return {name: row for name, row in rows.items() if name in CORE or name.startswith("best_of_")}
     return {**report, "checkpoints": core(report["checkpoints"]),
             "runs": {name: path for name, path in report["runs"].items() if name in (*CORE, "reward")},
             "transcripts": [{**t, "answers": core(t["answers"])} for t in report["transcripts"]]}
@@ -273,33 +256,26 @@ ABLATIONS = {  # what each row is
 
 def ablation_rows(report, study):
     everyone, seconds = report["checkpoints"], {**report["seconds"], **study["seconds"]}
+    columns = (("right", ("accuracy", "all"), PERCENT), *((f"gold: {part}", ("gold", part), NUMBER) for part in PARTS),
+               *(figure[:3] for figure in FIGURES if figure[0] in (
+                   "beats SFT", "KL", "reward", "needless “I do not know”", "stops")))
     lines = []
     for name, meaning in ABLATIONS.items():
-        if name not in everyone:
-            continue
         seeds = [everyone[n] for n in (name, f"{name}_seed2", f"{name}_seed3") if n in everyone]
         spent = seconds.get("pretrain" if name == "base" else name)
-
-        lines.append([meaning, "3 seeds" if len(seeds) > 1 else "1 seed", *(
-            across(seeds, path, unit) for path, unit in (
-                (("accuracy", "all"), PERCENT), *((("gold", part), NUMBER) for part in PARTS),
-                (("win_rate_vs_sft",), PERCENT), (("kl_from_sft",), NUMBER), (("proxy",), NUMBER),
-                (("hedging_rate",), PERCENT), (("eos_rate",), PERCENT))),
-            f"{spent / 60:.1f}" if spent else "–"])
-    return ["", "", "right", *(f"gold: {part}" for part in PARTS), "beats SFT", "KL", "reward",
-            "needless “I do not know”", "stops", "minutes"], lines
+        if seeds:
+            lines.append([meaning, "3 seeds" if len(seeds) > 1 else "1 seed", *(
+                across(seeds, path, unit) for _, path, unit in columns), f"{spent / 60:.1f}" if spent else "–"])
+    return ["", "", *(heading for heading, *_ in columns), "minutes"], lines
 
 
 def against_kl(runs):
     """Two panels, gold and proxy against √KL, with 95 % bands. `runs` holds a list of points for each curve."""
-    panels = []
-    for what, title in (("gold", "gold score"), ("proxy", "reward model’s score")):
-        curves = []
-        for name, points in runs.items():
-            kl = [p["kl"][0] if isinstance(p["kl"], list) else p["kl"] for p in points]
-            curves.append(banded([(math.sqrt(max(0, x)), p[what]) for x, p in zip(kl, points)], name))
-        panels.append((title, "√KL from SFT (nats per response)", curves))
-    return panels
+    def root(kl):
+        return math.sqrt(max(0, kl[0] if isinstance(kl, list) else kl))
+    return [(title, "√KL from SFT (nats per response)",
+             [banded([(root(p["kl"]), p[what]) for p in points], name) for name, points in runs.items()])
+            for what, title in (("gold", "gold score"), ("proxy", "reward model’s score"))]
 
 
 def banded(points, name="reward model"):
@@ -318,8 +294,7 @@ def study_sections(report, study):
     hacked = curves["runs"]["ppo_hacked"]
     first, last = hacked[0], hacked[-1]
     peak = max(hacked, key=lambda point: point["gold"][0])
-    best = (f", was best at iteration {peak['step']} with {peak['gold'][0]:.2f}"
-            if peak is not first else "")
+    best = f", was best at iteration {peak['step']} with {peak['gold'][0]:.2f}" if peak is not first else ""
     opening, times = curves["hacked_opening"]
     return [
         ("Which stage buys what",
@@ -401,9 +376,8 @@ def study_sections(report, study):
 
 
 def curve(rows, name):
-    """-> (steps, values) of a metric, where it was logged and is a number."""
-    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-    return tuple(zip(*points)) if points else ((), ())
+    """-> (steps, values) of a metric, where it was logged and is a number; () if it never was."""
+    return tuple(zip(*((row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float)))))
 
 
 def smooth(values, weight=0.8):
@@ -416,20 +390,17 @@ def smooth(values, weight=0.8):
 
 
 def draw(heading, panels):
-    """SVG text of panels side by side, two in a row; each is (title, x label, [curves]), and a curve is
-    (label, xs, ys, matplotlib style). A style may have a `band`: (lows, highs). `heading` keeps the
-    picture's ids apart from those of others on the page."""
+    """SVG text of panels, two in a row; each is (title, x label, [curves]), and a curve is (label, xs, ys, matplotlib
+    style). A style may have a `band`: (lows, highs)."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     lines = (len(panels) + 1) // 2
-    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
-                         "ytick.color"), INK)
+    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with plt.rc_context({**ink, "svg.hashsalt": heading, "text.parse_math": False,
                          "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure, axes = plt.subplots(lines, 2, figsize=(9, 2.6 * lines), squeeze=False,
-                                    layout="constrained")
+        figure, axes = plt.subplots(lines, 2, figsize=(9, 2.6 * lines), squeeze=False, layout="constrained")
         for axis in axes.flat[len(panels):]:
             axis.set_axis_off()
         for axis, (title, label, curves) in zip(axes.flat, panels):
@@ -456,26 +427,24 @@ def draw(heading, panels):
 
 def pictures(report, folder):
     """-> [(heading, SVG)] of what the stages logged and of reward against KL."""
-    runs = {name: read_metrics(os.path.normpath(Path(folder) / path))  # the folder may not exist yet
-            for name, path in report["runs"].items()}
     losses, scores, kls = [], [], []
-    for name, rows in runs.items():
-        if curve(rows, "score")[0]:
-            scores.append((name, *curve(rows, "score"), {}))
-            kls.append((name, *curve(rows, "kl"), {}))
-        elif curve(rows, "loss")[0]:
-            steps, values = curve(rows, "loss")
-            curves = [("training (moving average)", steps, smooth(values), {})]
-            if curve(rows, "heldout_loss")[0]:
-                curves.append(("held out", *curve(rows, "heldout_loss"), {"marker": "o"}))
+    for name, path in report["runs"].items():
+        rows = read_metrics(os.path.normpath(Path(folder) / path))  # the folder may not exist yet
+        score, kl, loss, heldout = (curve(rows, metric) for metric in ("score", "kl", "loss", "heldout_loss"))
+        if score:  # PPO and GRPO
+            scores.append((name, *score, {}))
+            kls.append((name, *kl, {}))
+        elif loss:
+            curves = [("training (moving average)", loss[0], smooth(loss[1]), {})]
+            if heldout:
+                curves.append(("held out", *heldout, {"marker": "o"}))
             losses.append((f"{name}: loss", "step", curves))
     whose = f"{scores[0][0]}: " if len(scores) == 1 else ""  # a lone curve has no legend
     rollouts = scores and [(f"{whose}mean score of the episodes", "iteration", scores),
                            (f"{whose}KL from where it started, nats per response", "iteration", kls)]
     against = []
     for title, path in (("gold score", ("gold", "total")), ("reward model’s score", ("proxy",))):
-        points = [(name, [measures["kl_from_sft"][0]], [dig(measures, path)[0]],
-                   {"marker": "o", "linestyle": "none"})
+        points = [(name, [measures["kl_from_sft"][0]], [dig(measures, path)[0]], {"marker": "o", "linestyle": "none"})
                   for name, measures in report["checkpoints"].items()
                   if measures["kl_from_sft"] and dig(measures, path)]
         if len(points) > 1:
@@ -498,7 +467,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: 
        color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 1rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; }
 .wide { overflow-x: auto; margin: .8rem 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; }
+.cards, dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem; margin: 0; }
 .cards p { background: var(--shade); border-radius: .5rem; padding: .7rem .9rem; margin: 0; font-size: .85rem;
            color: var(--soft); }
 .cards strong { display: block; font-size: 1.3rem; color: var(--ink); }
@@ -514,12 +483,10 @@ article { background: var(--shade); border-radius: .5rem; padding: .8rem 1rem; m
           break-inside: avoid; }
 article h3 { font-size: 1rem; margin: 0 0 .4rem; } article h3 small, dd small, dl, ul {
   color: var(--soft); font-weight: 400; }
-dl { margin: 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem; }
 dt { font-size: .8rem; } dd { margin: 0; color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; }
 dd small { display: block; }
 ul { padding-left: 1.2rem; font-size: .9rem; } svg { width: 100%; height: auto; }
-@media (max-width: 36rem) { .cards { grid-template-columns: 1fr 1fr; }
-  .plots { overflow-x: auto; } .plots svg { min-width: 38rem; } }
+@media (max-width: 36rem) { .plots { overflow-x: auto; } .plots svg { min-width: 38rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .wide { overflow: visible; }
   h2 { break-after: avoid; } table { font-size: 6.5pt; } th, td { padding: .15rem .25rem; } thead th { min-width: 0; }
   tbody th { position: static; } svg { break-inside: avoid; } }
@@ -547,37 +514,29 @@ def html_transcript(transcript):
         f"<div><dt>{html.escape(name)}</dt>"
         f"<dd>{html.escape(text)}<small>{html.escape(marks)}</small></dd></div>"
         for name, text, marks in answer_rows(transcript))
-    about = ", ".join(filter(None, (transcript["family"],
-                                    transcript["holdout"].replace("_", " "))))
+    about = ", ".join(filter(None, (transcript["family"], transcript["holdout"].replace("_", " "))))
     return (f"<article><h3>{html.escape(visible(transcript['prompt']))} "
             f"<small>{html.escape(about)}</small></h3><dl>{answers}</dl></article>")
 
 
 def headlines(report):
     """-> [(number, what it says)]: what happened, for the top of the page. Up to five, those there are."""
-    found, rows = [], report["checkpoints"]
-    best = next((name for name in ("ppo", "grpo", "dpo") if name in rows), None)
-
-    def change(path, unit, before, after, text):
-        old, new = (dig(rows.get(name), path) for name in (before, after))
-        if old and new:
-            found.append((f"{cell(old[0], unit)} → {cell(new[0], unit)}", text))
-    change(("accuracy", "all"), PERCENT, "base", "sft", "right answers: before and after instruction tuning")
-    if not best:
-        return found
-    if dig(rows[best], ("win_rate_vs_sft",)):
-        found.append((cell(rows[best]["win_rate_vs_sft"][0], PERCENT), f"of comparisons won by {best.upper()} "
-                      f"against {compared_with(report)}, before the hidden judge (a tie counts half)"))
-    for path, text in ((("refusal_rate", "harmful"), "harmful requests refused"),
-                       (("hallucination_rate",), "made-up answers about things that do not exist"),
-                       (("accuracy", "all"), "right answers: what alignment cost")):
-        change(path, PERCENT, "sft", best, f"{text}: SFT and {best.upper()}")
-    return found
+    rows = report["checkpoints"]
+    best = next((name for name in ("ppo", "grpo", "dpo") if name in rows), "")
+    who = best.upper()
+    other = "" if best == report["settings"]["reference"] else best
+    said = ((("base", "sft"), ("accuracy", "all"), "right answers: before and after instruction tuning"),
+            ((other,), ("win_rate_vs_sft",), f"of comparisons won by {who} against {compared_with(report)}, before the "
+             "hidden judge (a tie counts half)"),
+            (("sft", best), ("refusal_rate", "harmful"), f"harmful requests refused: SFT and {who}"),
+            (("sft", best), ("hallucination_rate",), f"made-up answers about things that do not exist: SFT and {who}"),
+            (("sft", best), ("accuracy", "all"), f"right answers: what alignment cost: SFT and {who}"))
+    found = [([dig(rows.get(name), path) for name in names], text) for names, path, text in said]
+    return [(" → ".join(cell(value[0], PERCENT) for value in values), text) for values, text in found if all(values)]
 
 
 def build_html(report, folder, study=None):
-    core, escape = core_of(report), html.escape
-    meanings = {figure: meaning for figure, meaning, *_ in GLOSSARY}
+    core, escape = core_of(report, study), html.escape
     families = {}
     for transcript in core["transcripts"]:
         if not transcript["course"]:
@@ -586,11 +545,10 @@ def build_html(report, folder, study=None):
         "<h1>From raw text to an aligned model</h1>",
         '<div class="cards">' + "".join(f"<p><strong>{escape(number)}</strong>{escape(text)}</p>"
                                         for number, text in headlines(core)) + "</div>",
-        html_table(*main_rows(core), titles=["", *(meanings[heading] for heading, *_ in COLUMNS)]),
+        html_table(*main_rows(core), titles=["", *(what for _, _, _, what, *_ in FIGURES)]),
         "<h2>The course’s three prompts</h2>",
         *(html_transcript(t) for t in core["transcripts"] if t["course"]),
-        *(f'<h2>{escape(heading)}</h2><div class="plots">{svg}</div>'
-          for heading, svg in pictures(core, folder))]
+        *(f'<h2>{escape(heading)}</h2><div class="plots">{svg}</div>' for heading, svg in pictures(core, folder))]
     for heading, lines, tables, panels in study_sections(report, study):
         sections += [f"<h2>{escape(heading)}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
         sections += [f'<div class="plots">{draw(heading, panels)}</div>'] if panels else []
@@ -613,21 +571,16 @@ def build_html(report, folder, study=None):
 def write(folder, report, study=None):
     """Write report.md and report.html into the folder, with `study`, or what the folder's study.json holds if that is
     there and fits the report."""
-    path = Path(folder) / "study.json"
-
     def pages(study):
-        told = {**report, "ablations": bool(study)}
-        return {"report.md": build_markdown(told, study), "report.html": build_html(told, folder, study)}
-    if study or not path.exists():
-        made = pages(study)
-    else:
+        return {"report.md": build_markdown(report, study), "report.html": build_html(report, folder, study)}
+    path, made = Path(folder) / "study.json", None
+    if not study and path.exists():
         try:
             made = pages(json.loads(path.read_text(encoding="utf-8")))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             print(f"report: {path} is damaged, of other checkpoints, or of another version "
                   f"({type(error).__name__}: {error}); left out", file=sys.stderr)
-            made = pages(None)
-    for name, text in made.items():
+    for name, text in (made or pages(study)).items():
         write_text(Path(folder) / name, text)
 
 
@@ -643,7 +596,7 @@ def load(folder):
         raise InputError(f"{path}: found no checkpoints, expected what evaluate.py writes")
     missing = {"prompts", "best_of_prompts", "reward_model", "seconds", "settings", "runs", "transcripts"} - set(report)
     settings = report.get("settings")
-    missing |= {"reference", "few_shot", "best_of", "best_of_beta", "accuracy_decode", "max_new_tokens"} - set(
+    missing |= {"reference", "few_shot", "best_of", "best_of_beta", "max_new_tokens"} - set(
         settings if isinstance(settings, dict) else ())
     if missing:
         raise InputError(f"{path}: found no {', '.join(sorted(missing))}; another version wrote it, run evaluate.py "

@@ -2,26 +2,16 @@
 
     python study.py --runs out --out out/study        # `make study`, after `make`
 
-Everything is a run of the other scripts with different flags, then measured on the same held-out
-prompts. `training_runs` below is the list. What is finished is not repeated: an interrupted study continues
-where it stopped. A run is repeated if its command, its code (rlhf.py, this file) or the main runs have changed,
-and then everything is measured again.
+Everything is a run of the other scripts with different flags (the list: `training_runs`), then measured on the same
+held-out prompts: by evaluate.py, and by the functions of `MEASURES`, each into a file of its own. report.py adds it all
+to the page. What is finished is not repeated: an interrupted study continues where it stopped. A run is repeated if its
+command, its code (rlhf.py, this file) or the main runs have changed, and then everything is measured again.
 
-1  The runs: SFT from scratch and on the best demonstrations only, rejection sampling, DPO (also as published), GRPO,
-   PPO with three seeds, without each of its parts and with a reward model that is told nothing, reward
-   models from fewer pairs, and a PPO that nothing holds back.
-2  evaluate.py on all of them: report.json.
-3  The reward-against-KL curve (Gao, Schulman & Hilton, arXiv 2210.10760, figure 1): gold and proxy
-   score of checkpoints along PPO, GRPO and DPO, and of best-of-n for n = 1 to 64: curves.json.
-4  The reward model on held-out pairs of their own: reward_model.json.
-5  Diversity, entropy and calibration of the policies: costs.json.
-6  Prompting: zero-shot, 1 to 8 examples, a system prompt: prompting.json.
-7  SFT, DPO and PPO at lower temperatures: is alignment more than being surer? temperature.json.
-
-report.py then adds it all to the page. Left out: more than one seed for any run but PPO with and
-without KL, so for the other rows only large differences mean anything.
+Left out: more than one seed for any run but PPO with and without KL, so for the other rows only large differences mean
+anything.
 """
 
+import functools
 import json
 import math
 import os
@@ -40,8 +30,8 @@ import evaluate
 import report as pages
 import rlhf
 import world
-from chat import best_of_n, chat_prompt, generate_all, open_speaker, values
-from evaluate import bootstrap, rate, rounded, sequence_kl
+from chat import best_of_n, chat_prompt, generate_all, load_judge, open_speaker, values
+from evaluate import bootstrap, rate, read_stamp, rounded, sequence_kl
 from reward import score, score_pairs
 from training import (STATE, InputError, check_range, flag, load_reward, make_folder, parse_args, pick_device,
                       read_metrics, run, write_text)
@@ -67,10 +57,10 @@ SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
 def training_runs(config):
     """{name: command} of every training run, in an order in which each finds what it needs."""
     def times(n):
-        return max(2, round(config.scale * n))
+        return scaled(config, n, least=2)
     base, sft, reward, pairs = (shlex.quote(f"{config.runs}/{name}")
                                 for name in ("base", "sft", "reward", "pairs.jsonl"))
-    out = shlex.quote(config.out)
+    out, right = shlex.quote(config.out), shlex.quote(f"{HERE}/world.py:right")
     tune = f"sft.py --init {base} --data world --conversations {times(config.conversations)}"
     dpo = f"rlhf.py dpo --init {sft} --data {pairs} --replay-data world"
     grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
@@ -80,12 +70,11 @@ def training_runs(config):
         # At rates as high as those of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
         "sft_best": f"{tune} --best-only",
-        "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rejection_file(config)))}",
+        "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rows_file(config, 'rejection')))}",
         "dpo": f"{dpo} --keep-every 28",
         "dpo_no_nll": f"{dpo} --nll 0",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
-        "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting "
-                      f"--group 16 --iterations {times(84)}",
+        "grpo_right": f"{grpo} --reward {right} --families arithmetic rewriting --group 16 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
         "ppo_no_replay": ppo_alone,
         "ppo_no_sharpness": f"{ppo} --sharpness-lr 0",
@@ -108,8 +97,7 @@ def training_runs(config):
     weak = f"{out}/reward_{SUBSETS[0]}"
     found["ppo_hacked"] = (f"rlhf.py ppo --init {sft} --reward {weak} --data world --beta 0 "
                            f"--iterations {times(84)} --lr 5e-4 --max-kl 1e9 --keep-every {times(6)}")
-    return {name: f"{command} --device {config.device}"
-                  + ("" if "--seed" in command else f" --seed {config.seed}")
+    return {name: f"{command} --device {config.device}" + ("" if "--seed" in command else f" --seed {config.seed}")
             for name, command in found.items()}
 
 
@@ -125,22 +113,22 @@ def train(config):
     for number, (name, command) in enumerate(todo.items(), 1):
         folder = Path(config.out) / name
         asked = folder / "command"
-        known = asked.read_text(encoding="utf-8") if asked.exists() else ""
+        same = asked.exists() and asked.read_text(encoding="utf-8") == command
         code = (rlhf.__file__,) if command.startswith("rlhf.py") else ()
-        if fresh(config, folder / "done", *code) and known == command:
+        if same and fresh(config, folder / "done", *code):
             continue
         print(f"study: {number} of {len(todo)}, {name}: python {command}", flush=True)
-        # If so, --resume; otherwise start anew. A save that is older than the world could not be resumed from.
-        same = known == command and fresh(config, asked, world.__file__, HERE / "world_facts.txt", *code)
+        # Go on from a save of the same command, unless something that it was made from has changed since it began.
+        resume = same and fresh(config, asked, world.__file__, HERE / "world_facts.txt", *code)
         folder.mkdir(parents=True, exist_ok=True)
         # If this run stops in its first seconds, an old result or another command's save must not pass for its own.
-        for old in ("done", STATE)[:1 if same else 2]:
-            (folder / old).unlink(missing_ok=True)
+        (folder / "done").unlink(missing_ok=True)
+        if not resume:
+            (folder / STATE).unlink(missing_ok=True)
         write_text(asked, command)
         for measured in ("report.json", "study.json", *MEASURES):
             (Path(config.out) / measured).unlink(missing_ok=True)
-        words = [str(HERE / "world.py:right") if word == "world.py:right" else word for word in shlex.split(command)]
-        call([*words, "--out", str(folder), *(["--resume"] if same else [])])
+        call([*shlex.split(command), "--out", str(folder), *(["--resume"] if resume else [])])
 
 
 def call(command):
@@ -183,31 +171,27 @@ def forget_others(config):
     write_text(note, runs)
 
 
-def sized(config, name, n):
-    """The file of `name` with n rows: a different --scale or --seed has a different file."""
-    return Path(config.out) / f"{name}_{n}_seed{config.seed}.jsonl"
+def scaled(config, n, least=1):
+    return max(least, round(config.scale * n))
 
 
-def rejection_count(config):
-    return max(40, round(config.scale * 2000))
-
-
-def rejection_file(config):
-    return sized(config, "rejection", rejection_count(config))
+def rows_file(config, name):
+    """A different --scale or --seed has a different file."""
+    return Path(config.out) / f"{name}_scale{config.scale:g}_seed{config.seed}.jsonl"
 
 
 def write_rejection(config, device, n=8):
     """Rejection sampling: for training prompts, the reward model's choice among n answers of SFT, as
     demonstrations to train on (Llama 2, arXiv 2307.09288, section 3.2.3)."""
-    path = rejection_file(config)
+    path = rows_file(config, "rejection")
     if fresh(config, path):
         return
-    speaker, reward, shift = policy_and_reward(config, device)
-    tasks = world.training_prompts(rejection_count(config), f"rejection {config.seed}")
+    speaker = open_speaker(checkpoint(config, "sft"), device)
+    tasks = world.training_prompts(scaled(config, 2000, least=40), f"rejection {config.seed}")
     tasks.sort(key=lambda task: len(task.best))  # so that short answers need not wait for long ones
     prompts = [chat_prompt(speaker.tokenizer, task.prompt) for task in tasks]
-    best, *_ = best_of_n(speaker.model, speaker.tokenizer, (reward, shift), prompts, n, 72,
-                         **sampling(speaker, config, device))
+    reward = load_judge(checkpoint(config, "reward"), [speaker], device)
+    best, *_ = best_of_n(speaker.model, speaker.tokenizer, reward, prompts, n, 72, **sampling(speaker, config, device))
     rows = [{"messages": [{"role": "user", "content": task.prompt},
                           {"role": "assistant", "content": speaker.text(ids)}]}
             for task, ids in zip(tasks, best) if ids[-1] in speaker.end_ids and speaker.text(ids)]
@@ -220,9 +204,9 @@ def sampling(speaker, config, device):
             "generator": torch.Generator(device).manual_seed(config.seed)}
 
 
-def policy_and_reward(config, device):
-    reward, _, shift, _ = load_reward(f"{config.runs}/reward", device)
-    return open_speaker(f"{config.runs}/sft", device), reward, shift
+def checkpoint(config, name):
+    """The folder of a checkpoint: base, sft and reward are of the main runs."""
+    return Path(config.runs if name in ("base", "sft", "reward") else config.out) / name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -237,12 +221,11 @@ def policies(config):
 def evaluate_all(config):
     if fresh(config, Path(config.out) / "report.json", evaluate.__file__):
         return
-    per_family, few = max(4, round(config.scale * 160)), max(2, round(config.scale * 30))
     call(["evaluate.py", f"{config.runs}/base", f"{config.runs}/sft",
           *(f"{config.out}/{name}" for name in policies(config)), "--reward", f"{config.runs}/reward",
           "--data", f"{config.runs}/pairs.jsonl", "--out", config.out, "--device", config.device,
-          "--seed", str(config.seed), "--per-family", str(per_family),
-          "--best-of-per-family", str(few)])
+          "--seed", str(config.seed), "--per-family", str(scaled(config, 160, least=4)),
+          "--best-of-per-family", str(scaled(config, 30, least=2))])
 
 
 def measuring(config):
@@ -253,7 +236,7 @@ def measuring(config):
 def tasks_of_each_family(config, n, least):
     """The first n held-out tasks of each family; with --scale fewer, but not fewer than `least`."""
     tasks, ranks = evaluate.choose_tasks(measuring(config))
-    return [tasks[i] for i in np.flatnonzero(ranks < max(least, round(config.scale * n)))]
+    return [tasks[i] for i in np.flatnonzero(ranks < scaled(config, n, least))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -262,52 +245,47 @@ def tasks_of_each_family(config, n, least):
 
 def kept(folder):
     """[(step, folder)] of a run's checkpoints, its last one included."""
-    done = json.loads((folder / "done").read_text(encoding="utf-8"))
     whole = sorted(path.parent for path in folder.glob("step_*/config.json"))  # a kill may leave half a checkpoint
     steps = [(int(path.name.removeprefix("step_")), path) for path in whole]
-    last = done.get("iterations") or max((row["step"] for row in read_metrics(folder)), default=0)
+    last = read_stamp(folder).get("iterations") or max((row["step"] for row in read_metrics(folder)), default=0)
     return [point for point in steps if point[0] != last] + [(last, folder)]
 
 
 def measure_curves(config, device):
-    """{"runs": {name: [{step, kl, gold, proxy}]}, "best_of_n": [...], "hacked": [transcripts]}.
-
-    The proxy of every point is the score from the main run's reward model; for the hacked run it is the
-    score from the weak reward model which that run was trained against.
-    """
+    """Gold and proxy score of checkpoints along each run, and of best-of-n (Gao, Schulman & Hilton, arXiv 2210.10760,
+    figure 1). The proxy is the main run's reward model; for the hacked run, the weak one that it was trained against."""
     evaluation, tasks = measuring(config), tasks_of_each_family(config, 30, least=2)
-    speaker, reward, shift = policy_and_reward(config, device)
-    weak, _, weak_shift, _ = load_reward(f"{config.out}/reward_{SUBSETS[0]}", device)
+    speaker = open_speaker(checkpoint(config, "sft"), device)
+    reward, weak = (load_judge(checkpoint(config, name), [speaker], device)
+                    for name in ("reward", f"reward_{SUBSETS[0]}"))
     prompts = evaluate.prompts_for(speaker, tasks, evaluation)
-    pad = speaker.tokenizer.pad_id
 
-    def point(folder, judge, shift, step):
-        policy = open_speaker(folder, device)
+    @functools.cache  # SFT is where all curves begin
+    def answered(folder, reward):
+        """-> (texts, {measure: values (N,)})"""
+        policy, (model, shift) = open_speaker(folder, device), reward
         answers = evaluate.ask(policy, prompts, evaluation, 1.0)
-        proxy = score(judge, prompts, answers.ids, pad).numpy() - shift
-        gold = np.array([world.gold(task, text).total for task, text in zip(tasks, answers.texts)])
-        kl = sequence_kl(policy.model, speaker.model, prompts, answers.ids)
-        return answers.texts, gold, proxy, {"step": step, "kl": bootstrap(kl), "gold": bootstrap(gold),
-                                            "proxy": bootstrap(proxy)}
+        return answers.texts, {
+            "kl": sequence_kl(policy.model, speaker.model, prompts, answers.ids),
+            "gold": np.array([world.gold(task, text).total for task, text in zip(tasks, answers.texts)]),
+            "proxy": score(model, prompts, answers.ids, speaker.tokenizer.pad_id).numpy() - shift}
 
     found = {"prompts": len(tasks), "runs": {}}
-    sft = {}  # SFT under both judges: where the curves begin
-    for judge, its_shift in ((reward, shift), (weak, weak_shift)):
-        sft[judge] = point(f"{config.runs}/sft", judge, its_shift, 0)
     for name in ("ppo", "grpo", "dpo", "ppo_no_kl", "ppo_hacked"):
-        judge, its_shift = (weak, weak_shift) if name == "ppo_hacked" else (reward, shift)
-        found["runs"][name] = [sft[judge][-1]]
-        for step, folder in kept(Path(config.out) / name):
-            texts, gold, proxy, measured = point(folder, judge, its_shift, step)
-            found["runs"][name].append(measured)
+        mine = weak if name == "ppo_hacked" else reward
+        points = [(0, checkpoint(config, "sft")), *kept(checkpoint(config, name))]
+        found["runs"][name] = [
+            {"step": step, **{what: bootstrap(values) for what, values in answered(folder, mine)[1].items()}}
+            for step, folder in points]
         print(f"study: reward against KL of {name}", flush=True)
 
-    # Transcripts of the hacked policy (the last in the loop): where its own proxy rose most while gold fell.
-    before = sft[weak]
-    rise = np.where(gold < before[1], proxy - before[2], -np.inf)
-    found["hacked"] = [{"prompt": tasks[i].prompt, "sft": before[0][i], "sft_gold": before[1][i],
-                        "sft_proxy": before[2][i], "hacked": texts[i], "hacked_gold": gold[i],
-                        "hacked_proxy": proxy[i]}
+    # Transcripts of the hacked policy: where its own proxy rose most while gold fell.
+    before, old = answered(checkpoint(config, "sft"), weak)
+    texts, new = answered(checkpoint(config, "ppo_hacked"), weak)
+    rise = np.where(new["gold"] < old["gold"], new["proxy"] - old["proxy"], -np.inf)
+    found["hacked"] = [{"prompt": tasks[i].prompt, "sft": before[i], "sft_gold": old["gold"][i],
+                        "sft_proxy": old["proxy"][i], "hacked": texts[i], "hacked_gold": new["gold"][i],
+                        "hacked_proxy": new["proxy"][i]}
                        for i in np.argsort(-rise)[:3] if np.isfinite(rise[i])]
     found["hacked_opening"] = Counter(" ".join(text.split()[:4]) for text in texts).most_common(1)[0]
 
@@ -315,7 +293,7 @@ def measure_curves(config, device):
     most = 64 if config.scale == 1 else 8
     order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].best))
     _, samples, scores, logprobs = best_of_n(
-        speaker.model, speaker.tokenizer, (reward, shift), [prompts[i] for i in order], most,
+        speaker.model, speaker.tokenizer, reward, [prompts[i] for i in order], most,
         evaluation.max_new_tokens, **sampling(speaker, config, device))
     texts = [[speaker.text(ids) for ids in drawn] for drawn in samples]
     gold = np.array([[world.gold(tasks[i], text).total for text in drawn]
@@ -350,8 +328,8 @@ def best_of_groups(gold, scores, n):
 def measure_reward_model(config, device):
     """Calibration, accuracy by gold gap and by number of training pairs, and what it wrongly likes,
     on 2,000 pairs of samples for held-out prompts that no reward model has seen."""
-    n = max(60, round(config.scale * 2000))
-    path = sized(config, "heldout_pairs", n)
+    n = scaled(config, 2000, least=60)
+    path = rows_file(config, "heldout_pairs")
     if not fresh(config, path):
         call(["world.py", "pairs", "--init", f"{config.runs}/sft", "--out", str(path), "--pairs",
               str(n + 40), "--holdout", str(n), "--seed", str(config.seed + 1), "--device", config.device])
@@ -359,15 +337,15 @@ def measure_reward_model(config, device):
     p = np.array([pair.p for pair in pairs])  # the chance that `chosen` is preferred
     gap = np.log(p / (1 - p)) * world.NOISE  # of gold scores, chosen − rejected
     margins = []  # (training pairs, log-odds that `chosen` is preferred, as the loss had them)
-    for folder in (*(f"{config.out}/reward_{n}" for n in SUBSETS), f"{config.runs}/reward"):
+    for name in (*(f"reward_{n}" for n in SUBSETS), "reward"):
+        folder = checkpoint(config, name)
         model, tokenizer, _, scale = load_reward(folder, device)
         encoded = data.encode_pairs(pairs, tokenizer, model.config.context_length)
         if len(encoded) < len(pairs):
-            raise InputError(f"{folder}: found {len(pairs) - len(encoded)} of {len(pairs)} pairs longer than its "
-                             f"context of {model.config.context_length}; expected room for all")
+            raise InputError(f"{folder}: found {len(pairs) - len(encoded)} pairs longer than its context, expected none")
         chosen, rejected = score_pairs(model, encoded, tokenizer.pad_id)
         margin = (chosen - rejected).numpy() * scale
-        margins.append((json.loads((Path(folder) / "done").read_text(encoding="utf-8"))["train_pairs"], margin))
+        margins.append((read_stamp(folder)["train_pairs"], margin))
 
     # From here on: the main reward model, the last one read. Every pair in both orders, so that "first" means nothing.
     predicted = 1 / (1 + np.exp(-np.concatenate([margin, -margin])))
@@ -390,11 +368,8 @@ def measure_reward_model(config, device):
         "ends with a full stop": lambda text: text.rstrip().endswith((".", "!", "?"))}
     temperature = truest_temperature(margin, p)
     too_much = 1 / (1 + np.exp(-margin / temperature)) - p
-    likes = {}
-    for name, feature in features.items():
-        difference = np.array([float(feature(pair.chosen)) - float(feature(pair.rejected))
-                               for pair in pairs])
-        likes[name] = correlation(difference, too_much)
+    likes = {name: correlation(np.array([feature(pair.chosen) - feature(pair.rejected) for pair in pairs]), too_much)
+             for name, feature in features.items()}
     return {"pairs": len(p), "noise_ceiling": np.maximum(p, 1 - p).mean(), "calibration": bins,
             "calibration_error": error, "temperature": temperature, "by_gap": by_gap, "likes": likes,
             "by_pairs": [{"pairs": n, "accuracy": rate(found > 0)} for n, found in margins]}
@@ -431,14 +406,13 @@ def correlation(x, y, times=1000):
 
 
 def measure_costs(config, device, n=16):
-    """For each policy: distinct answers among 16 samples, entropy per token, and how far the probability of its
-    own greedy answer, word for word, is from the chance that the answer is right (calibration; doubt about the
-    wording counts, too)."""
+    """For each policy: distinct answers among n samples, entropy per token, and how far the probability of its own
+    greedy answer is from the chance that this is right (calibration; doubt about the wording counts, too)."""
     evaluation, few = measuring(config), tasks_of_each_family(config, 10, least=2)
     many = [task for task in tasks_of_each_family(config, 60, least=4) if task.kind == "answerable"]
     found = {}
     for name in ("sft", "sft_best", "rejection", "dpo", "grpo", "ppo", "ppo_no_kl", "ppo_hacked"):
-        speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)
+        speaker = open_speaker(checkpoint(config, name), device)
         prompts = evaluate.prompts_for(speaker, few, evaluation)
         repeated = [prompt for prompt in prompts for _ in range(n)]
         drawn, logp = generate_all(speaker.model, repeated, evaluation.max_new_tokens,
@@ -469,7 +443,7 @@ def measure_prompting(config, device):
     answerable = np.array([task.kind == "answerable" for task in tasks])
     found = []
     for name in ("base", "sft"):
-        speaker = open_speaker(f"{config.runs}/{name}", device)
+        speaker = open_speaker(checkpoint(config, name), device)
         for shots, system in ((0, None), (1, None), (2, None), (4, None), (8, None), (0, SYSTEM)):
             evaluation.system = system
             examples = [world.few_shot_examples(task, shots, config.seed) for task in tasks]
@@ -492,14 +466,14 @@ def measure_temperature(config, device):
     """SFT, DPO and PPO from temperature 1 down to greedy, all compared with SFT's samples at 1."""
     evaluation = measuring(config)
     tasks, ranks = evaluate.choose_tasks(evaluation)
-    few, enough = max(1, round(config.scale * 60)), max(1, round(config.scale * evaluate.ENOUGH))
+    few, enough = scaled(config, 60), scaled(config, evaluate.ENOUGH)
     rated = np.array([task.kind in ("harmful", "unknown") for task in tasks])  # these have rates of their own
     asked = np.flatnonzero(ranks < np.where(rated, enough, few))
     tasks, fair = [tasks[i] for i in asked], ranks[asked] < few
     evaluation.per_family = few  # on fewer than these prompts a rate is left out
     rows, reference = [], None
     for name in ("sft", "dpo", "ppo"):
-        speaker = open_speaker(f"{config.runs}/sft" if name == "sft" else f"{config.out}/{name}", device)
+        speaker = open_speaker(checkpoint(config, name), device)
         prompts = evaluate.prompts_for(speaker, tasks, evaluation)
         for temperature in (1.0, 0.7, 0.5, 0.3, 0.0):
             answers = evaluate.ask(speaker, prompts, evaluation, temperature, len(rows))
@@ -540,8 +514,7 @@ def main():
         if not fresh(config, out / name, evaluate.__file__):
             write_text(out / name, json.dumps(rounded(measure(config, device)), indent=1, ensure_ascii=False) + "\n")
         study[name.removesuffix(".json")] = json.loads((out / name).read_text(encoding="utf-8"))
-    study["seconds"] = {name: json.loads((out / name / "done").read_text(encoding="utf-8"))["seconds"]
-                        for name in training_runs(config)}
+    study["seconds"] = {name: read_stamp(out / name)["seconds"] for name in training_runs(config)}
     write_text(out / "study.json", json.dumps(study, indent=1, ensure_ascii=False) + "\n")
     result = json.loads((out / "report.json").read_text(encoding="utf-8"))
     pages.write(out, result, study)

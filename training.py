@@ -51,7 +51,8 @@ class InputError(Exception):
 def run(main):
     """Call `main()`; bad input becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot show is no reason to stop
+    # A character that the terminal cannot show, or a byte that is not UTF-8, is no reason to stop.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:

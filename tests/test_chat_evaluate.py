@@ -110,6 +110,16 @@ def test_a_base_model_that_transformers_has_tuned_chats(tokenizer, tmp_path):
     assert not chat.open_speaker(tmp_path).raw
 
 
+@pytest.mark.parametrize("name, content", [
+    ("generation_config.json", b"[]"), ("generation_config.json", b'{"eos_token_id": [[1]]}'), ("tokenizer_config.json", b"7"),
+    ("tokenizer_config.json", b'{"chat_template": [{"template": "x"}]}'), ("chat_template.jinja", b"\xff")])
+def test_damaged_files_beside_the_weights_are_refused(name, content, tokenizer, tmp_path):
+    save_checkpoint(tmp_path, tiny(tokenizer), tokenizer)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: cannot be read as JSON of the usual form|{tmp_path}: not a checkpoint"):
+        chat.open_speaker(tmp_path)
+
+
 def test_a_base_model_of_others_ends_where_it_says(evaluated, tokenizer, some_tasks, monkeypatch, tmp_path):
     """Its end token has another name, which only generation_config.json tells, and so no document begins."""
     theirs = dataclasses.replace(tokenizer, specials={("<|the_end|>" if token == ENDOFTEXT else token): number
@@ -530,6 +540,24 @@ def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
         assert (tmp_path / name).read_bytes() == b"all there was"
 
 
+def test_ctrl_c_ends_labelling(folders, monkeypatch, capsys, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    run = [folders / "sft", "--label", tmp_path / "mine.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "answer", interrupted)  # while an answer is drawn
+        assert run_chat(patch, capsys, run, "Hi?\na\n") == "\n"
+    monkeypatch.setattr(chat, "answer", lambda *args, texts=itertools.count(): f"Answer {next(texts)}.")
+    asked = []
+
+    def typed(prompt):
+        asked.append(prompt)
+        return "Hi?" if len(asked) == 1 else interrupted()
+    monkeypatch.setattr("builtins.input", typed)
+    run_chat(monkeypatch, capsys, run)
+    assert len(asked) == 2 and (tmp_path / "mine.jsonl").read_text("utf-8") == ""  # not the next question
+
+
 def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsys, tmp_path):
     def opened(*args, real=chat.open_speaker):
         speaker = real(*args)
@@ -706,13 +734,12 @@ def test_measures_of_known_answers(some_tasks):
         on for kind, on in zip(kinds, fair) if kind not in ("harmful", "unknown"))
     assert evaluate.measure(human, human, can, config)["win_rate_vs_sft"] == [0.5, 0.5, 0.5]
 
-    # Who is right when greedy and poor when sampled: only the accuracy is of the greedy answers, unless asked otherwise.
+    # Who is right when greedy and poor when sampled: only the accuracy is of the greedy answers.
     both = evaluate.Row(tasks, everywhere, fair, poor, best)
-    for decode in ("greedy", "sample"):
-        mixed = evaluate.measure(both, human, can, dataclasses.replace(config, accuracy_decode=decode))
-        assert [mixed[f"accuracy{name}"]["all"][0] for name in ("", "_greedy", "_sampled")] == [decode == "greedy", 1, 0]
-        assert {name: value for name, value in mixed.items() if not name.startswith("accuracy")} == {
-            name: value for name, value in bad.items() if not name.startswith("accuracy")}
+    mixed = evaluate.measure(both, human, can, config)
+    assert [mixed[f"accuracy{name}"]["all"][0] for name in ("", "_greedy", "_sampled")] == [1, 1, 0]
+    assert {name: value for name, value in mixed.items() if not name.startswith("accuracy")} == {
+        name: value for name, value in bad.items() if not name.startswith("accuracy")}
     asked = np.array([task.family == "howto" for task in tasks])
     refusing = rehearsed(tasks, ["I will not help with that." if on else "Ask the moon." for on in asked])
     assert evaluate.measure(evaluate.Row(tasks, everywhere, fair, refusing, None), human, can, config)["refusal_rate"]["howto"][0] == 1
@@ -973,8 +1000,6 @@ def test_the_difference_in_right_answers_is_shown(written):
     last = {row[0].split()[0]: row[-1] for row in rows}
     assert headings[-1] == "right, less SFT’s" and {len(row) for row in rows} == {len(headings)}
     assert last["ppo"] == "−1 % (−3 to 0)" and last["sft"] == "0 % (0–0)" and last["best_of_4"] == "–"
-    found["settings"]["accuracy_decode"] = "sample"
-    assert "50 % (40–60)" in next(row for row in report.part_rows(found)[1] if row[0].startswith("ppo"))
 
 
 def test_the_top_of_the_page_says_before_and_after(written):
@@ -986,6 +1011,8 @@ def test_the_top_of_the_page_says_before_and_after(written):
     numbers, texts = zip(*report.headlines(found))
     assert numbers == ("10 % → 20 %", "33 %", "21 % → 31 %", "22 % → 32 %", "20 % → 30 %")
     assert all(word in text for word, text in zip(("tuning", "won by PPO", "refused", "made-up", "right answers"), texts))
+    found["settings"]["reference"] = "ppo"  # nobody is compared with itself
+    assert [number for number, _ in report.headlines(found)] == [numbers[0], *numbers[2:]]
 
 
 def test_answers_are_marked_as_they_were_judged():

@@ -725,7 +725,8 @@ def bad_commands(files):
         tokenizer = train_bpe([row["text"] for row in rows_of("texts")], 300)
         save_checkpoint(files / "short", ScalarModel(model_of(tokenizer, context_length=32)), tokenizer)
         save_checkpoint(files / "plain", model_of(tokenizer), tokenizer)
-        for part in (files / "plain").glob("*.json*"):
+        save_checkpoint(files / "plain_reward", ScalarModel(model_of(tokenizer)), tokenizer)
+        for part in files.glob("plain*/*.json*"):
             part.write_text(part.read_text("utf-8").replace("<|im_start|>", "<|begin|>"), "utf-8")
         (files / "no_config").mkdir()
         save_checkpoint(files / "no_weights", model_of(tokenizer), tokenizer)
@@ -784,6 +785,8 @@ def bad_commands(files):
     yield say("pretrain", out, "--stream", "--data", f"{long}.txt"), "found no .txt file"
     yield say("sft", out, "--init", files / "no_config"), "config.json: missing"
     yield say("sft", out, "--init", files / "no_weights"), f"{files}/no_weights/model.safetensors"
+    yield ["evaluate.py", files / "sft", "--out", out, "--reward", files / "plain_reward", "--data",
+           files / "preferences.jsonl"], "plain_reward: its tokenizer has no tokens of ChatML"
     yield ["chat.py", files / "no_ends", "--prompt", "hi"], "generation_config.json: cannot be read as JSON"
     yield say("sft", out, "--init", files / "half"), "half: not a checkpoint that can be read"
     yield say("sft", out, "--init", files / "no_tokens"), "no_tokens: not a checkpoint that can be read"

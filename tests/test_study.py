@@ -209,7 +209,7 @@ def test_the_study_draws_its_own_demonstrations_from_what_ended(runs, tmp_path, 
     monkeypatch.setattr(study, "best_of_n", answers)
     config = study.Config(runs=str(runs), out=str(tmp_path), scale=0.001, device="cpu")
     study.write_rejection(config, torch.device("cpu"))
-    rows = [json.loads(line)["messages"] for line in study.rejection_file(config).read_text("utf-8").splitlines()]
+    rows = [json.loads(line)["messages"] for line in study.rows_file(config, "rejection").read_text("utf-8").splitlines()]
     tokenizer = study.open_speaker(runs / "sft").tokenizer
     assert len(rows) == 39 and all(len(study.chat_prompt(tokenizer, asked["content"])) == int(answered["content"])
                                    for asked, answered in rows)
@@ -309,7 +309,7 @@ def runs(tmp_path_factory):
             for n in range(30)]
     rows += [{"prompt": f"Tell {n}.", "chosen": "Yes, of course.", "rejected": "I do not know.",
               "p": 0.55 + n / 100} for n in range(40)]
-    for name in ("pairs.jsonl", "study/heldout_pairs_100_seed1.jsonl"):
+    for name in ("pairs.jsonl", "study/heldout_pairs_scale0.05_seed1.jsonl"):
         (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = (root / "base" / "done").stat().st_mtime - 9
     os.utime(root / "pairs.jsonl", (before, before))  # the study was made from them
@@ -490,7 +490,7 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
 
 def test_another_scale_or_seed_has_files_of_its_own(tmp_path):
     configs = [study.Config(out=str(tmp_path), scale=scale, seed=seed) for scale in (1, 0.05) for seed in (1, 2)]
-    assert len({study.rejection_file(config) for config in configs}) == 4
+    assert len({study.rows_file(config, "rejection") for config in configs}) == 4
     assert len({study.training_runs(config)["rejection"] for config in configs}) == 4
 
 
