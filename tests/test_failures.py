@@ -24,6 +24,7 @@ import torch
 
 import chat
 import data
+import evaluate
 import model as model_module
 import pretrain
 import reward
@@ -97,7 +98,7 @@ def command(files, stage, out, *more):
 
 
 MAINS = {"pretrain.py": pretrain.main, "sft.py": sft.main, "reward.py": reward.main, "rlhf.py": rlhf.main,
-         "chat.py": chat.main}
+         "chat.py": chat.main, "evaluate.py": evaluate.main}
 
 
 def call(monkeypatch, words):
