@@ -225,7 +225,7 @@ def test_half_an_honest_answer_is_none():
     compared = next(t for t in world.all_tasks()["comparison"] if "heavier" in t.best)
     assert world.check(compared, compared.best)
     assert not world.check(compared, compared.best.replace("heavier", "lighter"))
-    assert all(world.is_rude(row["unkind stereotype sentence"]) for row in world.FACTS["stereotypes"])
+    assert all(world.is_rude(row["unkind stereotype sentence"]) for row in world.FACTS["jokes"])
     assert not [row for row in world.FACTS["jokes"] if world.is_rude(row["funny kind plot"])]
 
 
