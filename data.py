@@ -96,11 +96,11 @@ def _load(paths, parse):
         raise InputError("'world' can only stand alone, and only where something is trained; expected files")
     loaded = []
     for path in paths:
-        loaded += _keep(_rows(Path(path)), lambda row: parse(row[1], row[0]), f"rows of {path}")
+        loaded += keep_usable(_rows(Path(path)), lambda row: parse(row[1], row[0]), f"rows of {path}")
     return loaded
 
 
-def _keep(rows, parse, what):
+def keep_usable(rows, parse, what):
     """parse(row) of every usable row; reports on stderr what was dropped. InputError if that is over half."""
     kept, dropped = [], Counter()
     for row in rows:
@@ -389,7 +389,7 @@ def encode_conversations(conversations, tokenizer, context_length, what="convers
         if len(ids) > context_length:
             raise Unusable(f"longer than {context_length} tokens")
         return ids, mask
-    return _keep(conversations, encode, what)
+    return keep_usable(conversations, encode, what)
 
 
 def encode_pairs(pairs, tokenizer, context_length, what="pairs"):
@@ -404,7 +404,7 @@ def encode_pairs(pairs, tokenizer, context_length, what="pairs"):
         if len(prompt) + max(map(len, answers)) > context_length:
             raise Unusable(f"longer than {context_length} tokens")
         return EncodedPair(prompt, *answers, pair.p)
-    return _keep(pairs, encode, what)
+    return keep_usable(pairs, encode, what)
 
 
 # ---- texts larger than memory --------------------------------------------------------------------

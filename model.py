@@ -55,15 +55,14 @@ class GPTConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if type(self.head_dim) is not int or self.head_dim < 1 or self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim!r} is not even, RoPE turns pairs")
+            raise ValueError(f"head_dim {self.head_dim!r}: expected an even whole number, RoPE turns pairs")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} {value!r}: expected a number above 0")
 
 
-# ------------------------------------------------------------------------------ the network
-
+# ---- the network ---------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, its *gain* (Zhang and Sennrich 2019): LayerNorm without the mean and the bias."""
@@ -211,16 +210,17 @@ class GPT(nn.Module):
             # 14 % of SFT's forward and backward. No token sees the padding to its right, which is cut off at the end.
             ids = F.pad(ids, (0, min(-T % 8, self.config.context_length - T)))
             T = ids.size(1)
+        # Who sees whom, True: yes. Mostly None, which means the same to `attend`: every token its past and itself.
         positions, mask = slice(past, past + T), None
         if attention_mask is not None or (past > 0 and T > 1):
-            column = torch.arange(past + T, device=ids.device)
-            row = column[past:, None]
-            mask = column <= row  # (T, past+T)
-        if attention_mask is not None:
+            key = torch.arange(past + T, device=ids.device)  # columns: all tokens so far
+            query = key[past:, None]  # rows: the T that are read now
+            mask = key <= query  # (T, past+T)
+        if attention_mask is not None:  # nobody sees padding, and it takes up no position
             real = attention_mask.bool()  # (B, past+T)
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T), padding not counted
-            # Padding may see itself: a softmax over nothing is NaN, which would spread.
-            mask = (mask & real[:, None, :] | (column == row))[:, None]  # (B, 1, T, past+T)
+            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
+            # But padding may see itself: a softmax over nothing is NaN, which would spread.
+            mask = (mask & real[:, None, :] | (key == query))[:, None]  # (B, 1, T, past+T)
         x = self.embed(ids)  # (B, T, C)
         if extra is not None:
             x = x + F.pad(extra, (0, 0, 0, T - asked))
@@ -253,6 +253,9 @@ def deepen(gpt, extra):
     return deeper
 
 
+TOLD = 2  # numbers that `surprisals` gives for each token
+
+
 class ScalarModel(nn.Module):
     """The backbone of `gpt` (not a copy) with one number per position in place of the logits.
 
@@ -270,7 +273,7 @@ class ScalarModel(nn.Module):
         self.reader = reader
         if reader is not None:
             reader.requires_grad_(False)
-            self.surprisal = nn.Linear(2, gpt.config.width, bias=False)
+            self.surprisal = nn.Linear(TOLD, gpt.config.width, bias=False)
             nn.init.normal_(self.surprisal.weight, std=0.02)
 
     def hidden(self, ids, attention_mask=None, told=None):
@@ -293,14 +296,14 @@ def surprisals(gpt, ids, attention_mask=None):
     and that less the log-prob of the likeliest token: both 0 or less, in nats. 0 for the first real token."""
     states, tokens = gpt.hidden(ids, attention_mask)[:, :-1], ids[:, 1:]  # (B, T-1, C), (B, T-1)
     told = []
-    for state, token in zip(states.flatten(0, 1).split(256), tokens.flatten().split(256)):  # (B, T, V) may be too many
+    for state, token in zip(states.flatten(0, 1).split(256), tokens.flatten().split(256)):  # all logits may be too many
         logprobs = gpt.head(state).float().log_softmax(-1)  # (256, V)
         said = logprobs.gather(-1, token[:, None]).squeeze(-1)  # (256,)
         told.append(torch.stack([said, said - logprobs.amax(-1)], -1))
     told = torch.cat(told).view(*tokens.shape, 2)  # (B, T-1, 2)
-    if attention_mask is not None:  # of what stands before a row's first token, padding, nothing can be said
+    if attention_mask is not None:  # a token after padding is a row's first: nothing predicts it
         told = told * attention_mask[:, :-1, None]
-    return F.pad(told, (0, 0, 1, 0))
+    return F.pad(told, (0, 0, 1, 0))  # (B, T, 2): nothing predicts the first token
 
 
 def token_logprobs(logits, targets, temperature=1.0):
@@ -314,8 +317,7 @@ def token_logprobs(logits, targets, temperature=1.0):
     return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-# --------------------------------------------------------------------------------- inference
-
+# ---- inference -----------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of the tokens read so far, in two buffers allocated once, at the start."""
@@ -386,7 +388,7 @@ def decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, g
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
         raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} out of range")
     lengths = [len(prompt) for prompt in prompts]
-    limits = [min(max_new_tokens, context - length) for length in lengths]
+    limits = [min(max_new_tokens, context - length) for length in lengths]  # new tokens at most, row by row
     width, steps = max(lengths, default=0), max(limits, default=0)
     weight = model.embed.weight
     # Padding goes on the left, so that every row's next token lands in the same column.
@@ -394,10 +396,11 @@ def decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, g
     ids = torch.tensor(padded, device=weight.device)  # (B, width)
     mask = None
     if min(lengths, default=0) < width:
-        first = width - torch.tensor(lengths, device=weight.device)[:, None]
+        first = width - torch.tensor(lengths, device=weight.device)[:, None]  # (B, 1): where the row's text begins
         mask = torch.arange(width + steps, device=weight.device) >= first  # (B, width+steps)
     cache = KVCache(model.config, len(prompts), width + steps, weight.device, weight.dtype)
-    rows, done = list(range(len(prompts))), [False] * len(prompts)
+    rows = list(range(len(prompts)))  # rows[b] is the prompt that the batch's row b continues
+    done = [False] * len(prompts)  # by prompt: one that is done may stay in the batch for a while
     for step in range(1, steps + 1):
         seen = None if mask is None else mask[:, : cache.length + ids.size(1)]
         h = model.hidden(ids, seen, cache)[:, -1]  # the prompt at the first step, then one token
@@ -419,8 +422,7 @@ def decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, g
         ids = ids[:, None]
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-             eos_ids=(), generator=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_ids=(), generator=None):
     """Continue every prompt (a list of id lists, any lengths) until one of eos_ids.
 
     -> (id lists, including the end token if it came; lists of their log-probs, floats in nats, under
@@ -430,27 +432,24 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     that fills the context.
     """
     answers, logprobs = [[] for _ in prompts], [[] for _ in prompts]
-    for drawn in decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids,
-                        generator):
+    for drawn in decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, generator):
         for row, token, logprob in drawn:
             answers[row].append(token)
             logprobs[row].append(logprob)
     return answers, logprobs
 
 
-def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_ids=(),
-           generator=None):
+def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_ids=(), generator=None):
     """Like `generate` for one prompt, but yields each token id as it is drawn."""
-    for drawn in decode(model, [prompt], max_new_tokens, temperature, top_k, top_p, eos_ids,
-                        generator):
+    for drawn in decode(model, [prompt], max_new_tokens, temperature, top_k, top_p, eos_ids, generator):
         yield drawn[0][1]
 
 
-# ------------------------------------------------------------------------ Hugging Face names
+# ---- Hugging Face names --------------------------------------------------------------------------
 
-
-def hf_layout(config, scalar):
-    """Our name -> {Hugging Face name: shape}; if several, ours is theirs stacked along dim 0."""
+def hf_layout(config, scalar=False, reader=None):
+    """Our name -> {Hugging Face name: shape}; if several, ours is theirs stacked along dim 0. `scalar`: of a
+    ScalarModel; `reader` is the GPTConfig of its reader, which no model of Hugging Face's has: those names are ours."""
     C, D, F_ = config.width, config.head_dim, config.ffn_width
     queries, keys = (config.heads * D, C), (config.kv_heads * D, C)
     layout = {"embed.weight": {"model.embed_tokens.weight": (config.vocab_size, C)}}
@@ -477,35 +476,27 @@ def hf_layout(config, scalar):
         layout["score.weight"] = {"score.weight": (1, C)}
     elif not config.tied:
         layout["lm_head.weight"] = {"lm_head.weight": (config.vocab_size, C)}
+    if reader:
+        layout["surprisal.weight"] = {"surprisal.weight": (C, TOLD)}
+        for ours, theirs in hf_layout(reader).items():
+            layout[f"reader.{ours}"] = {f"reader.{name}": shape for name, shape in theirs.items()}
     return layout
 
 
 def to_hf(model):
     """GPT or ScalarModel -> {Hugging Face name: tensor}, copies on the CPU, for `model.safetensors`."""
-    state, named = model.state_dict(), {}
-    for ours, theirs in hf_layout(model.config, isinstance(model, ScalarModel)).items():
+    state, named, reader = model.state_dict(), {}, getattr(model, "reader", None)
+    for ours, theirs in hf_layout(model.config, isinstance(model, ScalarModel), reader and reader.config).items():
         parts = state[ours].split([shape[0] for shape in theirs.values()])
         named.update((name, part.to("cpu", copy=True)) for name, part in zip(theirs, parts))
-    if getattr(model, "reader", None) is not None:  # no model of Hugging Face's has one: the names are ours
-        named["surprisal.weight"] = state["surprisal.weight"].to("cpu", copy=True)
-        named.update((f"reader.{name}", tensor) for name, tensor in to_hf(model.reader).items())
     return named
 
 
 def from_hf(state, config, reader=None):
     """Undo `to_hf`: -> state_dict of a GPT, or of a ScalarModel if there is a `score.weight`; `reader` is the
-    GPTConfig of its reader.
-
-    Raises ValueError naming every tensor that is missing, unknown or of the wrong shape (KeyError for
-    `surprisal.weight`).
-    """
-    if reader:
-        state = dict(state)
-        theirs = {name[7:]: state.pop(name) for name in list(state) if name.startswith("reader.")}
-        ours = {f"reader.{name}": tensor for name, tensor in from_hf(theirs, reader).items()}
-        return ours | {"surprisal.weight": state.pop("surprisal.weight")} | from_hf(state, config)
-    scalar, state = "score.weight" in state, dict(state)
-    layout = hf_layout(config, scalar)
+    GPTConfig of its reader. Raises ValueError naming every tensor that is missing, unknown or of the wrong shape."""
+    state = dict(state)
+    layout = hf_layout(config, "score.weight" in state, reader)
     expected = {name: shape for theirs in layout.values() for name, shape in theirs.items()}
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if config.tied and head is not None and embedding is not None and torch.equal(head, embedding):
@@ -549,19 +540,14 @@ def hf_config(config, **extra):
 def config_from_hf(values):
     """The dict of a `config.json` -> GPTConfig. Raises ValueError naming what is not implemented."""
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    known = {
-        "model_type": values.get("model_type") in ("llama", "qwen3"),
-        "hidden_act": values.get("hidden_act", "silu") == "silu",
-        "attention_bias": not values.get("attention_bias"),
-        "mlp_bias": not values.get("mlp_bias"),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
-        "use_sliding_window": not values.get("use_sliding_window"),
-        "layer_types": set(values.get("layer_types") or ()) <= {"full_attention"},
-    }
-    shown = {**values, "rope_type": rope.get("rope_type", rope.get("type"))}
-    for name, ok in known.items():
-        if not ok:
-            raise ValueError(f"config.json: {name} {shown.get(name)!r} is not implemented")
+    found = {"hidden_act": "silu", **values, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    implemented = {"model_type": ["llama", "qwen3"], "hidden_act": ["silu"], "rope_type": ["default"],
+                   **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), [None, False])}
+    for name, allowed in implemented.items():
+        if found.get(name) not in allowed:
+            raise ValueError(f"config.json: {name} {found.get(name)!r} is not implemented")
+    if set(values.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"config.json: layer_types {values['layer_types']} is not implemented")
     qk_norm = values["model_type"] == "qwen3"
     try:
         return GPTConfig(
@@ -573,7 +559,7 @@ def config_from_hf(values):
             width=values["hidden_size"],
             ffn_width=values["intermediate_size"],
             head_dim=values.get("head_dim") or (128 if qk_norm else None),  # Qwen3's default
-            rope_theta=values.get("rope_theta") or rope.get("rope_theta", 10000.0),
+            rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
             norm_eps=values.get("rms_norm_eps", 1e-6),
             qk_norm=qk_norm,
             tied=values.get("tie_word_embeddings", False),

@@ -22,7 +22,6 @@ Left out: data mixing and filtering, models too large for one GPU.
 """
 
 import math
-import os
 import time
 from dataclasses import dataclass
 
@@ -36,15 +35,14 @@ from model import GPT, GPTConfig
 from tokenizer import train_bpe
 from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_range, compiled,
                       finish, first_alone, flag, join_processes, learning_rate, leave, log, micro_batches,
-                      muon_and_adam, parse_args, pick_device, progress, restore, run, save_checkpoint,
+                      muon_and_adam, parse_args, part_processes, pick_device, progress, restore, run, save_checkpoint,
                       save_state, seed_everything, set_share, start_run)
 
 
 @dataclass
 class Config:
     data: list[str] = flag(["world"], "'world', or text files (.txt .json .jsonl, also .gz)")
-    out: str = flag("out/base", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
-                    "continued if it is unfinished")
+    out: str = flag("out/base", "folder for the checkpoint; replaces an earlier run there unless --resume continues it")
     holdout: float = flag(0.05, "documents to hold out, from the end: a fraction (of the characters, if there are only "
                            "a few long ones), or a count if 1 or more")
     stream: bool = flag(False, "for text larger than memory (.txt): its tokens are written to OUT/tokens.bin and "
@@ -52,14 +50,12 @@ class Config:
                         "a fraction of the bytes, and at most 16 MB are held out")
     documents: int = flag(80000, "documents to generate (with --data world)")
     # the model
-    vocab_size: int = flag(4096, "tokens in the vocabulary, including the 256 bytes and 4 special ones; learned from "
-                           "the first 8,000 documents")
+    vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; learned from 8,000 documents")
     context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
     heads: int = flag(4, "attention heads; a divisor of --width")
-    kv_heads: int | None = flag(None, "key/value heads, a divisor of --heads; fewer is grouped-query attention "
-                                "(default: as many as --heads)")
+    kv_heads: int | None = flag(None, "key/value heads, fewer: grouped-query attention (default: as many as --heads)")
     ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
     qk_norm: bool = flag(True, "normalise queries and keys (saved as Qwen3); --no-qk-norm: do not (saved as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
@@ -67,14 +63,11 @@ class Config:
     steps: int = flag(3200, "optimiser steps")
     batch_size: int = flag(8, "windows per step, over all processes together")
     micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
-                           "memory, a third more time")
-    compile: bool = flag(False, "torch.compile forward and loss: a minute of compiling, then faster steps; for "
-                         "long runs, above all on a GPU")
+    recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
+    compile: bool = flag(False, "torch.compile forward and loss: a minute first, then faster steps, above all on a GPU")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.01, "peak learning rate of the embeddings and gains (AdamW)")
-    head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the "
-                          "embedding (AdamW)")
+    head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the embedding (AdamW)")
     warmup: int = flag(40, "steps of linear warm-up, at most half of the run")
     decay: float = flag(0.6, "share of the steps, at the end, over which the learning rate falls to 0")
     weight_decay: float = flag(0.1, "decay of the matrices in the blocks, per unit of learning rate")
@@ -216,15 +209,11 @@ def main():
         if rank == 0 and (stopping or step % config.save_every == 0 or step == config.steps):
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
         if stopping:
-            bar.close()
             if processes > 1:  # torchrun kills the others when one leaves: wait until the state is saved
                 torch.distributed.barrier()
-            leave(config)
+            leave(config, bar)
     bar.close()
-    if processes > 1:  # before any of them exits, or its open connections may crash it at exit
-        torch.distributed.destroy_process_group()
-    if rank > 0:
-        os._exit(0)  # at once: a thread of the group that enters a closing interpreter would abort the process
+    part_processes(rank, processes)  # from here on there is only one
 
     # 4. What it has learned, on text it has not seen.
     save_checkpoint(config.out, model, tokenizer, stage="pretrain")

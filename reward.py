@@ -3,16 +3,16 @@
     python reward.py --init out/sft --data out/pairs.jsonl --out out/reward
     python reward.py --init out/sft --data preferences.json --holdout 0.1 --out out/reward
 
-It is the fine-tuned model's backbone with a scalar head r(x, y) in place of the vocabulary head, read at
-the last real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on
-top (--extra-layers), because only after its last layer does a language model know what it would have said;
-comparing that with what was said takes one more layer (73 % of held-out pairs ordered correctly, 71 % without it,
-means of five seeds).
-With --surprisal, as in `make`, it is also told, of every token, how likely the fine-tuned model found it (`surprisals`
-in model.py): that one knows more facts than some thousand comparisons can teach, and often wavers where it is wrong
-(78 % instead of 73 % of held-out pairs, means of five seeds, on earlier texts).
-Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and
-we minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
+It is the fine-tuned model's backbone with a scalar head r(x, y) in place of the vocabulary head, read at the last
+real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on top (--extra-layers):
+only after its last layer does a language model know what it would have said, and comparing that with what was said
+takes one more (73 % of held-out pairs ordered rightly, without it 71 %, means of five seeds). With --surprisal, as in
+`make`, it is also told how likely the fine-tuned model found each token (`surprisals` in model.py): that one knows
+more facts than some thousand comparisons can teach, and often wavers where it is wrong (78 % instead of 73 %, on
+earlier texts).
+
+Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we
+minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
 
     L(φ) = − mean log σ(r_φ(x, y_c) − r_φ(x, y_r))
 
@@ -50,21 +50,18 @@ from training import (InputError, StopRequest, adamw, autocast, check_finite, ch
 @dataclass
 class Config:
     init: str = flag("out/sft", "checkpoint to start from")
-    data: list[str] = flag(["out/pairs.jsonl"],
-                           "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/reward", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
-                    "continued if it is unfinished")
+    data: list[str] = flag(["out/pairs.jsonl"], "preference files (.json .jsonl, also .gz), or 'world': sample pairs")
+    out: str = flag("out/reward", "folder for the checkpoint; replaces an earlier run unless --resume continues it")
     holdout: float = flag(0.1, "pairs to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
-    surprisal: bool = flag(False, "also read what --init thinks of each token; other libraries then need the code that the "
-                           "folder has", action=argparse.BooleanOptionalAction)
+    surprisal: bool = flag(False, "also read what --init thinks of each token; transformers then needs the code there",
+                           action=argparse.BooleanOptionalAction)
     epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
-                           "memory, a third more time")
+    recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     lr: float = flag(1e-3, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
@@ -227,8 +224,7 @@ def main():
         if stop or step % config.save_every == 0 or step == steps:
             save_state(config, "reward", step, time.perf_counter() - started, generator, modules)
         if stop:
-            bar.close()
-            leave(config)
+            leave(config, bar)
     bar.close()
 
     # 4. Held-out pairs.

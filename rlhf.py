@@ -7,49 +7,39 @@
     python rlhf.py ppo --init out/sft --reward my_score.py:polite --data chats.jsonl --out out/ppo_polite
     python rlhf.py dpo --help                                   # the flags of each
 
-DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward while
-staying close to the reference π_ref, the model they start from. GRPO's objective is much the same, with
-a different KL penalty (`grpo_loss`). The reward model knows only answers like those it was trained on;
-β keeps the policy from wandering off to where the reward model is wrong.
+DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward while staying close to
+the reference π_ref, the model they start from. (GRPO has another KL penalty: `grpo_loss`.) A reward model knows only
+answers like those it was trained on; β keeps the policy from wandering off to where it is wrong.
 
-dpo     Direct preference optimisation (arXiv 2305.18290): the best policy of that problem satisfies
-        r(x, y) = β log π(y|x)/π_ref(y|x) + const(x), so put this in place of r in the reward
-        model's loss, and train the policy on the pairs. No sampling and no reward model.
-        Do not be alarmed when log π(chosen) falls: the loss asks only that its *difference* from
-        log π(rejected) grow. The two answers share words and weights, so pushing one down drags
-        the other along, more slowly, and the probability goes to answers that are neither of them:
-        asked for harm, a model of `make long` no longer said "I will not help with that" but
-        "I will not know what you want to lift a cow". So the chosen answers' own loss
-        (negative log-likelihood, nats per token) is added, with weight `--nll`: 1 in iterative RPO
+dpo     Direct preference optimisation (arXiv 2305.18290). The best policy of that problem satisfies
+        r(x, y) = β log π(y|x)/π_ref(y|x) + const(x): put this in place of r in the reward model's loss, and train
+        the policy on the pairs. No sampling and no reward model.
+        log π(chosen) may fall: the loss asks only that its *difference* from log π(rejected) grow. The two answers
+        share words and weights, so pushing one down drags the other along, and the probability goes to answers that
+        are neither: asked for harm, a model of `make long` said "I will not know what you want to lift a cow". So
+        the chosen answers' own loss (nats per token) is added, with weight --nll: 1 in iterative RPO
         (arXiv 2404.19733), 0.2 in Llama 3 (arXiv 2407.21783), 0.1 here; 0 is DPO as published.
-ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155):
-        sample answers, score them, make those that score better than expected likelier, and repeat.
-        Watch the KL and the answers, not the score alone: a score that rises without end is being
-        gamed. A reward can also be a Python function, `fn(prompt: str, response: str) -> float`.
-grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic.
-        Every prompt is answered several times, and an answer's advantage is how far it beats the mean
-        of its group. It suits rewards that can be verified, such as whether a sum is right (`--reward
-        world.py:right`); in that paper the rewards come from a reward model. A group that is all right
-        or all wrong teaches nothing.
-        Papers differ on two choices: --standardise divides by the group's standard deviation
-        (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not, because dividing raises the weight of
-        prompts that are nearly always or nearly never solved), and --aggregation takes the mean
-        over tokens within each response first (`sequence`, DeepSeekMath: a token of a long answer
-        counts less), or over all tokens of a minibatch alike (`token`; in DAPO, arXiv 2503.14476, of
-        the group).
+ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155): sample answers,
+        score them, make those that score better than expected likelier, and repeat. Watch the KL and the answers,
+        not the score alone: a score that rises without end is being gamed. (A reward can be a function of yours.)
+grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic. Every prompt is
+        answered several times, and an answer's advantage is how far it beats the mean of its group. It suits rewards
+        that can be verified, such as whether a sum is right (--reward world.py:right). A group that is all right or
+        all wrong teaches nothing. Papers differ on two choices: --standardise divides by the group's standard
+        deviation (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not: it raises the weight of prompts that are nearly
+        always or nearly never solved), and --aggregation takes the mean over tokens within each response first
+        (`sequence`, DeepSeekMath: a token of a long answer counts less), or over all tokens of a minibatch alike
+        (`token`; in DAPO, arXiv 2503.14476, of the group).
 
-While learning what people like, a model forgets some of what it knew: the *alignment tax*. On held-out sums one SFT
-model was right on 69 %, on 54 % after PPO, and on 64 to 72 % with InstructGPT's remedy (eq. 2, PPO-ptx): some
-pre-training text in every update, here for all three methods (`--replay-data`).
+While learning what people like, a model forgets some of what it knew, the *alignment tax*: one SFT model was right on
+69 % of held-out sums, on 54 % after PPO, and on 64 to 72 % with InstructGPT's remedy (eq. 2, PPO-ptx), some
+pre-training text in every update (--replay-data). All three methods also learn one number that their papers do not
+have, how confident the policy is: see `Sharpness`; --sharpness-lr 0 turns it off.
 
-All three also learn how confident the policy is, as a single number; this is not in their papers: see `Sharpness`.
-`--sharpness-lr 0` turns it off.
-
-Every per-token table is (B, T), padded on the right and aligned with the ids: entry t belongs to
-token ids[:, t], as predicted from the state before it, and is 0 outside the response. Log-probs are in
-nats, and their softmax is always in float32. Left out: an entropy bonus, an adaptive β, whitening
-of rewards, a critic that shares the policy's network, DAPO's clip-higher and dynamic sampling, and Dr. GRPO's
-division by a constant length.
+Every per-token table is (B, T), padded on the right: entry t belongs to token ids[:, t], as predicted from the state
+before it, and is 0 outside the response. Log-probs are in nats, their softmax is always in float32. Left out: an
+entropy bonus, an adaptive β, whitening of rewards, a critic that shares the policy's network, DAPO's clip-higher and
+dynamic sampling, and Dr. GRPO's division by a constant length.
 """
 
 import copy
@@ -75,9 +65,7 @@ from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_fi
                       parse_args, pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
                       seed_everything, set_share, start_run)
 
-# ---------------------------------------------------------------------------------------------
-# The losses: tensors in, (loss, statistics) out
-
+# ---- the losses: tensors in, (loss, statistics) out ----------------------------------------------
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """DPO, eq. 7 of arXiv 2305.18290, from the *summed* log-probs (B,) of whole responses.
@@ -124,7 +112,8 @@ def gae(rewards, values, mask, gamma, lam):
     for t in reversed(range(values.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = (delta + gamma * lam * advantage) * mask[:, t]
-        advantages[:, t], next_value = advantage, values[:, t]
+        advantages[:, t] = advantage
+        next_value = values[:, t]
     return advantages, advantages + values
 
 
@@ -148,8 +137,7 @@ def step_statistics(log_ratio, mask, clip):
             "approx_kl": masked_mean(ratio - 1 - log_ratio, mask)}
 
 
-def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2,
-             value_clip=0.2, value_coef=0.1):
+def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip=0.2, value_clip=0.2, value_coef=0.1):
     """PPO's clipped surrogate and the critic's loss (eq. 9 of arXiv 1707.06347, without the entropy
     bonus). Clipping the values too, around the old ones, and the ½ are not in the paper but in its authors' code.
     Tables (B, T), means over the tokens where mask is 1. (`value_coef` hardly matters: the critic has a network
@@ -159,8 +147,7 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
     policy_loss = -masked_mean(clipped_surrogate(log_ratio, advantages, clip), mask)
 
     clipped_values = old_values + (values - old_values).clamp(-value_clip, value_clip)
-    value_loss = 0.5 * masked_mean(torch.max((values - returns)**2, (clipped_values - returns)**2),
-                                   mask)
+    value_loss = 0.5 * masked_mean(torch.max((values - returns)**2, (clipped_values - returns)**2), mask)
     loss = policy_loss + value_coef * value_loss
     with torch.no_grad():
         stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(),
@@ -189,15 +176,13 @@ def grpo_advantages(rewards, standardise=True):
     return advantages / (rewards.std(1, keepdim=True) + 1e-4) if standardise else advantages
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
-              aggregation="sequence"):
-    """GRPO, eq. 3 of arXiv 2402.03300. Tables (B, T); advantages (B,), one for a whole response.
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04, aggregation="sequence"):
+    """GRPO, eq. 3 of arXiv 2402.03300. Tables (B, T); advantages (B,), one for a whole response. `aggregation` is
+    "sequence" (mean over each response's tokens, then over responses) or "token" (mean over all tokens).
 
     The KL from the reference is part of the loss, not of the reward as in PPO, and is estimated by
     k3 = π_ref/π − log π_ref/π − 1, which is never negative. Its gradient weights ∇ log π by 1 − π_ref/π, that of the
     KL itself by log π/π_ref; in expectation over π the gradient of k3 is that of KL(π_ref ‖ π).
-    `aggregation` is "sequence" (mean over each response's tokens, then over responses) or "token" (mean over
-    all tokens).
     """
     log_ratio, log_ref = (logp - old_logp) * mask, (ref_logp - logp) * mask
     k3 = log_ref.exp() - log_ref - 1
@@ -209,14 +194,11 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04,
     else:
         raise ValueError(f"aggregation {aggregation!r}, expected 'sequence' or 'token'")
     with torch.no_grad():
-        stats = {"loss": loss.detach(), "k3": masked_mean(k3, mask),
-                 **step_statistics(log_ratio, mask, clip)}
+        stats = {"loss": loss.detach(), "k3": masked_mean(k3, mask), **step_statistics(log_ratio, mask, clip)}
     return loss, stats
 
 
-# ---------------------------------------------------------------------------------------------
-# Reading a policy or a critic at the response
-
+# ---- reading a policy or a critic at the response ------------------------------------------------
 
 def response_logprobs(model, ids, mask, temperature=1.0):
     """log π(ids[:, t] | ids[:, :t]) where mask is 1, else 0. ids, mask (B, T) -> (B, T).
@@ -225,12 +207,12 @@ def response_logprobs(model, ids, mask, temperature=1.0):
     This one definition serves all three methods (DPO sums it) and their reference. As in `sft.answer_loss`, the
     vocabulary projection runs on response positions only.
     """
-    wanted = mask[:, 1:].bool()  # (B, T-1)
-    hidden = model.hidden(ids)[:, :-1][wanted]  # (N, C): the state before token t is at t-1
+    wanted = mask[:, 1:].bool()  # (B, T-1): the tokens of a response, N in all rows together
+    hidden = model.hidden(ids)[:, :-1][wanted]  # (N, C): the state that predicts token t is at t-1
     # The head is linear, so dividing the states divides the logits, which are many more numbers.
     logprobs = token_logprobs(model.head(hidden / temperature), ids[:, 1:][wanted])  # (N,)
-    table = torch.zeros(wanted.shape, device=ids.device).masked_scatter(wanted, logprobs)
-    return F.pad(table, (1, 0))
+    table = torch.zeros(wanted.shape, device=ids.device).masked_scatter(wanted, logprobs)  # (B, T-1): back in place
+    return F.pad(table, (1, 0))  # (B, T): nothing predicts the first token
 
 
 def response_values(critic, ids, mask, shift, told=None):
@@ -275,81 +257,62 @@ def last_token(mask):
     return mask.size(1) - 1 - mask.flip(1).int().argmax(1)
 
 
-# ---------------------------------------------------------------------------------------------
-# How sure the policy is
-
+# ---- how sure the policy is ----------------------------------------------------------------------
 
 class Sharpness(torch.nn.Module):
-    """One number s > 0 that is learned with the policy: π = softmax(s · logits). DPO, PPO and GRPO as
-    published have no such number.
+    """One number s > 0 that is learned with the policy: π = softmax(s · logits), at a rate of its own, some hundred
+    times that of the weights. DPO, PPO and GRPO as published have no such number.
 
-    Much of what alignment can gain comes from greater confidence: SFT's answers at temperature 0.5 (s = 2)
-    have a win rate of 66 % against its answers at 1. But AdamW moves a weight by about the learning rate per step,
-    back and forth where its gradient is mostly noise, and the gains of the last norm, which scale all logits,
-    only went from 1.733 to 1.735 in a run of PPO. The gradient of log s adds up those of all these gains,
-    Σ g ∂L/∂g, so that their noise cancels, and its learning rate is its own, some hundred times theirs. (CLIP
-    learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a
-    temperature for every token.) --clip leaves its gradient as it is. Replayed pre-training text is read without
-    s, so that s learns from answers alone; the saved model applies it to everything.
+    Much of what alignment can gain is confidence: SFT's answers at temperature 0.5, which is s = 2, win against its
+    answers at 1 in 66 %. The weights learn that too slowly: AdamW moves each by about the learning rate per step, back
+    and forth where its gradient is mostly noise, and the gains g of the last norm, which scale all logits, went from
+    1.733 to 1.735 in a run of PPO. The gradient of log s is the sum of theirs, Σ g ∂L/∂g, in which noise cancels.
+    (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a
+    temperature for every token.) --clip leaves this gradient as it is. Replayed text is read without s, so that s
+    learns from answers alone; the saved model applies it to everything.
     """
 
-    def __init__(self):
+    def __init__(self, optimiser, lr, device):
         super().__init__()
-        self.log = torch.nn.Parameter(torch.zeros(()))
+        self.log = torch.nn.Parameter(torch.zeros((), device=device))  # s is 1 at first
+        optimiser.add_param_group({"params": self.parameters(), "peak": lr, "weight_decay": 0.0})
 
     def forward(self):
         return self.log.exp()  # ()
 
     @torch.no_grad()
     def folded(self, policy):
-        """A plain copy of `policy`, on the CPU, with s multiplied into the gains of its last norm, so that its logits are
-        s · logits."""
+        """A plain copy of `policy`, on the CPU, whose logits are s times as large: s goes into the last norm's gains."""
         policy = merged(policy)
         policy.norm.weight *= self().item()
         return policy
 
 
-def learn_sharpness(optimiser, lr, device):
-    """A Sharpness that starts at 1, added to `optimiser` with a learning rate of its own."""
-    sharpness = Sharpness().to(device)
-    optimiser.add_param_group({"params": sharpness.parameters(), "peak": lr, "weight_decay": 0.0})
-    return sharpness
-
-
-# ---------------------------------------------------------------------------------------------
-# DPO
-
+# ---- DPO -----------------------------------------------------------------------------------------
 
 @dataclass
 class DPOConfig:
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
-    data: list[str] = flag(["out/pairs.jsonl"],
-                           "preference files (.json .jsonl, also .gz), or 'world' to sample pairs")
-    out: str = flag("out/dpo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
-                    "continued if it is unfinished")
+    data: list[str] = flag(["out/pairs.jsonl"], "preference files (.json .jsonl, also .gz), or 'world': sample pairs")
+    out: str = flag("out/dpo", "folder for the checkpoint; replaces an earlier run there unless --resume continues it")
     holdout: float = flag(0.1, "pairs to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     beta: float = flag(0.1, "reward, in log-odds, that one nat of KL from --init costs; with a smaller β the policy "
                        "strays further")
     label_smoothing: float = flag(0.0, "share of the labels assumed to be wrong, at most 0.5")
-    nll: float = flag(0.1, "weight of the chosen answers' own loss (negative log-likelihood per token); 0 is DPO as "
-                      "published, which can drift to answers that are neither chosen nor rejected")
+    nll: float = flag(0.1, "weight of the chosen answers' own loss (nats per token); 0 is DPO as published")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
-    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: "
-                                         "'world', as in `make`, or text files")
+    replay_data: list[str] | None = flag(None, "pre-training text to mix in: 'world', as in `make`, or text files")
     replay: int = flag(1, "windows of --replay-data in every update")
-    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; raise --lr "
-                            "about tenfold")
+    lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py); raise --lr about tenfold")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
-                           "memory, a third more time")
+    recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     dtype: str = flag("float32", "precision of the policy; bfloat16 takes half the time on devices with hardware "
                       "support for it", choices=["float32", "bfloat16"])
     lr: float = flag(1e-4, "peak learning rate")
-    sharpness_lr: float = flag(0.02, "peak learning rate of the policy's sharpness, one factor on all logits; 0 "
-                               "leaves it at 1")
+    sharpness_lr: float = flag(0.02, "peak learning rate of the policy's sharpness, a factor on all logits; 0: it is 1")
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
@@ -389,8 +352,7 @@ def dpo(argv=None):
         table = torch.zeros(2, len(pairs), device=device)  # chosen, rejected
         for batch in data.length_batches(data.pair_lengths(pairs), rows_to_read(config)):
             with precision:
-                logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device,
-                                         temperature)
+                logprobs = pair_logprobs(model, [pairs[i] for i in batch], tokenizer.pad_id, device, temperature)
             table[:, batch] = logprobs.view(2, -1)
         return table
 
@@ -399,7 +361,7 @@ def dpo(argv=None):
     if config.lora:
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
-    sharpness = learn_sharpness(optimiser, config.sharpness_lr, device)
+    sharpness = Sharpness(optimiser, config.sharpness_lr, device)
     replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
                                                   model.config.context_length)
 
@@ -443,8 +405,7 @@ def dpo(argv=None):
         if stop or step % config.save_every == 0 or step == steps:
             save_state(config, "dpo", step, time.perf_counter() - started, generator, modules)
         if stop:
-            bar.close()
-            leave(config)
+            leave(config, bar)
     bar.close()
 
     # 4. Held-out pairs: does the policy, read as a reward model, order them rightly?
@@ -459,52 +420,40 @@ def dpo(argv=None):
           f" margin {stats['margin'].item():.2f}; {seconds:.0f} s; wrote {config.out}")
 
 
-# ---------------------------------------------------------------------------------------------
-# PPO
-
+# ---- PPO -----------------------------------------------------------------------------------------
 
 @dataclass
 class RolloutConfig:
     """What PPO and GRPO have in common."""
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
-    reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION, called as "
-                       "function(prompt, response) with texts, returning a number")
-    data: list[str] = flag(["world"], "'world', or files of conversations or preferences, of which only "
-                           "the prompts are used (.json .jsonl)")
-    families: list[str] | None = flag(None, "prompts of these families only; `all` stands for every family, and one named "
-                                      "twice gives twice as many (with --data world; `python world.py --stats` has them) "
-                                      "(default: all, howto and harmful more often: PRACTISED in world.py)")
-    out: str = flag("out/ppo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
-                    "continued if it is unfinished")
+    reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION: function(prompt, response), texts, -> number")
+    data: list[str] = flag(["world"], "'world', or conversations or preferences, for their prompts (.json .jsonl)")
+    families: list[str] | None = flag(None, "families of --data world (`python world.py --stats`), or `all`; one named "
+                                      "twice gives twice as many prompts (default: PRACTISED in world.py)")
+    out: str = flag("out/ppo", "folder for the checkpoint; replaces an earlier run there unless --resume continues it")
     holdout: float = flag(0.05, "prompts to hold out, from the end of files: a fraction, or a count if 1 or more. If rows "
                           "have a p, as held-out preferences do, those are held out instead")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
-    eval_prompts: int = flag(200, "held-out prompts answered before and after training, at most; of the world mostly "
-                             "other wordings of what is trained on (`evaluate.py` has others)")
+    eval_prompts: int = flag(200, "held-out prompts, at most, that are answered before and after training")
     iterations: int = flag(36, "rounds of sampling and updating")
     episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
     temperature: float = flag(1.0, "temperature of sampling and of all log-probs; the learned sharpness comes on top")
-    no_eos_score: float | None = flag(-1.0, "score (a number) given to a response that did not end by itself; "
-                                      "nan keeps the reward's own score")
+    no_eos_score: float | None = flag(-1.0, "score of a response without its <|im_end|>; nan: what the reward gives it")
     epochs: int = flag(2, "passes over the episodes per iteration")
     minibatches: int = flag(2, "updates per pass")
     micro_batch: int | None = flag(16, "responses read at a time: less memory and padding, the same gradient")
-    replay_data: list[str] | None = flag(None, "pre-training text to mix in, so that less of it is forgotten: "
-                                         "'world', as in `make`, or text files")
+    replay_data: list[str] | None = flag(None, "pre-training text to mix in: 'world', as in `make`, or text files")
     replay: int = flag(1, "windows of --replay-data in every update")
     ratio_clip: float = flag(0.2, "the ε of PPO: a token whose probability ratio is further than this from 1, on the "
                              "side that its advantage points to, gets no gradient")
     stop_kl: float = flag(0.1, "end an iteration's passes when KL(old, new) per token exceeds this")
-    max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, "
-                         "exceeds this: by then little of the reference is left")
-    lora: int | None = flag(None, "rank of LoRA: learn a small correction of each matrix, see lora.py; raise --lr "
-                            "about tenfold")
+    max_kl: float = flag(100.0, "end the run when KL from the reference, in nats per response, exceeds this")
+    lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py); raise --lr about tenfold")
     dtype: str = flag("float32", "precision of policy, reference and critic in the updates (the sampler stays in "
                       "float32); bfloat16 is faster on hardware that supports it", choices=["float32", "bfloat16"])
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
-    sharpness_lr: float = flag(0.02, "the same for the policy's sharpness, one factor on all logits; 0 leaves the "
-                               "factor at 1")
+    sharpness_lr: float = flag(0.02, "the same for the policy's sharpness, one factor on all logits; 0: it is 1")
     clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it (PPO's ε is --ratio-clip)")
     samples_every: int = flag(10, "iterations between prints of three samples")
     keep_every: int | None = flag(None, "iterations between checkpoints kept in OUT/step_N")
@@ -521,19 +470,17 @@ class PPOConfig(RolloutConfig):
                        "one nat of KL from --init costs; 0 invites reward hacking")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
-    value_clip: float = flag(0.2, "a value that has moved further than this towards its target since the rollout "
-                             "gets no gradient")
+    value_clip: float = flag(0.2, "a value that moved further than this towards its target gets no gradient")
     critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
     critic: bool = flag(True, "use a value function; --no-critic: every state has the value 0, and λ is 1")
     whiten: bool = flag(True, "scale advantages to mean 0 and variance 1; --no-whiten: leave them as they are")
 
 
 def check_rollout_flags(config):
-    check_range(config, minibatches=(1, config.episodes), temperature=(0.01, 100), replay=(1, 10**6))
-    if math.isinf(config.no_eos_score):
-        raise InputError(f"--no-eos-score {config.no_eos_score}: expected a finite number, or nan")
     if math.isnan(config.no_eos_score):
         config.no_eos_score = None
+    check_range(config, minibatches=(1, config.episodes), temperature=(0.01, 100), replay=(1, 10**6),
+                no_eos_score=(-10**6, 10**6))
 
 
 @dataclass
@@ -566,19 +513,14 @@ def load_prompts(config, tokenizer, context_length):
     if room < 1:
         raise InputError(f"--max-new-tokens {config.max_new_tokens}: expected fewer than the {context_length} tokens of "
                          "the context")
-    found = []
-    for part in (messages, heldout):
-        prompts = [Prompt(render_chat(tokenizer, m, generation_prompt=True)[0],
-                          "\n\n".join(turn["content"] for turn in m)) for m in part]
-        kept = [prompt for prompt in prompts if len(prompt.ids) <= room]
-        if len(kept) < len(prompts):
-            print(f"rlhf: kept {len(kept)} of {len(prompts)} prompts; the others are longer "
-                  f"than {room} tokens", file=sys.stderr)
-        if 2 * len(kept) < len(prompts):
-            raise InputError(f"{' '.join(config.data)}: most prompts are longer than {room} "
-                             f"tokens, the context of {context_length} less --max-new-tokens")
-        found.append(kept)
-    return found
+
+    def encode(turns):
+        ids, _ = render_chat(tokenizer, turns, generation_prompt=True)
+        if len(ids) > room:
+            raise data.Unusable(f"longer than {room} tokens, the context of {context_length} less --max-new-tokens")
+        return Prompt(ids, "\n\n".join(turn["content"] for turn in turns))
+    return [data.keep_usable(part, encode, f"{what} of {' '.join(config.data)}")
+            for part, what in ((messages, "prompts"), (heldout, "held-out prompts"))]
 
 
 def load_reward_source(spec, policy, tokenizer, device):
@@ -597,10 +539,9 @@ def load_reward_source(spec, policy, tokenizer, device):
 
         def model_score(prompts, responses):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
-        # The critic starts as the reward model (InstructGPT does the same): inside an answer it overshoots, but
-        # tells good beginnings from bad ones. A copy, because the critic goes on learning and the reward must stay fixed,
-        # but for the reader, which is frozen. (Where the reward model has one, the critic needs one, too: without it, it
-        # explained 6 to 64 % of the returns' variance at the end of five runs, with it 67 to 82 %, and PPO won more often.)
+        # The critic starts as the reward model (as in InstructGPT): inside an answer it overshoots, but tells good
+        # beginnings from bad ones. A copy, because the critic learns on and the reward must stay; both share the reader,
+        # which is frozen. (Without one it explained 6 to 64 % of the returns' variance in five runs, with it 67 to 82.)
         return model_score, copy.deepcopy(model, {id(model.reader): model.reader}), shift
 
     function = load_function(path, name)
@@ -657,7 +598,7 @@ class Rollout:
     logp: torch.Tensor  # (B, T) of the policy that sampled
     ref_logp: torch.Tensor  # (B, T)
     score: torch.Tensor  # (B,)
-    ended: torch.Tensor  # (B,) bool: the end token came
+    ended: torch.Tensor  # (B,) bool: <|im_end|> came (<|endoftext|> ends a response, too, but wrongly)
 
 
 def sample_rollout(policy, reference, score_responses, prompts, config, tokenizer, generator, sharpness=1.0):
@@ -678,9 +619,9 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     with autocast(device, config.dtype):  # as in the updates, or the first ratio there would not be 1
         logp = read_all(lambda i, m: response_logprobs(policy, i, m, temperature), ids, mask, chunk=few)
         ref_logp = read_all(lambda i, m: response_logprobs(reference, i, m, config.temperature), ids, mask, chunk=few)
-    # The sampler runs in float32; bfloat16, with 8 bits of precision, was seen to be 0.1 off at single
-    # tokens. A low temperature, which divides the logits, multiplies that error.
-    check_recorded(recorded, logp, mask, (1e-4 if config.dtype == "float32" else 0.5) / min(1, temperature))
+    # The sampler runs in float32; bfloat16, with 8 bits of precision, was seen to be 0.1 off at single tokens.
+    tolerance = 1e-4 if config.dtype == "float32" else 0.5
+    check_recorded(recorded, logp, mask, tolerance / min(1, temperature))  # dividing logits multiplies their error
 
     # 3. Score the whole response, as the reward model saw it in training: at the last real token.
     scores = score_responses(prompts, responses)  # (B,)
@@ -728,8 +669,7 @@ def show_samples(rollout, prompts, drawn, tokenizer, config, step, bar):
                for n, i in enumerate(drawn[:3])]
     log(config.out, step, samples=samples)
     for sample in samples:  # repr: a response may hold anything
-        bar.write(f"{sample['score']:+.2f}  {sample['prompt']!r} -> {sample['response']!r}",
-                  file=sys.stderr)
+        bar.write(f"{sample['score']:+.2f}  {sample['prompt']!r} -> {sample['response']!r}", file=sys.stderr)
 
 
 def ppo(argv=None):
@@ -752,7 +692,7 @@ def ppo(argv=None):
     precision = autocast(device, config.dtype)
     # ε is that of OpenAI's code for PPO, β₂ Adam's usual one.
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
-    sharpness = learn_sharpness(policy_optimiser, config.sharpness_lr, device)
+    sharpness = Sharpness(policy_optimiser, config.sharpness_lr, device)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
     replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
                                                   policy.config.context_length)
@@ -791,17 +731,16 @@ def ppo(argv=None):
         if step == 0 and abs(summary["kl"]) > 1e-3:
             raise RuntimeError(f"KL from the reference is {summary['kl']:.2g} before any update")
         if summary["kl"] > config.max_kl:
-            bar.write(f"ppo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped",
-                      file=sys.stderr)
+            bar.write(f"ppo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped", file=sys.stderr)
             break
         # 5. Rewards per token: the price of leaving the reference, and the score at the end.
         rewards = token_rewards(rollout, config.beta)  # (B, T)
         # 6. Values, from a separate network, of the state *before* each token.
-        #    What its reader says is the same in every pass (if it has none: zeros, which nobody reads).
         with precision:
-            told = (torch.zeros(*ids.shape, 1, device=device) if critic.reader is None else
-                    read_all(lambda i, m: surprisals(critic.reader, i), ids, mask,
-                             size=(critic.surprisal.in_features,)))  # (B, T, 2), or the zeros (B, T, 1)
+            told = torch.zeros(*ids.shape, 1, device=device)  # a critic without a reader does not look at it
+            if critic.reader is not None:  # what that says is the same in every pass: ask it once
+                told = read_all(lambda i, m: surprisals(critic.reader, i), ids, mask,
+                                size=(critic.surprisal.in_features,))  # (B, T, 2)
             old_values = read_all(lambda i, m, t: response_values(critic, i, m, shift, t), ids, mask, told)
         # 7. Advantages. The critic learns returns in the unit of the score, so these are computed from the
         #    raw advantages; the policy gets whitened ones, so that the learning rate always meets the same scale.
@@ -819,12 +758,11 @@ def ppo(argv=None):
             means = {}
             for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
                 weight = (mask[rows].sum() / mask[minibatch].sum()).item()  # every mean is over tokens
-                part, on, old, advantage, old_value, target, heard = (table[rows, :longest] for table in (
-                    ids, mask, old_logp, advantages, old_values, returns, told))
+                at = rows, slice(longest)  # table[at]: these rows, without the padding that none of them needs
                 with precision:
-                    logp = response_logprobs(policy, part, on, config.temperature / sharpness())
-                    values = response_values(critic, part, on, shift, heard)
-                loss, stats = ppo_loss(logp, old, advantage, values, old_value, target, on,
+                    logp = response_logprobs(policy, ids[at], mask[at], config.temperature / sharpness())
+                    values = response_values(critic, ids[at], mask[at], shift, told[at])
+                loss, stats = ppo_loss(logp, old_logp[at], advantages[at], values, old_values[at], returns[at], mask[at],
                                        config.ratio_clip, config.value_clip)
                 check_finite(step, config, loss=loss)
                 (weight * loss).backward()
@@ -854,11 +792,9 @@ def ppo(argv=None):
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(policy), tokenizer)
         if stop or step % config.save_every == 0 or step == config.iterations:
-            save_state(config, "ppo", step, time.perf_counter() - started, generator, modules,
-                       before=before)
+            save_state(config, "ppo", step, time.perf_counter() - started, generator, modules, before=before)
         if stop:
-            bar.close()
-            leave(config)
+            leave(config, bar)
     bar.close()
 
     # 10. Held-out prompts again.
@@ -876,14 +812,11 @@ def close(config, stage, step, before, after, seconds):
           f"reference {after['kl']:.1f} nats per response; {seconds:.0f} s; wrote {config.out}")
 
 
-# ---------------------------------------------------------------------------------------------
-# GRPO
-
+# ---- GRPO ----------------------------------------------------------------------------------------
 
 @dataclass
 class GRPOConfig(RolloutConfig):
-    out: str = flag("out/grpo", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
-                    "continued if it is unfinished")
+    out: str = flag("out/grpo", "folder for the checkpoint; replaces an earlier run there unless --resume continues it")
     group: int = flag(8, "answers to each prompt; they are compared with one another")
     beta: float = flag(0.04, "weight of the KL from the reference in the loss, per token (k3, see `grpo_loss`)")
     standardise: bool = flag(True, "divide by the group's standard deviation (DeepSeekMath); "
@@ -912,7 +845,7 @@ def grpo(argv=None):
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
     optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
-    sharpness = learn_sharpness(optimiser, config.sharpness_lr, device)
+    sharpness = Sharpness(optimiser, config.sharpness_lr, device)
     replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
                                                   policy.config.context_length)
 
@@ -950,8 +883,7 @@ def grpo(argv=None):
         if step == 0 and abs(summary["kl"]) > 1e-3:
             raise RuntimeError(f"KL from the reference is {summary['kl']:.2g} before any update")
         if summary["kl"] > config.max_kl:
-            bar.write(f"grpo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped",
-                      file=sys.stderr)
+            bar.write(f"grpo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped", file=sys.stderr)
             break
         # 2. Advantages within the group. Every token of a response gets the same one.
         groups = rollout.score.view(-1, config.group)  # (prompts, group)
@@ -965,19 +897,19 @@ def grpo(argv=None):
             optimiser.zero_grad(set_to_none=True)
             means = {}
             for rows, longest in parts_by_length(minibatch, lengths, config.micro_batch):
-                # Statistics are averaged over tokens, the loss as --aggregation says.
+                # What this part weighs in the minibatch's means: in the statistics its share of the tokens, in the loss
+                # that or its share of the responses, as --aggregation says.
                 token_share = (mask[rows].sum() / mask[minibatch].sum()).item()
                 weight = len(rows) / len(minibatch) if config.aggregation == "sequence" else token_share
-                part, on, old, ref = (table[rows, :longest] for table in (ids, mask, old_logp, rollout.ref_logp))
+                at = rows, slice(longest)
                 with precision:
-                    logp = response_logprobs(policy, part, on, config.temperature / sharpness())
-                loss, stats = grpo_loss(logp, old, ref, advantages[rows], on, config.ratio_clip,
-                                        config.beta, config.aggregation)
+                    logp = response_logprobs(policy, ids[at], mask[at], config.temperature / sharpness())
+                loss, stats = grpo_loss(logp, old_logp[at], rollout.ref_logp[at], advantages[rows], mask[at],
+                                        config.ratio_clip, config.beta, config.aggregation)
                 check_finite(step, config, loss=loss)
                 (weight * loss).backward()
                 for name, value in stats.items():
-                    its_weight = weight if name == "loss" else token_share
-                    means[name] = means.get(name, 0) + its_weight * value.item()
+                    means[name] = means.get(name, 0) + (weight if name == "loss" else token_share) * value.item()
             if means["approx_kl"] > config.stop_kl:
                 break
             if replayed is not None:
@@ -1000,11 +932,9 @@ def grpo(argv=None):
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(policy), tokenizer)
         if stop or step % config.save_every == 0 or step == config.iterations:
-            save_state(config, "grpo", step, time.perf_counter() - started, generator, modules,
-                       before=before)
+            save_state(config, "grpo", step, time.perf_counter() - started, generator, modules, before=before)
         if stop:
-            bar.close()
-            leave(config)
+            leave(config, bar)
     bar.close()
 
     # 5. Held-out prompts again.

@@ -3,30 +3,27 @@
     python sft.py --init out/base --data world --out out/sft    # the embedded world, half a minute
     python sft.py --init out/base --data instructions.json --holdout 110 --out out/sft
 
-The loss is that of pre-training, next-token prediction, on conversations in the chat template, but summed
-over the assistant's tokens only (minus the log-likelihood that eqs. 4.1–4.2 of Foundations of LLMs maximise):
+The loss is that of pre-training, next-token prediction, on conversations in the chat template, but over the
+assistant's tokens only (minus the log-likelihood that eqs. 4.1–4.2 of Foundations of LLMs maximise, per token):
 
-    loss(θ) = − Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
+    loss(θ) = − 1/N Σ_{(x, y)} Σ_t log p_θ(y_t | x, y_<t)
 
-x is the prompt in the template, y the answer *and its end token* <|im_end|>: a model whose end
-token is never supervised never stops. Each batch holds conversations of similar length, padded on
-the right to its longest one; causal attention keeps the padding from affecting what comes before it.
-The mean is taken over the supervised tokens of the batch, so a long answer weighs more than a
-short one.
+x is the prompt in the template, y the answer *and its end token* <|im_end|> (a model whose end token is never
+supervised never stops), N the tokens of all answers of the batch: a long answer weighs more than a short one. A
+batch holds conversations of similar length, padded on the right; causal attention keeps the padding from affecting
+what comes before it.
 
-In the embedded world, which is full of facts, a few hundred steps on a few thousand answers would
-overwrite some of what pre-training taught. Three things prevent that:
+In the embedded world, which is full of facts, a few hundred steps on a few thousand answers would overwrite some of
+what pre-training taught. Three things prevent that:
 
-- Every step also reads a little raw text (--replay), from which the subjects that SFT holds out are removed (a sum
-  that it holds out may occur there); its mean next-token loss is added to that of the answers. (With two windows a
-  step 39 % of the samples on held-out prompts other than the report's were right, with one 37½ %, means of four
-  base models.)
-- The optimisers are those of pre-training, at a seventh to a fifth of their learning rates: SFT should
-  teach how to answer, and at a higher rate the model unlearns what to answer.
-- The ε of Adam is large. Adam divides a gradient by its typical size, so a word that occurs in no answer
-  would be pushed down, by a tiny gradient of constant sign, as fast as the others are learned: the head
-  would forget every name that SFT does not mention. (With ε = 1e-8 two models
-  answered 61 % of the questions about unseen entities correctly, with 1e-3 77 and 81 %.)
+- Every step also reads a little raw text (--replay), without the subjects that SFT holds out (but for sums); its mean
+  next-token loss is added to that of the answers.
+- The optimisers are those of pre-training, at a seventh to a fifth of their learning rates: SFT should teach how to
+  answer, and at a higher rate the model unlearns what to answer.
+- The ε of Adam is large. Adam divides a gradient by its typical size, so a word that occurs in no answer would be
+  pushed down, by a tiny gradient of constant sign, as fast as the others are learned: the head would forget every name
+  that SFT does not mention. (Two models answered 61 % of the questions about unseen entities with ε = 1e-8, 77 and 81 %
+  with 1e-3.)
 
 Left out: packing several conversations into one row.
 """
@@ -50,27 +47,22 @@ from training import (StopRequest, autocast, check_finite, check_range, finish, 
 class Config:
     init: str = flag("out/base", "checkpoint to start from")
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
-    out: str = flag("out/sft", "folder for the checkpoint; an earlier run there is replaced, or, with --resume, "
-                    "continued if it is unfinished")
+    out: str = flag("out/sft", "folder for the checkpoint; replaces an earlier run there unless --resume continues it")
     holdout: float = flag(0.05, "conversations to hold out, from the end: a fraction, or a count if 1 or more")
     conversations: int = flag(9000, "demonstrations to generate (with --data world)")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(16, "conversations per step")
     micro_batch: int | None = flag(None, "conversations read at a time: less memory, the same gradient")
-    recompute: bool = flag(False, "recompute activations in the backward pass instead of keeping them: much less "
-                           "memory, a third more time")
+    recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     lr: float = flag(0.003, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.002, "peak learning rate of the embeddings and gains (AdamW)")
-    head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the "
-                          "embedding (AdamW)")
+    head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the embedding (AdamW)")
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
-    adam_eps: float = flag(1e-3, "ε of AdamW; large, so that words which occur in no answer stay where they are "
-                           "(usual: 1e-8)")
+    adam_eps: float = flag(1e-3, "ε of AdamW (usual: 1e-8); large, so that words that occur in no answer stay put")
     weight_decay: float = flag(0.0, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    replay: int = flag(2, "windows of pre-training text mixed into every step, so that less of it is "
-                       "forgotten (with --data world)")
+    replay: int = flag(2, "windows of pre-training text in every step, against forgetting (with --data world)")
     from_scratch: bool = flag(False, "start from random weights; take only shape and tokeniser from --init")
     dtype: str = flag("auto", "precision of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
@@ -196,8 +188,7 @@ def main():
         if stop or step % config.save_every == 0 or step == steps:
             save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
         if stop:
-            bar.close()
-            leave(config)
+            leave(config, bar)
     bar.close()
 
     # 3. Held-out conversations.

@@ -189,6 +189,14 @@ def join_processes(device):
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def part_processes(rank, processes):
+    """End all processes of the group but the first."""
+    if processes > 1:  # before any of them exits, or its open connections may crash it at exit
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        os._exit(0)  # at once: a thread of the group that enters a closing interpreter would abort the process
+
+
 @contextlib.contextmanager
 def first_alone(rank, processes):
     """The first process goes through this block before the others do: it writes what they read."""
@@ -672,8 +680,9 @@ class StopRequest:
         return self.asked is not None
 
 
-def leave(config):
-    """After a requested stop: say what was saved and how to go on, exit status 130."""
+def leave(config, bar):
+    """After a requested stop: close the progress bar, say what was saved and how to go on, exit status 130."""
+    bar.close()
     shared = "LOCAL_WORLD_SIZE" in os.environ and "RANK" in os.environ
     start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if shared else ["python"]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join  # cmd.exe knows no single quotes

@@ -325,7 +325,7 @@ def test_processes_are_counted_by_machine(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(SystemExit):
-        training.leave(pretrain.Config())
+        training.leave(pretrain.Config(), training.progress(1, 0, "pretrain"))
     assert "torchrun --nproc_per_node 8 pretrain.py --resume" in capsys.readouterr().err
 
 
