@@ -281,13 +281,13 @@ class ScalarModel(nn.Module):
         if self.reader is None:
             return self.gpt.hidden(ids, attention_mask)
         told = surprisals(self.reader, ids, attention_mask) if told is None else told
-        return self.gpt.hidden(ids, attention_mask, extra=self.surprisal(told))
+        return self.gpt.hidden(ids, attention_mask, extra=self.surprisal(told.to(self.surprisal.weight.dtype)))
 
     def forward(self, ids, attention_mask=None, told=None):
         """ids (B, T) -> (B, T)."""
         hidden = self.hidden(ids, attention_mask, told)  # (B, T, C)
         with torch.autocast(ids.device.type, enabled=False):  # in bfloat16, 4.00 and 4.01 are the same number
-            return self.score(hidden.float()).squeeze(-1)
+            return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -311,7 +311,7 @@ def token_logprobs(logits, targets, temperature=1.0):
 
     Nothing is shifted here: pass logits[:, :-1] with ids[:, 1:]. `temperature` is the sampler's, > 0.
     """
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature != 1.0:
         logits = logits / temperature
     return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
@@ -539,15 +539,17 @@ def hf_config(config, **extra):
 
 def config_from_hf(values):
     """The dict of a `config.json` -> GPTConfig. Raises ValueError naming what is not implemented."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    found = {"hidden_act": "silu", **values, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    ropes = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # of older and of newer files
+    types = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
+    found = {"hidden_act": "silu", **values, "rope_type": types[1] if types[0] == "default" else types[0],
+             "rope_parameters": [value for value in ropes[1].values() if isinstance(value, dict)],  # one for each layer type
+             "layer_types": sorted({*(values.get("layer_types") or ())} - {"full_attention"})}
     implemented = {"model_type": ["llama", "qwen3"], "hidden_act": ["silu"], "rope_type": ["default"],
-                   **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), [None, False])}
+                   **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), [None, False]),
+                   **dict.fromkeys(("rope_parameters", "layer_types"), [[]])}
     for name, allowed in implemented.items():
         if found.get(name) not in allowed:
             raise ValueError(f"config.json: {name} {found.get(name)!r} is not implemented")
-    if set(values.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"config.json: layer_types {values['layer_types']} is not implemented")
     qk_norm = values["model_type"] == "qwen3"
     try:
         return GPTConfig(
@@ -559,7 +561,7 @@ def config_from_hf(values):
             width=values["hidden_size"],
             ffn_width=values["intermediate_size"],
             head_dim=values.get("head_dim") or (128 if qk_norm else None),  # Qwen3's default
-            rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
+            rope_theta=ropes[1].get("rope_theta") or values.get("rope_theta") or 10000.0,
             norm_eps=values.get("rms_norm_eps", 1e-6),
             qk_norm=qk_norm,
             tied=values.get("tie_word_embeddings", False),

@@ -106,7 +106,7 @@ def read_last(model, ids, last, precision=contextlib.nullcontext()):
     with precision:
         hidden = model.hidden(ids)  # (B, T, C)
     rows = torch.arange(len(ids), device=ids.device)
-    return model.score(hidden[rows, last].float()).squeeze(-1)
+    return model.score(hidden[rows, last].to(model.score.weight.dtype)).squeeze(-1)
 
 
 @torch.no_grad()

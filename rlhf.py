@@ -171,6 +171,7 @@ def grpo_advantages(rewards, standardise=True):
     a group of equal rewards gives exactly 0. ValueError for groups of one."""
     if rewards.ndim != 2 or rewards.size(1) < 2:
         raise ValueError(f"rewards {tuple(rewards.shape)}, expected (prompts, group of 2 or more)")
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))  # 0 and 1 may be integers
     rewards = rewards - rewards[:, :1]  # equal rewards become 0, whose mean is exactly 0
     advantages = rewards - rewards.mean(1, keepdim=True)
     return advantages / (rewards.std(1, keepdim=True) + 1e-4) if standardise else advantages

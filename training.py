@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -72,8 +73,13 @@ def run(main):
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `python chat.py … | head`: the reader has gone, which is no error
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:  # `python chat.py … > file`; EPIPE, of `| head`, is no error: the reader has gone
+            print(f"error: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
 
 
 def keep_freed_memory():
@@ -596,7 +602,7 @@ def start_run(config, stage, first=True):
             saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
             settings = saved["settings"]
         except Exception as error:  # whatever torch.load raises on a damaged file
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200].split(". ")[0]  # not the advice to run the code in it
             raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
         if saved["stage"] != stage:
             raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")

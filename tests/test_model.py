@@ -181,6 +181,8 @@ def test_scalar_model_ignores_padding(reader):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         coarse = model(ids)  # the states are, the number read off them is not
     assert coarse.dtype == torch.float32 and not torch.equal(coarse, coarse.bfloat16().float())
+    for kind, error in ((torch.float64, 1e-5), (torch.bfloat16, 0.2)):  # as whoever wants more, or less, may have it
+        torch.testing.assert_close(model.to(kind)(ids).float(), value, atol=error, rtol=0)
     torch.manual_seed(0)
     wide = ScalarModel(GPT(GPTConfig(vocab_size=5, layers=1, width=1024)))
     assert wide.score.weight.std().item() == pytest.approx(1025 ** -0.5, rel=0.1)
@@ -373,6 +375,8 @@ def test_token_logprobs():
     for b in range(2):
         for t in range(3):
             assert got[b, t].item() == pytest.approx(expected[b, t, targets[b, t]].item(), 1e-4)
+    assert token_logprobs(logits.double(), targets).dtype == torch.float64
+    assert token_logprobs(logits.bfloat16(), targets).dtype == torch.float32
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True, "qk_norm": False, "kv_heads": 4}])
@@ -416,6 +420,7 @@ def test_config_reads_both_places_of_rope_theta():
     for dropped in ("rope_theta", "rope_parameters"):
         rest = {key: value for key, value in values.items() if key != dropped}
         assert config_from_hf(rest).rope_theta == 5e5
+    assert config_from_hf({**values, "rope_theta": 1e4}).rope_theta == 5e5  # as transformers 5 has it
     llama = hf_config(tiny(qk_norm=False).config)
     assert llama["architectures"] == ["LlamaForCausalLM"]
     del llama["num_key_value_heads"], llama["tie_word_embeddings"], llama["rms_norm_eps"]
@@ -431,6 +436,8 @@ def test_config_reads_both_places_of_rope_theta():
     ({"mlp_bias": True}, "mlp_bias"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+    ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": {"rope_type": "default"}}, "rope_type 'llama3'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters .*yarn"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
 ])

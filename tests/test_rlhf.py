@@ -175,6 +175,7 @@ def test_grpo_advantages_compare_within_the_group():
     assert torch.allclose(standard[1], torch.tensor([0.0, 4.0, -2.0, -2.0]) / math.sqrt(24 / 3), rtol=1e-3)
     equal = torch.full((2, 8), 0.1)  # their mean in float32 is not 0.1
     assert not rlhf.grpo_advantages(equal).any() and (equal - equal.mean(1, keepdim=True)).any()
+    assert torch.equal(rlhf.grpo_advantages(torch.tensor([[1, 0]])), rlhf.grpo_advantages(torch.tensor([[1.0, 0.0]])))
     for wrong in (rewards.flatten(), rewards[:, :1]):
         with pytest.raises(ValueError, match="group"):
             rlhf.grpo_advantages(wrong)
