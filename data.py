@@ -363,11 +363,13 @@ def split_marked(rows, marked, holdout, paths):
 
 
 def drop_seen(heldout, train, key):
-    """The held-out rows whose key(row), e.g. their prompt, is new. InputError when none is."""
+    """The held-out rows whose key(row), e.g. their prompt, is new; if none is, all of them."""
     seen = {json.dumps(key(row), sort_keys=True) for row in train}
     fresh = [row for row in heldout if json.dumps(key(row), sort_keys=True) not in seen]
     if not fresh:
-        raise InputError(f"found the prompts of all {len(heldout)} held-out rows in training, expected some new ones")
+        print(f"data: the prompts of all {len(heldout)} held-out rows are also in training, so what is measured on these says "
+              "nothing about new prompts", file=sys.stderr)
+        return heldout
     if len(fresh) < len(heldout):
         print(f"data: kept {len(fresh)} of {len(heldout)} held-out rows; dropped "
               f"{len(heldout) - len(fresh)}: prompt is also in training", file=sys.stderr)

@@ -140,8 +140,11 @@ def main():
     if config.stream:
         train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)
         tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
-        with first_alone(rank, processes):
-            train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
+        if config.show_batch:
+            train_tokens, _ = data.pack_documents(train_documents, tokenizer)  # stream_tokens would write
+        else:
+            with first_alone(rank, processes):
+                train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
     else:
         if config.data == ["world"]:
             documents = world.documents(config.documents, seed=config.seed)

@@ -258,6 +258,14 @@ def last_token(mask):
     return mask.size(1) - 1 - mask.flip(1).int().argmax(1)
 
 
+def text_to_replay(config, tokenizer, context_length):
+    """The tokens of --replay-data, or None."""
+    if config.replay_data:
+        return load_replay(config.replay_data, tokenizer, config.seed, context_length)
+    if config.replay != 1:
+        raise InputError(f"--replay {config.replay}: expected --replay-data, the text that it reads")
+
+
 # ---- how sure the policy is ----------------------------------------------------------------------
 
 class Sharpness(torch.nn.Module):
@@ -363,8 +371,7 @@ def dpo(argv=None):
         add_lora(model, config.lora)
     optimiser = adamw(model, config.lr)
     sharpness = Sharpness(optimiser, config.sharpness_lr, device)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
-                                                  model.config.context_length)
+    replayed = text_to_replay(config, tokenizer, model.config.context_length)
 
     # 3. The loop.
     batches = data.epoch_batches(data.pair_lengths(train), config.batch_size, config.seed, config.epochs)
@@ -427,7 +434,8 @@ def dpo(argv=None):
 class RolloutConfig:
     """What PPO and GRPO have in common."""
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
-    reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION: function(prompt, response), texts, -> number")
+    reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION: function(prompt, response), texts, -> number; "
+                       "the other defaults suit numbers that differ by about 1")
     data: list[str] = flag(["world"], "'world', or conversations or preferences, for their prompts (.json .jsonl)")
     families: list[str] | None = flag(None, "families of --data world (`python world.py --stats`), or `all`; one named "
                                       "twice gives twice as many prompts (default: PRACTISED in world.py)")
@@ -525,7 +533,7 @@ def load_prompts(config, tokenizer, context_length):
 
 
 def load_reward_source(spec, policy, tokenizer, device):
-    """--reward as (score(prompts, responses as id lists) -> (B,), critic, the critic's shift)."""
+    """--reward as (score(prompts, responses as id lists) -> (B,), critic, the critic's shift: None for a function)."""
     path, colon, name = spec.rpartition(":")
     if spec.endswith(".py"):
         raise InputError(f"--reward {spec}: expected the name of a function, too, as in {spec}:FUNCTION")
@@ -548,11 +556,12 @@ def load_reward_source(spec, policy, tokenizer, device):
     function = load_function(path, name)
 
     def function_score(prompts, responses):
-        return torch.tensor([call(function, spec, prompt.text, answer_text(tokenizer, response))
-                             for prompt, response in zip(prompts, responses)])
+        with torch.no_grad():
+            return torch.tensor([call(function, spec, prompt.text, answer_text(tokenizer, response))
+                                 for prompt, response in zip(prompts, responses)])
     critic = ScalarModel(copy.deepcopy(policy))
-    torch.nn.init.zeros_(critic.score.weight)  # it knows nothing of this reward: guess 0
-    return function_score, critic.to(device), 0.0
+    torch.nn.init.zeros_(critic.score.weight)  # it knows nothing of this reward
+    return function_score, critic.to(device), None
 
 
 def load_function(path, name):
@@ -561,7 +570,8 @@ def load_function(path, name):
         module_spec = importlib.util.spec_from_file_location("__reward_function__", path)
         module = sys.modules["__reward_function__"] = importlib.util.module_from_spec(module_spec)
         sys.path.append(str(Path(path).resolve().parent))  # so that the file can import its neighbours
-        module_spec.loader.exec_module(module)
+        with torch.enable_grad():  # a file that switches gradients off does so for itself
+            module_spec.loader.exec_module(module)
         function = getattr(module, name)
     except (Exception, SystemExit) as error:  # whatever the file does wrong; a script may end with sys.exit(main())
         raise InputError(f"--reward {path}:{name}: could not be loaded ({in_words(error)})") from error
@@ -599,6 +609,7 @@ class Rollout:
     logp: torch.Tensor  # (B, T) of the policy that sampled
     ref_logp: torch.Tensor  # (B, T)
     score: torch.Tensor  # (B,)
+    raw: torch.Tensor  # (B,) score before --no-eos-score
     ended: torch.Tensor  # (B,) bool: <|im_end|> came (<|endoftext|> ends a response, too, but wrongly)
 
 
@@ -628,10 +639,10 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     scores = score_responses(prompts, responses)  # (B,)
     # 4. A response without its <|im_end|> (most were cut off by --max-new-tokens) gets a fixed bad score, or
     #    rambling would pay.
-    ended = torch.tensor([response[-1] == tokenizer.im_end_id for response in responses])
+    ended, raw = torch.tensor([response[-1] == tokenizer.im_end_id for response in responses]), scores
     if config.no_eos_score is not None:
         scores = torch.where(ended, scores, config.no_eos_score)
-    return Rollout(responses, ids, mask.float(), logp, ref_logp, scores.to(device), ended)
+    return Rollout(responses, ids, mask.float(), logp, ref_logp, scores.to(device), raw, ended)
 
 
 def check_recorded(recorded, logp, mask, tolerance=1e-4):
@@ -643,6 +654,13 @@ def check_recorded(recorded, logp, mask, tolerance=1e-4):
     if not gap <= tolerance:
         raise RuntimeError(f"log-probs of the rollout differ by {gap:.2g} nats from those of "
                            f"training (at most {tolerance:g}): they are of two distributions")
+
+
+def check_that_ending_pays(before, config):
+    """InputError if an answer gains by having no end: soon all would be endless."""
+    if config.no_eos_score is not None and before["raw_score"] < config.no_eos_score:
+        raise InputError(f"found a mean score of {before['raw_score']:.3g} before training, and {config.no_eos_score:g} for "
+                         "answers that do not end; expected a --no-eos-score well below the usual scores (or nan)")
 
 
 def token_rewards(rollout, beta):
@@ -657,7 +675,7 @@ def summarise(rollout):
     """Means over episodes. `kl` is the sampled Σ_t log π/π_ref, in nats per response; `entropy`, in
     nats per token, is estimated as the mean of −log π over the sampled tokens."""
     kl = (rollout.logp - rollout.ref_logp).sum(1).mean().item()
-    return {"score": rollout.score.mean().item(), "kl": kl,
+    return {"score": rollout.score.mean().item(), "raw_score": rollout.raw.mean().item(), "kl": kl,
             "entropy": -masked_mean(rollout.logp, rollout.mask).item(),
             "eos_rate": rollout.ended.float().mean().item(),
             "tokens": rollout.mask.sum(1).mean().item()}
@@ -695,8 +713,7 @@ def ppo(argv=None):
     policy_optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = Sharpness(policy_optimiser, config.sharpness_lr, device)
     critic_optimiser = adamw(critic, config.critic_lr, betas=(0.9, 0.999), eps=1e-5)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
-                                                  policy.config.context_length)
+    replayed = text_to_replay(config, tokenizer, policy.config.context_length)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
@@ -714,6 +731,10 @@ def ppo(argv=None):
     modules = {"policy": policy, "sharpness": sharpness, "critic": critic,
                "policy_optimiser": policy_optimiser, "critic_optimiser": critic_optimiser}
     before = saved["before"] if saved else heldout_proxy()
+    if not saved:
+        check_that_ending_pays(before, config)
+    if shift is None:  # a function's rewards may be about any number: at first the critic guesses their mean
+        shift = -before["score"]
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"ppo: {len(prompts):,} prompts, {config.iterations:,} iterations of {config.episodes} "
@@ -847,8 +868,7 @@ def grpo(argv=None):
     precision = autocast(device, config.dtype)
     optimiser = adamw(policy, config.lr, betas=(0.9, 0.999), eps=1e-5)
     sharpness = Sharpness(optimiser, config.sharpness_lr, device)
-    replayed = config.replay_data and load_replay(config.replay_data, tokenizer, config.seed,
-                                                  policy.config.context_length)
+    replayed = text_to_replay(config, tokenizer, policy.config.context_length)
 
     def roll(prompts, generator):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
@@ -865,6 +885,8 @@ def grpo(argv=None):
     saved = start_run(config, "grpo")
     modules = {"policy": policy, "sharpness": sharpness, "optimiser": optimiser}
     before = saved["before"] if saved else heldout_proxy()
+    if not saved:
+        check_that_ending_pays(before, config)
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"grpo: {len(prompts):,} prompts, {config.iterations:,} iterations of "

@@ -561,20 +561,27 @@ def load_reward(folder, device="cpu"):
 # ---- stop and resume -----------------------------------------------------------------------------
 
 STATE = "training_state.pt"
+INPUTS = ("init", "reward", "data", "replay_data")  # settings that name what a run reads
 
 
 def settings_of(config):
-    """The settings that must be equal for a resumed run to be the same run. (--dtype auto is decided anew.)"""
+    """The settings that must be equal for a resumed run to be the same run: out/sft/ is out/sft. (--dtype auto is
+    decided anew.)"""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
             "compile")
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    for name in INPUTS:
+        given = settings.get(name)
+        if given:
+            settings[name] = list(map(os.path.normpath, given)) if isinstance(given, list) else os.path.normpath(given)
+    return settings
 
 
 def read_by(config):
     """The files that a run reads: data, the weights of a checkpoint, the sources of the world, and the Python
     file of `score.py:function`."""
     here = Path(__file__).parent
-    for name in ("init", "reward", "data", "replay_data"):
+    for name in INPUTS:
         given = getattr(config, name, None) or []
         for word in given if isinstance(given, list) else [given]:
             if word == "world":

@@ -138,8 +138,7 @@ def main():
             start = time.perf_counter()
             loss = train(width, layers, budget, tokenizer, heldout, seed)
             done[key] = {"run": key, "loss": loss, "seconds": round(time.perf_counter() - start), "made_from": made_from}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[key]) + "\n")
+            training.write_text(path, "".join(json.dumps(row) + "\n" for row in done.values()))
         return done[key]["loss"]
 
     found, seed = {}, 0

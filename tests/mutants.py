@@ -351,7 +351,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      "test_world.py"),
     ("surprisals are of the token before", "model.py", "[:, :-1], ids[:, 1:]  # (B, T-1, C)", "[:, :-1], ids[:, :-1]  # (B, T-1, C)", "test_model.py"),
     ("padding before a row is a surprise", "model.py", "told = told * attention_mask[:, :-1, None]", "pass", "test_model.py"),
-    ("the reward model is told nothing", "model.py", "extra=self.surprisal(told)", "extra=None",
+    ("the reward model is told nothing", "model.py", "extra=self.surprisal(told.to(self.surprisal.weight.dtype))", "extra=None",
      "test_model.py test_reward.py"),
     ("the folder has no code for its model", "training.py", "shutil.copyfile(CODE, part / CODE.name)", "pass", "test_reward.py"),
     ("transformers would leave the reader out", "training.py", '"model_type": CODE.stem, ', "", "test_reward.py"),

@@ -901,6 +901,12 @@ def changes_in_place(rewards, values, mask, gamma, lam):
     return rlhf.gae(rewards, values, mask, gamma, lam)
 
 
+def test_a_lopsided_interval_is_not_right_by_chance():
+    for seed in range(20):
+        assert "the upper end is" in refused("bootstrap", lambda *args: bootstrap(*args, ends=(2.5, 95)), seed)
+        check("bootstrap")(bootstrap, seed)
+
+
 def test_wrong_kinds_of_results():
     assert "changes its input `values` in place" in refused("gae", changes_in_place)
     assert "changes its input `ids` in place" in refused("bpe_merge", lambda ids, *pair: ids.clear() or ids)

@@ -71,6 +71,7 @@ def files(tmp_path_factory):
                                      "def fails(prompt, response):\n    return {}[response]\n"
                                      "def nan(prompt, response):\n    return float('nan')\n"
                                      "def says(prompt, response):\n    raise ValueError('two\\nlines')\n"
+                                     "def few(prompt, response):\n    return -len(response)\n"
                                      "def quits(prompt, response):\n    raise SystemExit(3)\n")
     (folder / "ends.py").write_text("import sys\n\n\ndef length(prompt, response):\n    return 0\n\n\nsys.exit(0)\n")
     tokenizer = train_bpe([row["text"] for row in rows_of("texts")], 300)
@@ -180,6 +181,11 @@ def test_stopped_after_its_last_step_a_run_can_end(stage, files, tmp_path, monke
     assert stage_ends(tmp_path / "cut")[1] == stage_ends(tmp_path / "whole")[1] and (tmp_path / "cut" / "done").exists()
 
 
+def test_show_batch_of_a_stream_writes_nothing(files, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, command(files, "pretrain", tmp_path / "out", "--stream", "--data", files / "text.txt", "--show-batch"))
+    assert "birds" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("stage, shown", [
     ("pretrain", [r"^\[.*birds.*\]$"]), ("sft", [r"user\nSay \d+.*assistant\n\[It is \d+\.<\|im_end\|>\]$"]),
     *((stage, [r"assistant\n\[Gladly: \d+\.<\|im_end\|>\]", r"assistant\n\[No\. \d+<\|im_end\|>\]"])
@@ -211,6 +217,8 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
         call(monkeypatch, words)
     with pytest.raises(InputError, match="--lr 0.003, not 0.1"):
         call(monkeypatch, [*words, "--lr", 0.1, "--resume"])
+    with pytest.raises(ZeroDivisionError):  # the same folder, as a shell may complete it
+        call(monkeypatch, [*words, "--init", f"{files}/./sft/", "--resume"])
     with pytest.raises(InputError, match="of stage sft, not dpo"):
         training.start_run(rlhf.DPOConfig(out=str(tmp_path), resume=True), "dpo")
     now, rate = time.time(), training.learning_rate
@@ -677,6 +685,17 @@ def test_settings_of_sft_reach_what_they_are_of(files, tmp_path, monkeypatch):
     assert asked[0] == (40, 3, True) and set(asked[1:]) == {5}
 
 
+def test_an_answer_in_the_middle_of_a_conversation_is_trained_on(files, tmp_path, monkeypatch, capsys):
+    """A file may have a row for each turn: the short one, held out, begins a long one, all of whose answers are supervised."""
+    def turns(n, asked):
+        return {"messages": [{"role": role, "content": f"{n}{word}"} for word in asked
+                             for role, word in (("user", word), ("assistant", word))]}
+    rows = [turns(n, "ab") for n in range(20)] + [turns(n, "a") for n in (7, 99)]
+    (tmp_path / "turns.jsonl").write_text(lines(rows))
+    call(monkeypatch, command(files, "sft", tmp_path / "out", "--epochs", 1, "--data", tmp_path / "turns.jsonl", "--holdout", 2))
+    assert "kept 1 of 2 held-out rows" in capsys.readouterr().err
+
+
 def test_heldout_loss_of_sft_is_a_mean_over_tokens(files, tmp_path, monkeypatch):
     model, tokenizer, _ = load_checkpoint(files / "sft")
     rows = [([5] * (3 + n % 7), [0, 0] + [1] * (1 + n % 7)) for n in range(70)]  # more than one batch
@@ -708,15 +727,21 @@ def test_small_numbers_are_logged_with_their_digits(tmp_path):
 
 
 def test_equal_rewards_teach_nothing_and_break_nothing(files, tmp_path, monkeypatch):
-    """Zero variance: GRPO's advantages are exactly 0 and the policy stays; PPO's are finite."""
+    """Zero variance: GRPO's advantages are 0, and so are PPO's if its critic begins at the mean of the rewards."""
     (tmp_path / "flat.py").write_text("def flat(prompt, response):\n    return 0.1\n")
     for stage in ("grpo", "ppo"):
         call(monkeypatch, command(files, stage, tmp_path / stage, "--reward", f"{tmp_path}/flat.py:flat",
                                   "--iterations", 2, "--no-eos-score", "nan"))
-    rows = [row for row in metrics(tmp_path / "grpo") if "silent_groups" in row]
-    assert rows and all(row["silent_groups"] == 1 and row["kl"] == 0 for row in rows)
-    for row in metrics(tmp_path / "ppo"):
-        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+        rows = [row for row in metrics(tmp_path / stage) if "kl" in row]
+        assert len(rows) == 2 and all(abs(row["kl"]) < 1e-5 for row in rows)
+        assert stage == "ppo" or all(row["silent_groups"] == 1 for row in rows)
+
+
+def test_a_reward_function_may_switch_gradients_off(files, tmp_path, monkeypatch):
+    off = "torch.set_grad_enabled(False)\n"
+    (tmp_path / "off.py").write_text(f"import torch\n{off}\n\ndef one(prompt, response):\n    {off}    return 1.0\n")
+    call(monkeypatch, command(files, "ppo", tmp_path / "out", "--reward", f"{tmp_path}/off.py:one", "--iterations", 1))
+    assert torch.is_grad_enabled() and (tmp_path / "out" / "done").exists()
 
 
 def test_kl_that_explodes_stops_the_run(files, tmp_path, monkeypatch, capsys):
@@ -758,7 +783,6 @@ def bad_commands(files):
                 "types.jsonl": b'{"messages": 5}\n', "torn.jsonl.gz": gzip.compress(b"{}" * 999)[:30],
                 "false.jsonl.gz": b"not gzip", "nothing.jsonl": lines(
                     [{"messages": [{"role": "user", "content": "hi"}]}] * 9).encode(), "x.csv": b"a,b\n",
-                "same.jsonl": lines(rows_of("conversations", 1) * 60).encode(),
                 "all_p.jsonl": lines([row | {"p": 0.9} for row in rows_of("preferences")]).encode(),
                 "p.jsonl": b'{"prompt": "a", "chosen": "b", "rejected": "c", "p": 2}\n'}.items():
             (files / name).write_bytes(content)
@@ -784,7 +808,6 @@ def bad_commands(files):
     for stage in ("reward", "ppo"):
         yield say(stage, out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
     yield say("sft", out, "--holdout", 60), "expected some rows left"
-    yield say("sft", out, "--data", files / "same.jsonl"), "found the prompts of all 3 held-out rows in training"
     yield say("sft", out, "--holdout", 0), "--holdout 0.0: expected"
     yield say("sft", out, "--holdout", -1), "--holdout -1.0: expected"
     yield say("reward", out, "--data", "world", "--holdout", "nan"), "--holdout nan: expected"
@@ -819,6 +842,10 @@ def bad_commands(files):
     yield say("ppo", out, "--reward", f"{files}/score.py:none"), "could not be loaded (AttributeError"
     yield say("ppo", out, "--reward", f"{files}/score.py"), "score.py:FUNCTION"
     yield say("ppo", out, "--reward", f"{files}/score.py:says"), "ValueError: two lines; on the prompt"
+    for stage in ("ppo", "grpo"):  # if the least that an answer can get is -1, and it need only not end for that
+        yield say(stage, out, "--reward", f"{files}/score.py:few"), "expected a --no-eos-score well below the usual"
+    for stage in ("dpo", "ppo", "grpo"):
+        yield say(stage, out, "--replay", 2), "--replay 2: expected --replay-data"
     yield say("ppo", out, "--reward", f"{files}/score.py:quits"), "SystemExit: 3; on the prompt"
     yield say("ppo", out, "--reward", f"{files}/ends.py:length"), "could not be loaded (SystemExit: 0)"
     yield say("ppo", out, "--max-new-tokens", 60), "longer than 4 tokens, the context of 64 less --max-new-tokens"

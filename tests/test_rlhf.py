@@ -336,7 +336,7 @@ def test_reward_function_errors_name_the_prompt(tokenizer, tmp_path):
                                        "cpu")
 
     scores, critic, shift = load("good")
-    assert scores(prompts, responses).tolist() == [9.0] and shift == 0
+    assert scores(prompts, responses).tolist() == [9.0] and shift is None
     assert not critic(torch.tensor([[1, 2]])).any()
     (tmp_path / "data.py").write_text(  # a name of ours; annotations that a dataclass looks up; a file beside it
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom words_beside import WORTH\n\n"
@@ -469,7 +469,8 @@ def test_ppo_learns(monkeypatch, tmp_path, tokenizer):
     assert done["heldout_score"] > done["heldout_score_before"] + 0.2
     assert done["heldout_kl"] > 0.1 and last["entropy"] < first["entropy"]
     assert last["lr"] < first["lr"]
-    assert guesses[0] == 0 and guesses[-1] == pytest.approx(last["score"], abs=0.3)  # the critic learns too
+    assert guesses[0] == pytest.approx(done["heldout_score_before"])  # what is usual
+    assert guesses[-1] == pytest.approx(last["score"], abs=0.3)  # the critic learns too
     ends = [load_policy(folder)[0].embed.weight for folder in (tmp_path / "sft", out / "step_0010", out)]
     assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
