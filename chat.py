@@ -63,8 +63,10 @@ class Config:
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
     best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
-    reward: str | None = flag(None, "folder of the reward model (default: for /best, `reward` beside the model)")
-    label: str | None = flag(None, "ask whose answer is better, the first or the last model's; append the pair here")
+    reward: str | None = flag(None, "the reward model of --best-of and /best (default: for /best, `reward` beside the "
+                              "model)")
+    label: str | None = flag(None, "ask whose answer is better, the first or the last model's; append the pair to this "
+                             "file")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")
     top_k: int | None = flag(None, "sample from the k likeliest tokens only (default: all)")
     top_p: float | None = flag(None, "sample from the likeliest tokens that together have this share (default: all)")

@@ -163,7 +163,7 @@ def _decode(data, path, offset=0):
                          "expected UTF-8 text")
     if "\0" in text:
         raise InputError(f"{path}: found a zero byte at byte offset {offset + data.index(0)}, expected text")
-    return text if offset else text.removeprefix("\ufeff")
+    return text if offset else text.removeprefix("\ufeff")  # "utf-8-sig" would shift error.start
 
 
 def _parse(text, path, line, expected):
@@ -363,12 +363,12 @@ def split_marked(rows, marked, holdout, paths):
 
 
 def drop_seen(heldout, train, key):
-    """The held-out rows whose key(row), e.g. their prompt, is new; if none is, all of them."""
+    """The held-out rows whose key(row), e.g. their prompt, is new; if none is, all of them, with a warning."""
     seen = {json.dumps(key(row), sort_keys=True) for row in train}
     fresh = [row for row in heldout if json.dumps(key(row), sort_keys=True) not in seen]
     if not fresh:
-        print(f"data: the prompts of all {len(heldout)} held-out rows are also in training, so what is measured on these says "
-              "nothing about new prompts", file=sys.stderr)
+        print(f"data: the prompts of all {len(heldout)} held-out rows are also in training, so what is measured on these "
+              "says nothing about new prompts", file=sys.stderr)
         return heldout
     if len(fresh) < len(heldout):
         print(f"data: kept {len(fresh)} of {len(heldout)} held-out rows; dropped "
@@ -419,9 +419,10 @@ def _cut(piece):
 
 def read_pieces(paths, start=0, stop=None, size=2**22):
     """Yield (end, text) for pieces of .txt files, read one after the other, from byte `start` to `stop`, counted
-    over all of them; `end` is the offset of the byte after the piece. Every document begins with the separator, which
-    the first of a file is given if it has none. A piece has up to `size` bytes and ends where a document does or, in
-    a longer one, after a line. `start` and `stop` must lie between characters."""
+    over all of them; `end` is the offset of the byte after the piece. Every document begins with the separator; the
+    first of a file is always given one (a second makes an empty document, which is dropped). A piece has up to `size`
+    bytes and ends where a document does or, in a longer one, after a line. `start` and `stop` must lie between
+    characters."""
     before = 0
     for path in map(Path, paths):
         length = path.stat().st_size

@@ -210,7 +210,8 @@ class GPT(nn.Module):
             # 14 % of SFT's forward and backward. No token sees the padding to its right, which is cut off at the end.
             ids = F.pad(ids, (0, min(-T % 8, self.config.context_length - T)))
             T = ids.size(1)
-        # Who sees whom, True: yes. Mostly None, which means the same to `attend`: every token its past and itself.
+        # Positions for RoPE, and the mask: True where a token (row) sees another (column). Mostly there is no mask, and
+        # `attend` shows every token itself and its past.
         positions, mask = slice(past, past + T), None
         if attention_mask is not None or (past > 0 and T > 1):
             key = torch.arange(past + T, device=ids.device)  # columns: all tokens so far
@@ -300,7 +301,7 @@ def surprisals(gpt, ids, attention_mask=None):
         logprobs = gpt.head(state).float().log_softmax(-1)  # (256, V)
         said = logprobs.gather(-1, token[:, None]).squeeze(-1)  # (256,)
         told.append(torch.stack([said, said - logprobs.amax(-1)], -1))
-    told = torch.cat(told).view(*tokens.shape, 2)  # (B, T-1, 2)
+    told = torch.cat(told).view(*tokens.shape, TOLD)  # (B, T-1, 2)
     if attention_mask is not None:  # a token after padding is a row's first: nothing predicts it
         told = told * attention_mask[:, :-1, None]
     return F.pad(told, (0, 0, 1, 0))  # (B, T, 2): nothing predicts the first token
@@ -539,7 +540,8 @@ def hf_config(config, **extra):
 
 def config_from_hf(values):
     """The dict of a `config.json` -> GPTConfig. Raises ValueError naming what is not implemented."""
-    ropes = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # of older and of newer files
+    # The first is of older files, the second of newer ones; scaling that either asks for counts.
+    ropes = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
     types = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
     found = {"hidden_act": "silu", **values, "rope_type": types[1] if types[0] == "default" else types[0],
              "rope_parameters": [value for value in ropes[1].values() if isinstance(value, dict)],  # one for each layer type

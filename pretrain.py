@@ -50,12 +50,13 @@ class Config:
                         "a fraction of the bytes, and at most 16 MB are held out")
     documents: int = flag(80000, "documents to generate (with --data world)")
     # the model
-    vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; learned from 8,000 documents")
+    vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; from the first 8,000 documents")
     context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
     heads: int = flag(4, "attention heads; a divisor of --width")
-    kv_heads: int | None = flag(None, "key/value heads, fewer: grouped-query attention (default: as many as --heads)")
+    kv_heads: int | None = flag(None, "key/value heads, a divisor of --heads; fewer is grouped-query attention "
+                                "(default: as many as --heads)")
     ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
     qk_norm: bool = flag(True, "normalise queries and keys (saved as Qwen3); --no-qk-norm: do not (saved as Llama)")
     tied: bool = flag(False, "use the embedding matrix as the output head, too: fewer parameters")
@@ -77,7 +78,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, weights and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
 
 
@@ -140,8 +141,8 @@ def main():
     if config.stream:
         train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)
         tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
-        if config.show_batch:
-            train_tokens, _ = data.pack_documents(train_documents, tokenizer)  # stream_tokens would write
+        if config.show_batch:  # writes nothing, which stream_tokens would
+            train_tokens, _ = data.pack_documents(train_documents, tokenizer)
         else:
             with first_alone(rank, processes):
                 train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)

@@ -6,7 +6,7 @@
 It is the fine-tuned model's backbone with a scalar head r(x, y) in place of the vocabulary head, read at the last
 real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on top (--extra-layers):
 only after its last layer does a language model know what it would have said, and comparing that with what was said
-takes one more (73 % of held-out pairs ordered rightly, without it 71 %, means of five seeds). With --surprisal, as in
+takes a layer more (73 % of held-out pairs ordered rightly, without it 71 %, means of five seeds). With --surprisal, as in
 `make`, it is also told how likely the fine-tuned model found each token (`surprisals` in model.py): that one knows
 more facts than some thousand comparisons can teach, and often wavers where it is wrong (78 % instead of 73 %, on
 earlier texts).
@@ -56,7 +56,7 @@ class Config:
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
-    surprisal: bool = flag(False, "also read what --init thinks of each token; transformers then needs the code there",
+    surprisal: bool = flag(False, "also read how likely --init finds each token; transformers then needs the code in --out",
                            action=argparse.BooleanOptionalAction)
     epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
@@ -72,7 +72,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, head and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
     show_batch: bool = flag(False, "print one pair, [answer] tokens marked, then exit")
 
 
@@ -101,7 +101,7 @@ def wilson(successes, n, z=1.96):
 def read_last(model, ids, last, precision=contextlib.nullcontext()):
     """Rewards (B,) of rows ids (B, T), padded on the right, read at their last real tokens (B,).
 
-    The head stays in float32: in bfloat16, rewards of 4.00 and 4.01 are the same number.
+    The head is not autocast: in bfloat16, rewards of 4.00 and 4.01 are the same number.
     """
     with precision:
         hidden = model.hidden(ids)  # (B, T, C)

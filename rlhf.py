@@ -7,18 +7,19 @@
     python rlhf.py ppo --init out/sft --reward my_score.py:polite --data chats.jsonl --out out/ppo_polite
     python rlhf.py dpo --help                                   # the flags of each
 
-DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward while staying close to
-the reference π_ref, the model they start from. (GRPO has another KL penalty: `grpo_loss`.) A reward model knows only
-answers like those it was trained on; β keeps the policy from wandering off to where it is wrong.
+DPO and PPO look for the policy π that maximises E[r(x, y)] − β KL(π ‖ π_ref): a high reward while staying close to the
+reference π_ref, the model they start from. (GRPO's objective is much the same, with another KL penalty: `grpo_loss`.) A
+reward model knows only answers like those it was trained on; β keeps the policy from wandering off to where it is
+wrong.
 
 dpo     Direct preference optimisation (arXiv 2305.18290). The best policy of that problem satisfies
         r(x, y) = β log π(y|x)/π_ref(y|x) + const(x): put this in place of r in the reward model's loss, and train
         the policy on the pairs. No sampling and no reward model.
         log π(chosen) may fall: the loss asks only that its *difference* from log π(rejected) grow. The two answers
-        share words and weights, so pushing one down drags the other along, and the probability goes to answers that
-        are neither: asked for harm, a model of `make long` said "I will not know what you want to lift a cow". So
-        the chosen answers' own loss (nats per token) is added, with weight --nll: 1 in iterative RPO
-        (arXiv 2404.19733), 0.2 in Llama 3 (arXiv 2407.21783), 0.1 here; 0 is DPO as published.
+        share words and weights, so pushing one down drags the other along, more slowly, and the probability goes to
+        answers that are neither: asked for harm, a model of `make long` said "I will not know what you want to lift a
+        cow". So the chosen answers' own loss (nats per token) is added, with weight --nll: 1 in iterative RPO (arXiv
+        2404.19733), 0.2 in Llama 3 (arXiv 2407.21783), 0.1 here; 0 is DPO as published.
 ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155): sample answers,
         score them, make those that score better than expected likelier, and repeat. Watch the KL and the answers,
         not the score alone: a score that rises without end is being gamed. (A reward can be a function of yours.)
@@ -218,7 +219,8 @@ def response_logprobs(model, ids, mask, temperature=1.0):
 
 def response_values(critic, ids, mask, shift, told=None):
     """The critic's estimate, before each response token, of the reward still to come, (B, T). The critic starts
-    as the reward model, whose zero lies at `shift`; `told` (B, T, 2) is what its reader says, if that is at hand."""
+    as the reward model, whose zero lies at `shift`, or, where a function gives the reward, at 0, which `shift` moves to
+    the mean score; `told` (B, T, 2) is what its reader says, if that is at hand."""
     values = critic(ids, told=told)[:, :-1] - shift  # (B, T-1)
     return F.pad(values, (1, 0)) * mask
 
@@ -259,7 +261,7 @@ def last_token(mask):
 
 
 def text_to_replay(config, tokenizer, context_length):
-    """The tokens of --replay-data, or None."""
+    """The tokens of --replay-data, or None. InputError where there is none, but --replay was set (not to its default)."""
     if config.replay_data:
         return load_replay(config.replay_data, tokenizer, config.seed, context_length)
     if config.replay != 1:
@@ -272,13 +274,13 @@ class Sharpness(torch.nn.Module):
     """One number s > 0 that is learned with the policy: π = softmax(s · logits), at a rate of its own, some hundred
     times that of the weights. DPO, PPO and GRPO as published have no such number.
 
-    Much of what alignment can gain is confidence: SFT's answers at temperature 0.5, which is s = 2, win against its
-    answers at 1 in 66 %. The weights learn that too slowly: AdamW moves each by about the learning rate per step, back
-    and forth where its gradient is mostly noise, and the gains g of the last norm, which scale all logits, went from
-    1.733 to 1.735 in a run of PPO. The gradient of log s is the sum of theirs, Σ g ∂L/∂g, in which noise cancels.
-    (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a
-    temperature for every token.) --clip leaves this gradient as it is. Replayed text is read without s, so that s
-    learns from answers alone; the saved model applies it to everything.
+    Much of what alignment can gain is confidence: at temperature 0.5, which is s = 2, SFT's answers win 66 % of the
+    comparisons with its answers at temperature 1. The weights learn that too slowly: AdamW moves each by about the
+    learning rate per step, back and forth where its gradient is mostly noise, and the gains g of the last norm, which
+    scale all logits, only went from 1.733 to 1.735 in a run of PPO. The gradient of log s is the sum of theirs, Σ g
+    ∂L/∂g, in which noise cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035
+    the policy chooses a temperature for every token.) --clip leaves this gradient as it is. Replayed text is read
+    without s, so that s learns from answers alone; the saved model applies it to everything.
     """
 
     def __init__(self, optimiser, lr, device):
@@ -313,7 +315,7 @@ class DPOConfig:
     nll: float = flag(0.1, "weight of the chosen answers' own loss (nats per token); 0 is DPO as published")
     epochs: int = flag(1, "passes over the pairs")
     batch_size: int = flag(32, "pairs per step")
-    replay_data: list[str] | None = flag(None, "pre-training text to mix in: 'world', as in `make`, or text files")
+    replay_data: list[str] | None = flag(None, "pre-training text, against forgetting: 'world', as in `make`, or text files")
     replay: int = flag(1, "windows of --replay-data in every update")
     lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py); raise --lr about tenfold")
     micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
@@ -321,14 +323,14 @@ class DPOConfig:
     dtype: str = flag("float32", "precision of the policy; bfloat16 takes half the time on devices with hardware "
                       "support for it", choices=["float32", "bfloat16"])
     lr: float = flag(1e-4, "peak learning rate")
-    sharpness_lr: float = flag(0.02, "peak learning rate of the policy's sharpness, a factor on all logits; 0: it is 1")
+    sharpness_lr: float = flag(0.02, "peak learning rate of the policy's sharpness, a factor on all logits; 0 keeps it at 1")
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
     keep_every: int | None = flag(None, "steps between checkpoints kept in OUT/step_N")
     save_every: int = flag(100, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
     show_batch: bool = flag(False, "print one pair, [supervised] tokens marked, then exit")
 
 
@@ -434,16 +436,19 @@ def dpo(argv=None):
 class RolloutConfig:
     """What PPO and GRPO have in common."""
     init: str = flag("out/sft", "checkpoint to start from; also the reference")
-    reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION: function(prompt, response), texts, -> number; "
-                       "the other defaults suit numbers that differ by about 1")
-    data: list[str] = flag(["world"], "'world', or conversations or preferences, for their prompts (.json .jsonl)")
-    families: list[str] | None = flag(None, "families of --data world (`python world.py --stats`), or `all`; one named "
-                                      "twice gives twice as many prompts (default: PRACTISED in world.py)")
+    reward: str = flag("out/reward", "reward model, or FILE.py:FUNCTION, called as function(prompt, response) with texts, "
+                       "returning a number; the other defaults suit numbers that differ by about 1")
+    data: list[str] = flag(["world"], "'world', or conversations or preferences, of which only the prompts are read (.json "
+                           ".jsonl, also .gz)")
+    families: list[str] | None = flag(None, "only these families of --data world (`python world.py --stats` lists them); "
+                                      "`all` is every one, and one named twice gives twice as many prompts (default: "
+                                      "all, harmful and howto more often: PRACTISED in world.py)")
     out: str = flag("out/ppo", "folder for the checkpoint; replaces an earlier run there unless --resume continues it")
     holdout: float = flag(0.05, "prompts to hold out, from the end of files: a fraction, or a count if 1 or more. If rows "
                           "have a p, as held-out preferences do, those are held out instead")
     prompts: int = flag(6000, "prompts to generate (with --data world)")
-    eval_prompts: int = flag(200, "held-out prompts, at most, that are answered before and after training")
+    eval_prompts: int = flag(200, "held-out prompts answered before and after training, at most; of the world mostly "
+                             "other wordings of what is trained on (`evaluate.py` has others)")
     iterations: int = flag(36, "rounds of sampling and updating")
     episodes: int = flag(128, "answers sampled per iteration")
     max_new_tokens: int = flag(72, "longest response, in tokens")
@@ -452,7 +457,7 @@ class RolloutConfig:
     epochs: int = flag(2, "passes over the episodes per iteration")
     minibatches: int = flag(2, "updates per pass")
     micro_batch: int | None = flag(16, "responses read at a time: less memory and padding, the same gradient")
-    replay_data: list[str] | None = flag(None, "pre-training text to mix in: 'world', as in `make`, or text files")
+    replay_data: list[str] | None = flag(None, "pre-training text, against forgetting: 'world', as in `make`, or text files")
     replay: int = flag(1, "windows of --replay-data in every update")
     ratio_clip: float = flag(0.2, "the ε of PPO: a token whose probability ratio is further than this from 1, on the "
                              "side that its advantage points to, gets no gradient")
@@ -462,14 +467,14 @@ class RolloutConfig:
     dtype: str = flag("float32", "precision of policy, reference and critic in the updates (the sampler stays in "
                       "float32); bfloat16 is faster on hardware that supports it", choices=["float32", "bfloat16"])
     lr: float = flag(3e-4, "learning rate of the policy at the start, falling linearly to 0")
-    sharpness_lr: float = flag(0.02, "the same for the policy's sharpness, one factor on all logits; 0: it is 1")
+    sharpness_lr: float = flag(0.02, "the same for the policy's sharpness, one factor on all logits; 0 keeps it at 1")
     clip: float = flag(1.0, "largest norm of each gradient; longer ones are scaled down to it (PPO's ε is --ratio-clip)")
     samples_every: int = flag(10, "iterations between prints of three samples")
     keep_every: int | None = flag(None, "iterations between checkpoints kept in OUT/step_N")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
     save_every: int = flag(20, "iterations between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
     show_batch: bool = flag(False, "print one sampled episode, [response] tokens marked, then exit")
 
 
@@ -479,7 +484,8 @@ class PPOConfig(RolloutConfig):
                        "one nat of KL from --init costs; 0 invites reward hacking")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "GAE's λ: 0 trusts the critic, 1 the sampled score")
-    value_clip: float = flag(0.2, "a value that moved further than this towards its target gets no gradient")
+    value_clip: float = flag(0.2, "a value that moved further than this since the rollout, towards its target, gets no "
+                             "gradient")
     critic_lr: float = flag(1e-3, "learning rate of the critic at the start, falling linearly to 0")
     critic: bool = flag(True, "use a value function; --no-critic: every state has the value 0, and λ is 1")
     whiten: bool = flag(True, "scale advantages to mean 0 and variance 1; --no-whiten: leave them as they are")
@@ -549,8 +555,9 @@ def load_reward_source(spec, policy, tokenizer, device):
         def model_score(prompts, responses):
             return score(model, [p.ids for p in prompts], responses, tokenizer.pad_id) - shift
         # The critic starts as the reward model (as in InstructGPT): inside an answer it overshoots, but tells good
-        # beginnings from bad ones. A copy, because the critic learns on and the reward must stay; both share the reader,
-        # which is frozen. (Without one it explained 6 to 64 % of the returns' variance in five runs, with it 67 to 82.)
+        # beginnings from bad ones. A copy, because the critic learns on and the reward must stay as it is; both share
+        # the reader, which is frozen. (Without one the critic explained 6 to 64 % of the returns' variance in five runs,
+        # with one 67 to 82.)
         return model_score, copy.deepcopy(model, {id(model.reader): model.reader}), shift
 
     function = load_function(path, name)
@@ -733,7 +740,7 @@ def ppo(argv=None):
     before = saved["before"] if saved else heldout_proxy()
     if not saved:
         check_that_ending_pays(before, config)
-    if shift is None:  # a function's rewards may be about any number: at first the critic guesses their mean
+    if shift is None:  # a function's rewards may lie around any number: at first the critic guesses their mean
         shift = -before["score"]
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds

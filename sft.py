@@ -16,8 +16,8 @@ what comes before it.
 In the embedded world, which is full of facts, a few hundred steps on a few thousand answers would overwrite some of
 what pre-training taught. Three things prevent that:
 
-- Every step also reads a little raw text (--replay), without the subjects that SFT holds out (but for sums); its mean
-  next-token loss is added to that of the answers.
+- Every step also reads a little raw text (--replay), without the subjects that SFT holds out (its held-out sums may
+  occur); its mean next-token loss is added to that of the answers.
 - The optimisers are those of pre-training, at a seventh to a fifth of their learning rates: SFT should teach how to
   answer, and at a higher rate the model unlearns what to answer.
 - The ε of Adam is large. Adam divides a gradient by its typical size, so a word that occurs in no answer would be
@@ -69,7 +69,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
 
 

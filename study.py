@@ -3,7 +3,8 @@
     python study.py --runs out --out out/study        # `make study`, after `make`
 
 Everything is a run of the other scripts with different flags (the list: `training_runs`), then measured on the same
-held-out prompts: by evaluate.py, and by the functions of `MEASURES`, each into a file of its own. report.py adds it all
+held-out prompts: by evaluate.py, and by the functions of `MEASURES` (reward against KL, the reward model's errors, what
+alignment costs in variety, prompting, temperature), each into a file of its own. report.py adds it all
 to the page. What is finished is not repeated: an interrupted study continues where it stopped. A run is repeated if its
 command, its code (rlhf.py, this file) or the main runs have changed, and then everything is measured again.
 

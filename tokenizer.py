@@ -110,7 +110,7 @@ class Tokenizer:
             raise ValueError(f"this tokenizer has no {name} token")
         return self.specials[name]
 
-    # Missing ones matter only when they are asked for: a Llama base model's tokenizer encodes text.
+    # A missing one matters only when it is asked for: a Llama base model's tokenizer encodes text, but has no chats.
     endoftext_id = property(lambda self: self.special_id(ENDOFTEXT))
     im_start_id = property(lambda self: self.special_id(IM_START))
     im_end_id = property(lambda self: self.special_id(IM_END))
@@ -153,7 +153,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Read a folder's `tokenizer.json`: ours, or another byte-level BPE. ValueError names what is missing here."""
+        """Read a folder's `tokenizer.json`: ours, or another byte-level BPE. ValueError names what is not implemented."""
         path = Path(folder) / "tokenizer.json"
         spec = json.loads(path.read_text("utf-8"))
         config_path = Path(folder) / "tokenizer_config.json"

@@ -5,7 +5,7 @@ diverging copies would be a silent bug. In the order in which a stage uses them:
 
     flag, parse_args, run          command line from a dataclass, errors as one clear line
     keep_freed_memory              saves a tenth of the time on a CPU
-    pick_device, autocast, compiled, seed_everything, join_processes
+    pick_device, autocast, compiled, seed_everything, join_processes, part_processes
     adamw, Muon, muon_and_adam     optimisers; learning_rate: warm-up, flat, linear decay
     micro_batches                  a batch in parts that fit into memory
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
@@ -299,7 +299,7 @@ class Muon(torch.optim.Optimizer):
     """SGD with momentum, every update orthogonalised (Jordan et al. 2024, "Muon").
 
     The momentum of a matrix is dominated by a few directions. Newton-Schulz iterations, which need only
-    matrix products, raise all its singular values towards 1, so that rare directions are not left behind. So it
+    matrix products, raise all its singular values towards 1, so that rare directions are not left behind. So Muon
     reaches the same loss in five sixths of AdamW's time.
 
     A matrix is split into square blocks, so that the stacked q, k and v (gate and up) stay separate where their sizes
@@ -381,8 +381,8 @@ def set_share(share, *optimisers):
 def learning_rate(step, steps, peak, warmup=0, decay=None):
     """Warm-up, flat, linear decay: the rate for `step` (from 0) of `steps`.
 
-    The warm-up takes at most half of the steps: few data make short runs. `decay` steps at the end fall (None: all after
-    the warm-up); the step after the last would have 0."""
+    The warm-up takes at most half of the steps: few data make short runs. The rate falls over the last `decay` steps
+    (None: all after the warm-up); the step after the last would have 0."""
     warmup = min(warmup, steps // 2)
     decay = steps - warmup if decay is None else decay
     rising = (step + 1) / warmup if warmup else 1.0
@@ -475,7 +475,8 @@ def save_checkpoint(folder, model, tokenizer, **extra):
     if told:
         scalar |= {"model_type": CODE.stem, "reader": hf_config(model.reader.config), "auto_map": {
             "AutoConfig": f"{CODE.stem}.RewardConfig", "AutoModelForSequenceClassification": f"{CODE.stem}.RewardWithReader"}}
-    # transformers reads a reward before the padding. Where <|im_end|> pads, that is too early: let it refuse batches.
+    # transformers reads a reward at the last token that is not padding. Where <|im_end|> is also the padding token, that
+    # is one token too early: name none, and it refuses batches rather than misread them.
     pad_id = None if scalar and tokenizer.pad_id == tokenizer.im_end_id else tokenizer.pad_id
     config = hf_config(model.config, bos_token_id=None, eos_token_id=tokenizer.im_end_id,
                        pad_token_id=pad_id, **scalar, **extra)
@@ -565,8 +566,8 @@ INPUTS = ("init", "reward", "data", "replay_data")  # settings that name what a 
 
 
 def settings_of(config):
-    """The settings that must be equal for a resumed run to be the same run: out/sft/ is out/sft. (--dtype auto is
-    decided anew.)"""
+    """The settings that must be equal for a resumed run to be the same run (paths in one spelling: out/sft/ is out/sft;
+    --dtype auto is decided anew)."""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
             "compile")
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}

@@ -528,6 +528,28 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("errors of calibration cancel", "study.py",
      'abs(b["predicted"] - b["observed"][0])',
      '(b["predicted"] - b["observed"][0])', "test_study.py"),
+    # ---- what goes wrong in silence
+    ("an answer without an end may be the best", "rlhf.py",
+     'before["raw_score"] < config.no_eos_score',
+     "False", "test_failures.py"),
+    ("the critic of a function begins at 0", "rlhf.py",
+     'shift = -before["score"]',
+     "shift = 0.0", "test_rlhf.py"),
+    ("answers in the middle of a training conversation are held out, too", "sft.py",
+     "drop_seen(heldout, answered,",
+     "drop_seen(heldout, train,", "test_failures.py"),
+    ("a reward function switches gradients off for everybody", "rlhf.py",
+     "        with torch.no_grad():\n            return torch.tensor([call(",
+     "        if True:\n            return torch.tensor([call(", "test_failures.py"),
+    ("scaled RoPE beside settings of our own is read as plain", "model.py",
+     'types[1] if types[0] == "default" else types[0]',
+     "types[1]", "test_model.py"),
+    ("the base of RoPE is read in the older place", "model.py",
+     'ropes[1].get("rope_theta") or values.get("rope_theta")',
+     'values.get("rope_theta") or ropes[1].get("rope_theta")', "test_model.py"),
+    ("Ctrl-C at a choice asks the next question", "chat.py",
+     "            return\n        if choice",
+     "            continue\n        if choice", "test_chat_evaluate.py"),
 )
 
 
