@@ -364,8 +364,10 @@ def split_marked(rows, marked, holdout, paths):
 
 def drop_seen(heldout, train, key):
     """The held-out rows whose key(row), e.g. their prompt, is new; if none is, all of them, with a warning."""
-    seen = {json.dumps(key(row), sort_keys=True) for row in train}
-    fresh = [row for row in heldout if json.dumps(key(row), sort_keys=True) not in seen]
+    def mark(row):  # a number: of long conversations `train` may hold every beginning
+        return hash(json.dumps(key(row), sort_keys=True))
+    seen = set(map(mark, train))
+    fresh = [row for row in heldout if mark(row) not in seen]
     if not fresh:
         print(f"data: the prompts of all {len(heldout)} held-out rows are also in training, so what is measured on these "
               "says nothing about new prompts", file=sys.stderr)

@@ -433,7 +433,7 @@ def pictures(report, folder):
         score, kl, loss, heldout = (curve(rows, metric) for metric in ("score", "kl", "loss", "heldout_loss"))
         if score:  # PPO and GRPO
             scores.append((name, *score, {}))
-            kls.append((name, *kl, {}))
+            kls.append((name, *(kl or ((), ())), {}))
         elif loss:
             curves = [("training (moving average)", loss[0], smooth(loss[1]), {})]
             if heldout:

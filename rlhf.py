@@ -260,12 +260,14 @@ def last_token(mask):
     return mask.size(1) - 1 - mask.flip(1).int().argmax(1)
 
 
-def text_to_replay(config, tokenizer, context_length):
-    """The tokens of --replay-data, or None. InputError where there is none, but --replay was set (not to its default)."""
-    if config.replay_data:
-        return load_replay(config.replay_data, tokenizer, config.seed, context_length)
-    if config.replay != 1:
+def check_replay(config):
+    if config.replay != 1 and not config.replay_data:  # 1 is the default
         raise InputError(f"--replay {config.replay}: expected --replay-data, the text that it reads")
+
+
+def text_to_replay(config, tokenizer, context_length):
+    """The tokens of --replay-data, or None."""
+    return config.replay_data and load_replay(config.replay_data, tokenizer, config.seed, context_length)
 
 
 # ---- how sure the policy is ----------------------------------------------------------------------
@@ -344,6 +346,7 @@ def pair_logprobs(model, pairs, pad_id, device, temperature=1.0):
 def dpo(argv=None):
     config = parse_args(DPOConfig, argv, __doc__, prog="rlhf.py dpo")
     check_range(config, label_smoothing=(0, 0.5), nll=(0, 1000), replay=(1, 10**6))
+    check_replay(config)
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
@@ -492,6 +495,7 @@ class PPOConfig(RolloutConfig):
 
 
 def check_rollout_flags(config):
+    check_replay(config)
     if math.isnan(config.no_eos_score):
         config.no_eos_score = None
     check_range(config, minibatches=(1, config.episodes), temperature=(0.01, 100), replay=(1, 10**6),
@@ -616,7 +620,6 @@ class Rollout:
     logp: torch.Tensor  # (B, T) of the policy that sampled
     ref_logp: torch.Tensor  # (B, T)
     score: torch.Tensor  # (B,)
-    raw: torch.Tensor  # (B,) score before --no-eos-score
     ended: torch.Tensor  # (B,) bool: <|im_end|> came (<|endoftext|> ends a response, too, but wrongly)
 
 
@@ -646,10 +649,10 @@ def sample_rollout(policy, reference, score_responses, prompts, config, tokenize
     scores = score_responses(prompts, responses)  # (B,)
     # 4. A response without its <|im_end|> (most were cut off by --max-new-tokens) gets a fixed bad score, or
     #    rambling would pay.
-    ended, raw = torch.tensor([response[-1] == tokenizer.im_end_id for response in responses]), scores
+    ended = torch.tensor([response[-1] == tokenizer.im_end_id for response in responses])
     if config.no_eos_score is not None:
         scores = torch.where(ended, scores, config.no_eos_score)
-    return Rollout(responses, ids, mask.float(), logp, ref_logp, scores.to(device), raw, ended)
+    return Rollout(responses, ids, mask.float(), logp, ref_logp, scores.to(device), ended)
 
 
 def check_recorded(recorded, logp, mask, tolerance=1e-4):
@@ -663,11 +666,12 @@ def check_recorded(recorded, logp, mask, tolerance=1e-4):
                            f"training (at most {tolerance:g}): they are of two distributions")
 
 
-def check_that_ending_pays(before, config):
-    """InputError if an answer gains by having no end: soon all would be endless."""
-    if config.no_eos_score is not None and before["raw_score"] < config.no_eos_score:
-        raise InputError(f"found a mean score of {before['raw_score']:.3g} before training, and {config.no_eos_score:g} for "
-                         "answers that do not end; expected a --no-eos-score well below the usual scores (or nan)")
+def check_that_ending_pays(rollout, config):
+    """InputError if answers that end score less than those that do not: soon all would be endless."""
+    ended = rollout.score[rollout.ended]
+    if config.no_eos_score is not None and len(ended) and ended.mean() < config.no_eos_score:
+        raise InputError(f"found a mean score of {ended.mean():.3g} for answers that end, {config.no_eos_score:g} for those "
+                         "that do not; expected a --no-eos-score well below the usual scores (or nan)")
 
 
 def token_rewards(rollout, beta):
@@ -682,7 +686,7 @@ def summarise(rollout):
     """Means over episodes. `kl` is the sampled Σ_t log π/π_ref, in nats per response; `entropy`, in
     nats per token, is estimated as the mean of −log π over the sampled tokens."""
     kl = (rollout.logp - rollout.ref_logp).sum(1).mean().item()
-    return {"score": rollout.score.mean().item(), "raw_score": rollout.raw.mean().item(), "kl": kl,
+    return {"score": rollout.score.mean().item(), "kl": kl,
             "entropy": -masked_mean(rollout.logp, rollout.mask).item(),
             "eos_rate": rollout.ended.float().mean().item(),
             "tokens": rollout.mask.sum(1).mean().item()}
@@ -710,6 +714,7 @@ def ppo(argv=None):
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
     score_responses, critic, shift = load_reward_source(config.reward, policy, tokenizer, device)
+    is_function = shift is None
     if not config.critic:  # an ablation: every token is then credited with all the reward that follows it
         torch.nn.init.zeros_(critic.score.weight)
         shift, config.critic_lr, config.lam = 0.0, 0.0, 1.0
@@ -726,8 +731,11 @@ def ppo(argv=None):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
                               generator, sharpness().item())
 
-    def heldout_proxy():  # its own seed, so that measuring uses up none of training's random numbers
-        return summarise(roll(heldout, torch.Generator(device).manual_seed(0)))
+    def heldout_proxy(first=False):  # its own seed, so that measuring uses up none of training's random numbers
+        rollout = roll(heldout, torch.Generator(device).manual_seed(0))
+        if first and is_function:  # a reward model's scores lie around 0, their standard deviation is 1
+            check_that_ending_pays(rollout, config)
+        return summarise(rollout)
 
     if config.show_batch:
         rollout = roll(prompts[:1], generator)
@@ -737,11 +745,9 @@ def ppo(argv=None):
     saved = start_run(config, "ppo")
     modules = {"policy": policy, "sharpness": sharpness, "critic": critic,
                "policy_optimiser": policy_optimiser, "critic_optimiser": critic_optimiser}
-    before = saved["before"] if saved else heldout_proxy()
-    if not saved:
-        check_that_ending_pays(before, config)
+    before = saved["before"] if saved else heldout_proxy(first=True)
     if shift is None:  # a function's rewards may lie around any number: at first the critic guesses their mean
-        shift = -before["score"]
+        shift = saved.get("shift", 0.0) if saved else -before["score"]
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"ppo: {len(prompts):,} prompts, {config.iterations:,} iterations of {config.episodes} "
@@ -821,7 +827,7 @@ def ppo(argv=None):
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(policy), tokenizer)
         if stop or step % config.save_every == 0 or step == config.iterations:
-            save_state(config, "ppo", step, time.perf_counter() - started, generator, modules, before=before)
+            save_state(config, "ppo", step, time.perf_counter() - started, generator, modules, before=before, shift=shift)
         if stop:
             leave(config, bar)
     bar.close()
@@ -869,7 +875,7 @@ def grpo(argv=None):
     policy, tokenizer = load_policy(config.init, device)
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    score_responses, _, _ = load_reward_source(config.reward, policy, tokenizer, device)
+    score_responses, _, shift = load_reward_source(config.reward, policy, tokenizer, device)
     if config.lora:
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
@@ -881,8 +887,11 @@ def grpo(argv=None):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
                               generator, sharpness().item())
 
-    def heldout_proxy():
-        return summarise(roll(heldout, torch.Generator(device).manual_seed(0)))
+    def heldout_proxy(first=False):
+        rollout = roll(heldout, torch.Generator(device).manual_seed(0))
+        if first and shift is None:  # the reward is a function
+            check_that_ending_pays(rollout, config)
+        return summarise(rollout)
 
     if config.show_batch:
         rollout = roll(prompts[:1], generator)
@@ -891,9 +900,7 @@ def grpo(argv=None):
 
     saved = start_run(config, "grpo")
     modules = {"policy": policy, "sharpness": sharpness, "optimiser": optimiser}
-    before = saved["before"] if saved else heldout_proxy()
-    if not saved:
-        check_that_ending_pays(before, config)
+    before = saved["before"] if saved else heldout_proxy(first=True)
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"grpo: {len(prompts):,} prompts, {config.iterations:,} iterations of "

@@ -131,7 +131,7 @@ def main():
         conversations = data.load_conversations(config.data)
     train, heldout = data.split_holdout(conversations, config.holdout)
     # Every answer in a conversation is supervised, not the last alone.
-    answered = [messages[:i + 1] for messages in train for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    answered = (messages[:i + 1] for messages in train for i, turn in enumerate(messages) if turn["role"] == "assistant")
     heldout = data.drop_seen(heldout, answered, key=lambda messages: messages[:-1])
     train = data.encode_conversations(train, tokenizer, model.config.context_length)
     heldout = data.encode_conversations(heldout, tokenizer, model.config.context_length, "held-out conversations")

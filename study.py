@@ -61,7 +61,7 @@ def training_runs(config):
         return scaled(config, n, least=2)
     base, sft, reward, pairs = (shlex.quote(f"{config.runs}/{name}")
                                 for name in ("base", "sft", "reward", "pairs.jsonl"))
-    out, right = shlex.quote(config.out), shlex.quote(f"{HERE}/world.py:right")
+    out = shlex.quote(config.out)
     tune = f"sft.py --init {base} --data world --conversations {times(config.conversations)}"
     dpo = f"rlhf.py dpo --init {sft} --data {pairs} --replay-data world"
     grpo = f"rlhf.py grpo --init {sft} --data world --replay-data world"
@@ -75,7 +75,8 @@ def training_runs(config):
         "dpo": f"{dpo} --keep-every 28",
         "dpo_no_nll": f"{dpo} --nll 0",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
-        "grpo_right": f"{grpo} --reward {right} --families arithmetic rewriting --group 16 --iterations {times(84)}",
+        # `train` adds the folder of world.py, which may be moved.
+        "grpo_right": f"{grpo} --reward world.py:right --families arithmetic rewriting --group 16 --iterations {times(84)}",
         "ppo": f"{ppo} --keep-every {times(4)}",
         "ppo_no_replay": ppo_alone,
         "ppo_no_sharpness": f"{ppo} --sharpness-lr 0",
@@ -129,7 +130,8 @@ def train(config):
         write_text(asked, command)
         for measured in ("report.json", "study.json", *MEASURES):
             (Path(config.out) / measured).unlink(missing_ok=True)
-        call([*shlex.split(command), "--out", str(folder), *(["--resume"] if resume else [])])
+        words = [f"{HERE}/{word}" if word == "world.py:right" else word for word in shlex.split(command)]
+        call([*words, "--out", str(folder), *(["--resume"] if resume else [])])
 
 
 def call(command):

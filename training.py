@@ -78,7 +78,7 @@ def run(main):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.ENOSPC:  # `python chat.py … > file`; EPIPE, of `| head`, is no error: the reader has gone
-            print(f"error: {error.strerror}", file=sys.stderr)
+            print("error: " + ": ".join(str(part) for part in (error.filename, error.strerror) if part), file=sys.stderr)
             sys.exit(2)
 
 
@@ -566,16 +566,17 @@ INPUTS = ("init", "reward", "data", "replay_data")  # settings that name what a 
 
 
 def settings_of(config):
-    """The settings that must be equal for a resumed run to be the same run (paths in one spelling: out/sft/ is out/sft;
-    --dtype auto is decided anew)."""
+    """The settings that must be equal for a resumed run to be the same run. (--dtype auto is decided anew.)"""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
             "compile")
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    for name in INPUTS:
-        given = settings.get(name)
-        if given:
-            settings[name] = list(map(os.path.normpath, given)) if isinstance(given, list) else os.path.normpath(given)
-    return settings
+    return one_spelling({k: v for k, v in dataclasses.asdict(config).items() if k not in free})
+
+
+def one_spelling(settings):
+    """out/sft/ is out/sft. (Not os.path.normpath: link/../sft may be another folder than sft.)"""
+    def spelled(given):
+        return list(map(spelled, given)) if isinstance(given, list) else given and str(Path(given))
+    return settings | {name: spelled(settings[name]) for name in INPUTS if name in settings}
 
 
 def read_by(config):
@@ -608,7 +609,7 @@ def start_run(config, stage, first=True):
     if config.resume and os.path.exists(state):  # Path.exists would raise where a folder may not be entered
         try:
             saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
-            settings = saved["settings"]
+            settings = one_spelling(saved["settings"])  # saves of earlier versions have them as they were typed
         except Exception as error:  # whatever torch.load raises on a damaged file
             reason = " ".join(str(error).split())[:200].split(". ")[0]  # not the advice to run the code in it
             raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error

@@ -127,7 +127,8 @@ def main():
     code = b"".join((HERE.parent / name).read_bytes() for name in MADE_FROM)
     code += repr([CONTEXT, BATCH, VOCABULARY, *map(inspect.getsource, (shape, fresh_tokens, train))]).encode()
     made_from = f"{zlib.crc32(code):08x}"  # runs of other code or texts are not to be compared with
-    done = {tuple(row["run"]): row for row in map(json.loads, lines) if row.get("made_from") == made_from}
+    rows = list(map(json.loads, lines))  # those of other code too: it may come back
+    done = {tuple(row["run"]): row for row in rows if row.get("made_from") == made_from}
     print(f"kept: {len(done)} finished runs")
     tokenizer = train_bpe(world.documents(5000, "scaling tokenizer"), VOCABULARY)
     heldout = pack_documents(world.documents(400, "scaling heldout"), tokenizer)
@@ -138,7 +139,8 @@ def main():
             start = time.perf_counter()
             loss = train(width, layers, budget, tokenizer, heldout, seed)
             done[key] = {"run": key, "loss": loss, "seconds": round(time.perf_counter() - start), "made_from": made_from}
-            training.write_text(path, "".join(json.dumps(row) + "\n" for row in done.values()))
+            rows.append(done[key])
+            training.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return done[key]["loss"]
 
     found, seed = {}, 0

@@ -116,7 +116,7 @@ def test_a_base_model_that_transformers_has_tuned_chats(tokenizer, tmp_path):
 def test_damaged_files_beside_the_weights_are_refused(name, content, tokenizer, tmp_path):
     save_checkpoint(tmp_path, tiny(tokenizer), tokenizer)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: cannot be read as JSON of the usual form|{tmp_path}: not a checkpoint"):
+    with pytest.raises(InputError, match=f"{name}: cannot be read as JSON of the usual form|: not a checkpoint that can be read"):
         chat.open_speaker(tmp_path)
 
 
@@ -546,7 +546,10 @@ def test_ctrl_c_ends_labelling(folders, monkeypatch, capsys, tmp_path):
     run = [folders / "sft", "--label", tmp_path / "mine.jsonl"]
     with monkeypatch.context() as patch:
         patch.setattr(chat, "answer", interrupted)  # while an answer is drawn
-        assert run_chat(patch, capsys, run, "Hi?\na\n") == "\n"
+        try:
+            assert run_chat(patch, capsys, run, "Hi?\na\n") == "\n"
+        except KeyboardInterrupt:  # it would end all tests
+            pytest.fail("Ctrl-C escaped")
     monkeypatch.setattr(chat, "answer", lambda *args, texts=itertools.count(): f"Answer {next(texts)}.")
     asked = []
 

@@ -509,7 +509,7 @@ def test_a_full_disk_gets_one_line_when_a_script_prints():
     with open("/dev/full", "w") as full:
         ran = subprocess.run([sys.executable, "-c", "import training; training.run(lambda: print('hello'))"], cwd=ROOT,
                              stdout=full, stderr=subprocess.PIPE, text=True)
-    assert ran.returncode == 2 and ran.stderr == "error: No space left on device\n"
+    assert ran.returncode == 2 and ran.stderr.endswith("error: No space left on device\n")
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
@@ -734,7 +734,8 @@ def test_equal_rewards_teach_nothing_and_break_nothing(files, tmp_path, monkeypa
                                   "--iterations", 2, "--no-eos-score", "nan"))
         rows = [row for row in metrics(tmp_path / stage) if "kl" in row]
         assert len(rows) == 2 and all(abs(row["kl"]) < 1e-5 for row in rows)
-        assert stage == "ppo" or all(row["silent_groups"] == 1 for row in rows)
+        assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+        assert stage == "ppo" or all(row["silent_groups"] == 1 and row["kl"] == 0 for row in rows)
 
 
 def test_a_reward_function_may_switch_gradients_off(files, tmp_path, monkeypatch):
@@ -843,7 +844,7 @@ def bad_commands(files):
     yield say("ppo", out, "--reward", f"{files}/score.py"), "score.py:FUNCTION"
     yield say("ppo", out, "--reward", f"{files}/score.py:says"), "ValueError: two lines; on the prompt"
     for stage in ("ppo", "grpo"):  # if the least that an answer can get is -1, and it need only not end for that
-        yield say(stage, out, "--reward", f"{files}/score.py:few"), "expected a --no-eos-score well below the usual"
+        yield say(stage, out, "--reward", f"{files}/score.py:few", "--holdout", 50), "expected a --no-eos-score well below the usual"
     for stage in ("dpo", "ppo", "grpo"):
         yield say(stage, out, "--replay", 2), "--replay 2: expected --replay-data"
     yield say("ppo", out, "--reward", f"{files}/score.py:quits"), "SystemExit: 3; on the prompt"

@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import to_hf
-from tokenizer import ENDOFTEXT, GPT2_PATTERN, GPT2_SINGLE_DIGITS_PATTERN, PATTERN, _to_chars
+from tokenizer import (CHAT_TEMPLATE, ENDOFTEXT, GPT2_PATTERN, GPT2_SINGLE_DIGITS_PATTERN, IM_END, IM_START, PATTERN,
+                       _to_chars)
 from training import InputError, load_policy
 
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -77,6 +78,13 @@ def export(folder, path, kind="f16"):
     writer.add_token_list([words[i][0] for i in range(c.vocab_size)])
     writer.add_token_types([words[i][1] for i in range(c.vocab_size)])
     vocab = gguf.SpecialVocab(folder, load_merges=True)  # the merges, the roles of tokens, the chat template
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():  # as chat.py has it
+        vocab.chat_template = jinja.read_text("utf-8")
+    elif not vocab.chat_template and IM_START in tokenizer.specials:
+        vocab.chat_template = CHAT_TEMPLATE
+    if IM_END in tokenizer.specials:
+        vocab.special_token_ids.setdefault("eos", tokenizer.specials[IM_END])
     if ENDOFTEXT in tokenizer.specials:
         vocab.special_token_ids.setdefault("bos", tokenizer.specials[ENDOFTEXT])
     vocab.add_special_token = {"bos": False}  # a chat starts with <|im_start|> alone, as in training
