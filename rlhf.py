@@ -61,7 +61,7 @@ from model import ScalarModel, generate, surprisals, token_logprobs
 from reward import load_pairs, score, wilson
 from sft import load_replay, replay_loss
 from tokenizer import render_chat, same_tokens
-from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
+from training import (LOGITS, STATE, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, load_reward, log, micro_batches,
                       parse_args, pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
                       seed_everything, set_share, start_run)
@@ -674,6 +674,12 @@ def check_that_ending_pays(rollout, config):
                          "that do not; expected a --no-eos-score well below the usual scores (or nan)")
 
 
+def first_measurement(config, heldout_proxy):
+    """Held-out prompts before training; None if a save, which has that, will be continued. It comes before `start_run`,
+    which removes an earlier run in --out: a reward function may fail here."""
+    return None if config.resume and (Path(config.out) / STATE).exists() else heldout_proxy(first=True)
+
+
 def token_rewards(rollout, beta):
     """Step 5: −β (log π − log π_ref) on every token, and the score on the last one. (B, T)"""
     rewards = -beta * (rollout.logp - rollout.ref_logp)
@@ -742,10 +748,11 @@ def ppo(argv=None):
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
+    before = first_measurement(config, heldout_proxy)
     saved = start_run(config, "ppo")
     modules = {"policy": policy, "sharpness": sharpness, "critic": critic,
                "policy_optimiser": policy_optimiser, "critic_optimiser": critic_optimiser}
-    before = saved["before"] if saved else heldout_proxy(first=True)
+    before = before or saved["before"]
     if shift is None:  # a function's rewards may lie around any number: at first the critic guesses their mean
         shift = saved.get("shift", 0.0) if saved else -before["score"]
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
@@ -898,9 +905,10 @@ def grpo(argv=None):
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
+    before = first_measurement(config, heldout_proxy)
     saved = start_run(config, "grpo")
     modules = {"policy": policy, "sharpness": sharpness, "optimiser": optimiser}
-    before = saved["before"] if saved else heldout_proxy(first=True)
+    before = before or saved["before"]
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"grpo: {len(prompts):,} prompts, {config.iterations:,} iterations of "

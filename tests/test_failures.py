@@ -738,6 +738,16 @@ def test_equal_rewards_teach_nothing_and_break_nothing(files, tmp_path, monkeypa
         assert stage == "ppo" or all(row["silent_groups"] == 1 and row["kl"] == 0 for row in rows)
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_reward_that_fails_leaves_the_earlier_run(stage, files, tmp_path, monkeypatch):
+    call(monkeypatch, command(files, stage, tmp_path, "--iterations", 1))
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("fails", "few"):
+        with pytest.raises(InputError):
+            call(monkeypatch, command(files, stage, tmp_path, "--reward", f"{files}/score.py:{name}", "--holdout", 50))
+    assert there == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_a_reward_function_may_switch_gradients_off(files, tmp_path, monkeypatch):
     off = "torch.set_grad_enabled(False)\n"
     (tmp_path / "off.py").write_text(f"import torch\n{off}\n\ndef one(prompt, response):\n    {off}    return 1.0\n")
