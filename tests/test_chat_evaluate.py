@@ -336,6 +336,7 @@ def test_best_of_in_chat_asks_the_reward_model(folders, monkeypatch, capsys):
     assert run_chat(monkeypatch, capsys, words, "Hi?\n") == out  # in a conversation, too
     out = run_chat(monkeypatch, capsys, [*arguments, "--reward", folders / "reward", "--best-of-beta", 0])
     assert out == chat.visible(speaker.text(samples[scores[0].argmax()])) + "\n"
+    assert run_chat(monkeypatch, capsys, [*words, "--best-of-beta", 0], "Hi?\n") == out
 
 
 def test_a_reward_model_is_read_where_it_chooses(folders, monkeypatch, capsys):
