@@ -6,10 +6,10 @@
 It is the fine-tuned model's backbone with a scalar head r(x, y) in place of the vocabulary head, read at the last
 real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on top (--extra-layers):
 only after its last layer does a language model know what it would have said, and comparing that with what was said
-takes a layer more (73 % of held-out pairs ordered rightly, without it 71 %, means of five seeds). With --surprisal, as in
-`make`, it is also told how likely the fine-tuned model found each token (`surprisals` in model.py): that one knows
-more facts than some thousand comparisons can teach, and often wavers where it is wrong (78 % instead of 73 %, on
-earlier texts).
+takes a layer more (73 % of held-out pairs ordered rightly, without it 71 %, means of five seeds). With --surprisal,
+as in `make`, it is also told how likely the fine-tuned model found each token (`surprisals` in model.py): that one
+knows more facts than some thousand comparisons can teach, and often wavers where it is wrong (78 % instead of 73 %,
+on earlier texts).
 
 Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we
 minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
@@ -136,7 +136,7 @@ def score_pairs(model, pairs, pad_id, batch_size=64):
 def load_pairs(config, policy, tokenizer):
     """(train, heldout) lists of data.EncodedPair: from files, or sampled from `policy` and labelled
     by the embedded world. Rows that have a `p`, as the world's held-out ones do, are held out; if none
-    has one, the last rows are. No held-out prompt occurs in training."""
+    has one, the last rows are. Held-out prompts that training has are dropped, unless it has all of them."""
     if config.data == ["world"]:
         count = config.holdout * config.pairs if config.holdout < 1 else config.holdout
         if count >= config.pairs:

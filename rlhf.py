@@ -61,8 +61,8 @@ from model import ScalarModel, generate, surprisals, token_logprobs
 from reward import load_pairs, score, wilson
 from sft import load_replay, replay_loss
 from tokenizer import render_chat, same_tokens
-from training import (LOGITS, STATE, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
-                      flag, learning_rate, leave, load_policy, load_reward, log, micro_batches,
+from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
+                      flag, has_save, learning_rate, leave, load_policy, load_reward, log, micro_batches,
                       parse_args, pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
                       seed_everything, set_share, start_run)
 
@@ -279,9 +279,9 @@ class Sharpness(torch.nn.Module):
     Much of what alignment can gain is confidence: at temperature 0.5, which is s = 2, SFT's answers win 66 % of the
     comparisons with its answers at temperature 1. The weights learn that too slowly: AdamW moves each by about the
     learning rate per step, back and forth where its gradient is mostly noise, and the gains g of the last norm, which
-    scale all logits, only went from 1.733 to 1.735 in a run of PPO. The gradient of log s is the sum of theirs, Σ g
-    ∂L/∂g, in which noise cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv 2602.13035
-    the policy chooses a temperature for every token.) --clip leaves this gradient as it is. Replayed text is read
+    scale all logits, only went from 1.733 to 1.735 in a run of PPO. The gradient of log s is the sum of theirs,
+    Σ g ∂L/∂g, in which noise cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv
+    2602.13035 the policy chooses a temperature for every token.) --clip leaves this gradient as it is. Replayed text is read
     without s, so that s learns from answers alone; the saved model applies it to everything.
     """
 
@@ -674,10 +674,15 @@ def check_that_ending_pays(rollout, config):
                          "that do not; expected a --no-eos-score well below the usual scores (or nan)")
 
 
-def first_measurement(config, heldout_proxy):
-    """Held-out prompts before training; None if a save, which has that, will be continued. It comes before `start_run`,
-    which removes an earlier run in --out: a reward function may fail here."""
-    return None if config.resume and (Path(config.out) / STATE).exists() else heldout_proxy(first=True)
+def first_measurement(config, heldout_rollout, is_function):
+    """`summarise` of held-out prompts before training; None if a save, which has that, will be continued. To be called
+    before `start_run`, which removes an earlier run in --out: a reward function may fail here."""
+    if has_save(config):
+        return None
+    rollout = heldout_rollout()
+    if is_function:  # a reward model's scores lie around 0, their standard deviation is 1
+        check_that_ending_pays(rollout, config)
+    return summarise(rollout)
 
 
 def token_rewards(rollout, beta):
@@ -737,24 +742,21 @@ def ppo(argv=None):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
                               generator, sharpness().item())
 
-    def heldout_proxy(first=False):  # its own seed, so that measuring uses up none of training's random numbers
-        rollout = roll(heldout, torch.Generator(device).manual_seed(0))
-        if first and is_function:  # a reward model's scores lie around 0, their standard deviation is 1
-            check_that_ending_pays(rollout, config)
-        return summarise(rollout)
+    def heldout_rollout():  # its own seed, so that measuring uses up none of training's random numbers
+        return roll(heldout, torch.Generator(device).manual_seed(0))
 
     if config.show_batch:
         rollout = roll(prompts[:1], generator)
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
-    before = first_measurement(config, heldout_proxy)
+    before = first_measurement(config, heldout_rollout, is_function)
     saved = start_run(config, "ppo")
     modules = {"policy": policy, "sharpness": sharpness, "critic": critic,
                "policy_optimiser": policy_optimiser, "critic_optimiser": critic_optimiser}
     before = before or saved["before"]
     if shift is None:  # a function's rewards may lie around any number: at first the critic guesses their mean
-        shift = saved.get("shift", 0.0) if saved else -before["score"]
+        shift = -before["score"]
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"ppo: {len(prompts):,} prompts, {config.iterations:,} iterations of {config.episodes} "
@@ -834,14 +836,14 @@ def ppo(argv=None):
         if config.keep_every and step % config.keep_every == 0:
             save_checkpoint(Path(config.out) / f"step_{step:04d}", sharpness.folded(policy), tokenizer)
         if stop or step % config.save_every == 0 or step == config.iterations:
-            save_state(config, "ppo", step, time.perf_counter() - started, generator, modules, before=before, shift=shift)
+            save_state(config, "ppo", step, time.perf_counter() - started, generator, modules, before=before)
         if stop:
             leave(config, bar)
     bar.close()
 
     # 10. Held-out prompts again.
     save_checkpoint(config.out, sharpness.folded(policy), tokenizer)
-    close(config, "ppo", step, before, heldout_proxy(), time.perf_counter() - started)
+    close(config, "ppo", step, before, summarise(heldout_rollout()), time.perf_counter() - started)
 
 
 def close(config, stage, step, before, after, seconds):
@@ -894,18 +896,15 @@ def grpo(argv=None):
         return sample_rollout(policy, reference, score_responses, prompts, config, tokenizer,
                               generator, sharpness().item())
 
-    def heldout_proxy(first=False):
-        rollout = roll(heldout, torch.Generator(device).manual_seed(0))
-        if first and shift is None:  # the reward is a function
-            check_that_ending_pays(rollout, config)
-        return summarise(rollout)
+    def heldout_rollout():
+        return roll(heldout, torch.Generator(device).manual_seed(0))
 
     if config.show_batch:
         rollout = roll(prompts[:1], generator)
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
-    before = first_measurement(config, heldout_proxy)
+    before = first_measurement(config, heldout_rollout, is_function=shift is None)
     saved = start_run(config, "grpo")
     modules = {"policy": policy, "sharpness": sharpness, "optimiser": optimiser}
     before = before or saved["before"]
@@ -984,7 +983,7 @@ def grpo(argv=None):
 
     # 5. Held-out prompts again.
     save_checkpoint(config.out, sharpness.folded(policy), tokenizer)
-    close(config, "grpo", step, before, heldout_proxy(), time.perf_counter() - started)
+    close(config, "grpo", step, before, summarise(heldout_rollout()), time.perf_counter() - started)
 
 
 def main():

@@ -569,7 +569,7 @@ def settings_of(config):
     """The settings that must be equal for a resumed run to be the same run. (--dtype auto is decided anew.)"""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
             "compile")
-    return one_spelling({k: v for k, v in dataclasses.asdict(config).items() if k not in free})
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
 def one_spelling(settings):
@@ -595,6 +595,11 @@ def read_by(config):
                 yield path
 
 
+def has_save(config):
+    """Will this run continue from a save? (Not Path.exists, which would raise where a folder may not be entered.)"""
+    return config.resume and os.path.exists(Path(config.out) / STATE)
+
+
 def start_run(config, stage, first=True):
     """Prepare the output folder. Returns the saved state to continue from, or None for a fresh start.
     Of several processes only the `first` changes files.
@@ -606,10 +611,10 @@ def start_run(config, stage, first=True):
                          "its work under torchrun")
     folder = Path(config.out)
     state = folder / STATE
-    if config.resume and os.path.exists(state):  # Path.exists would raise where a folder may not be entered
+    if has_save(config):
         try:
             saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
-            settings = one_spelling(saved["settings"])  # saves of earlier versions have them as they were typed
+            settings = one_spelling(saved["settings"])
         except Exception as error:  # whatever torch.load raises on a damaged file
             reason = " ".join(str(error).split())[:200].split(". ")[0]  # not the advice to run the code in it
             raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
@@ -620,7 +625,7 @@ def start_run(config, stage, first=True):
             if now.st_mtime > state.stat().st_mtime or size not in (None, now.st_size):
                 raise InputError(f"--resume: {path} has changed since the run that saved {state} began; start without "
                                  "--resume, or delete the state")
-        mine = settings_of(config)
+        mine = one_spelling(settings_of(config))
         for name in sorted(set(mine) | set(settings)):
             old, new = settings.get(name), mine.get(name)
             if old != new:

@@ -407,8 +407,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("a file edited during the run is taken for the one read", "training.py",
      "        os.utime(path, (begun, begun))", "        pass", "test_failures.py"),
     ("PPO's policy is saved after it was measured", "rlhf.py",
-     "    save_checkpoint(config.out, sharpness.folded(policy), tokenizer)\n    close(config, \"ppo\", step, before, heldout_proxy(),",
-     "    after = heldout_proxy()\n    save_checkpoint(config.out, sharpness.folded(policy), tokenizer)\n"
+     "    save_checkpoint(config.out, sharpness.folded(policy), tokenizer)\n    close(config, \"ppo\", step, before, summarise(heldout_rollout()),",
+     "    after = summarise(heldout_rollout())\n    save_checkpoint(config.out, sharpness.folded(policy), tokenizer)\n"
      "    close(config, \"ppo\", step, before, after,", "test_failures.py"),
     ("the folder names another end of answers", "training.py",
      '"eos_token_id": list(tokenizer.end_ids)',
@@ -533,8 +533,8 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      'ended.mean() < config.no_eos_score',
      "False", "test_failures.py"),
     ("the critic of a function begins at 0", "rlhf.py",
-     'if saved else -before["score"]',
-     'if saved else 0.0', "test_rlhf.py"),
+     'shift = -before["score"]',
+     'shift = 0.0', "test_rlhf.py"),
     ("answers in the middle of a training conversation are held out, too", "sft.py",
      "drop_seen(heldout, answered,",
      "drop_seen(heldout, train,", "test_failures.py"),

@@ -828,7 +828,8 @@ def bad_commands(files):
     long = files / ("x" * 300)  # one of several reasons why the system may not even look for a path
     yield say("sft", out, "--init", long), "x/config.json: missing"
     yield ["chat.py", long], "x/config.json: missing"
-    yield say("sft", long, "--resume"), "x: could not be written"
+    for stage in ("sft", "ppo", "grpo"):
+        yield say(stage, long, "--resume"), "x: could not be written"
     yield say("pretrain", out, "--stream", "--data", f"{long}.txt"), "found no .txt file"
     yield say("sft", out, "--init", files / "no_config"), "config.json: missing"
     yield say("sft", out, "--init", files / "no_weights"), f"{files}/no_weights/model.safetensors"
