@@ -75,8 +75,7 @@ class Config:
     seed: int = flag(1, "random seed of the sampling")
 
 
-# ---------------------------------------------------------------------------------------------
-# Prompts
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def plain_prompt(question, shots=()):
@@ -105,8 +104,7 @@ def newline_ids(tokenizer):
     return [encoding.encode_single_token(token) for token in encoding.token_byte_values() if b"\n" in token]
 
 
-# ---------------------------------------------------------------------------------------------
-# A model that can be talked to
+# ---- a model that can be talked to ---------------------------------------------------------------
 
 
 @dataclass
@@ -230,8 +228,7 @@ def examples_like(question, config):
     return world.few_shot_examples(nearest, config.few_shot, config.seed)
 
 
-# ---------------------------------------------------------------------------------------------
-# Answers
+# ---- answers -------------------------------------------------------------------------------------
 
 
 def generate_all(model, prompts, max_new_tokens, chunk=512, **sampling):

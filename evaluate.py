@@ -59,8 +59,7 @@ class Config:
     seed: int = flag(1, "random seed of samples and few-shot examples")
 
 
-# ---------------------------------------------------------------------------------------------
-# Numbers with intervals
+# ---- numbers with intervals ----------------------------------------------------------------------
 
 
 def bootstrap(values, times=2000):
@@ -103,8 +102,7 @@ def sequence_kl(policy, reference, prompts, responses, chunk=128):
     return total
 
 
-# ---------------------------------------------------------------------------------------------
-# Answers
+# ---- answers -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -186,8 +184,7 @@ def choose_tasks(config):
     return tasks, np.array(ranks)
 
 
-# ---------------------------------------------------------------------------------------------
-# Measures
+# ---- measures ------------------------------------------------------------------------------------
 
 
 def of_each_group(tasks, fair, measured):
@@ -319,7 +316,7 @@ def rounded(value):
     return json.loads(json.dumps(value, default=float), parse_float=lambda digits: round(float(digits), 5))
 
 
-# ---------------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -67,8 +67,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 INK = "#123456"  # a stand-in that becomes the page's own text colour, light or dark
 
 
-# ---------------------------------------------------------------------------------------------
-# Cells and tables
+# ---- cells and tables ----------------------------------------------------------------------------
 
 
 def dig(measures, path):
@@ -186,8 +185,7 @@ def notes(report):
     return [*lines, f"Time: {spent}."]
 
 
-# ---------------------------------------------------------------------------------------------
-# Markdown
+# ---- Markdown ------------------------------------------------------------------------------------
 
 
 def markdown_text(text):
@@ -222,8 +220,7 @@ def build_markdown(report, study=None):
         "## More answers", *answers(False)]) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------
-# What study.py found, as (heading, sentences, tables, panels)
+# ---- what study.py found, as (heading, sentences, tables, panels) --------------------------------
 
 CORE = ("base", "base_few_shot", "sft", "dpo", "ppo", "grpo")  # and best-of-n
 
@@ -371,8 +368,7 @@ def study_sections(report, study):
     ]
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def curve(rows, name):
@@ -454,8 +450,7 @@ def pictures(report, folder):
     return [(heading, draw(heading, panels)) for heading, panels in named if panels]
 
 
-# ---------------------------------------------------------------------------------------------
-# The page
+# ---- the page ------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1e21; --soft: #66707a; --line: #d9dde1;

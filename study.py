@@ -48,8 +48,7 @@ class Config:
     seed: int = flag(1, "random seed; PPO's spread is over this one and the next two")
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. The runs
+# ---- 1. The runs ---------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
 SUBSETS = (750, 1500, 3000)  # training pairs of the smaller reward models
@@ -212,8 +211,7 @@ def checkpoint(config, name):
     return Path(config.runs if name in ("base", "sft", "reward") else config.out) / name
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The table
+# ---- 2. The table --------------------------------------------------------------------------------
 
 
 def policies(config):
@@ -242,8 +240,7 @@ def tasks_of_each_family(config, n, least):
     return [tasks[i] for i in np.flatnonzero(ranks < scaled(config, n, least))]
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Reward against KL
+# ---- 3. Reward against KL ------------------------------------------------------------------------
 
 
 def kept(folder):
@@ -324,8 +321,7 @@ def best_of_groups(gold, scores, n):
     return chosen.mean(1), groups.max(-1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. The reward model
+# ---- 4. The reward model -------------------------------------------------------------------------
 
 
 def measure_reward_model(config, device):
@@ -404,8 +400,7 @@ def correlation(x, y, times=1000):
     return [r(x, y), low, high]
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. What alignment costs
+# ---- 5. What alignment costs ---------------------------------------------------------------------
 
 
 def measure_costs(config, device, n=16):
@@ -434,8 +429,7 @@ def measure_costs(config, device, n=16):
     return {"prompts": len(few), "samples": n, "calibrated_on": len(many), "policies": found}
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Prompting
+# ---- 6. Prompting --------------------------------------------------------------------------------
 
 SYSTEM = "You are a kind assistant. Answer in one full sentence. Say so if you do not know."
 
@@ -461,8 +455,7 @@ def measure_prompting(config, device):
     return {"prompts": len(tasks), "answerable": int(answerable.sum()), "rows": found}
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Temperature
+# ---- 7. Temperature ------------------------------------------------------------------------------
 
 
 def measure_temperature(config, device):
@@ -491,7 +484,7 @@ def measure_temperature(config, device):
     return {"prompts": len(tasks), "rows": rows}
 
 
-# ---------------------------------------------------------------------------------------------
+# ---- the study -----------------------------------------------------------------------------------
 
 MEASURES = {"curves.json": measure_curves, "reward_model.json": measure_reward_model, "costs.json": measure_costs,
             "prompting.json": measure_prompting, "temperature.json": measure_temperature}
