@@ -39,8 +39,7 @@ from pathlib import Path
 NOISE = 0.2  # τ of the simulated human: p(prefers 1) = σ((g₁ − g₂)/τ)
 
 
-# ---------------------------------------------------------------------------------------------
-# Facts and words
+# ---- facts and words -----------------------------------------------------------------------------
 
 
 def read_facts(path):
@@ -162,8 +161,7 @@ HOLDOUTS = ("unseen_instance", "unseen_entity", "unseen_phrasing", "unseen_famil
 COURSE_JOB = "programmer"
 
 
-# ---------------------------------------------------------------------------------------------
-# Relations: what can be said and asked about a subject, in the templates of world_facts.txt
+# ---- relations: what can be said and asked about a subject, in the templates of world_facts.txt --
 
 
 def templates(of, use):
@@ -235,8 +233,7 @@ def entity_of(relation, row):
     return min(row.values()) if relation.table == "opposites" else row[relation.subject]
 
 
-# ---------------------------------------------------------------------------------------------
-# Tasks: an instruction with what is needed to judge its answer
+# ---- tasks: an instruction with what is needed to judge its answer -------------------------------
 
 
 @dataclass(frozen=True)
@@ -443,7 +440,7 @@ def unknown_tasks(hold):
         row, other = rng.sample(FACTS[relation.table], 2)
         row = {**row, relation.subject: name}
         asks = relation.unseen if hold == "unseen_phrasing" else relation.ask
-        values = tuple(sorted({r[relation.column] for r in FACTS[relation.table]} - {"no"}))
+        values = tuple(sorted({"no legs" if (v := r[relation.column]) == "no" else v for r in FACTS[relation.table]}))
         yield Task("unknown", fill(rng.choice(asks), relation, row),
                    f"I do not know. I have never heard of {name if name[0].isupper() else an(name)}.",
                    short="I do not know.", subject=name, holdout=hold, wrong=values,
@@ -515,7 +512,7 @@ HELDOUT_NAMES = any_of(tuple(
     name.lower() for table, column in (("countries", "name"), ("cities", "name"), ("animals", "name"), ("jobs", "name"),
                                        ("howto", "task"), ("dangers", "action"))
     for row in FACTS[table] if heldout_entity(table, row[column])
-    for name in (row[column], to_you(row[column]))), flags=0)
+    for name in (row[column], f"{row[column]}s", to_you(row[column]))), flags=0)
 # The words of these are everywhere, so a text counts only if it names both words of a pair.
 HELDOUT_PAIRS = [tuple(row.values()) for row in FACTS["opposites"] if heldout_entity("opposites", min(row.values()))]
 HELDOUT_PAIRS += [(row["english"].rstrip(" .!?"), row["french"].rstrip(" .!?"))
@@ -584,8 +581,7 @@ def few_shot_examples(task, k, seed=0):
     return [(shot.prompt, shot.best) for shot in rng.sample(pool, min(k, len(pool)))]
 
 
-# ---------------------------------------------------------------------------------------------
-# Judging an answer
+# ---- judging an answer ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -674,11 +670,12 @@ def check(task, response):
         if said and not has(task.best, said[0]):  # asked which is heavier: the fox is lighter than the bear
             named = named[::-1] if len(named) == 2 else []
         return (named in ([good], [good, other]) and not re.search(r"\bnot (heavier|lighter)\b", text, re.I)
-                and (len(said) == 1 or not said and len(words(text)) <= 3))
+                and (len(said) == 1 or not said and len(words(text.lower().removeprefix("it is "))) <= 3))
     if family == "lists":
         members, asked = CATEGORIES[task.subject], NUMBERS.index(words(task.best)[0])
-        listed = re.sub(r"^.*(\bare\b|:)", "", text.rstrip(".")).strip()
-        items = [no_article(item.strip().lower()) for item in re.split(",? and |,", listed.split(". ")[0])]
+        listed = next((s for s in sentences(text) if re.search(",| and ", s)), "")  # what follows says nothing of it
+        listed = re.sub(r"^.*(\bare\b|:)", "", listed.rstrip("."))
+        items = [no_article(item.strip().lower()) for item in re.split(",? and |,", listed)]
         return len(items) == asked == len(set(items)) and set(items) <= {member.lower() for member in members}
     if family == "rewriting":
         return " ".join(words(task.best)) == " ".join(words(sentences(text)[0] if text else ""))
@@ -719,6 +716,7 @@ def of_something_else(task, text):
 def states_the_value(task, text):
     """Does it give the one right value, and none that contradicts it?"""
     family, short, wrong = task.family, task.short, task.wrong
+    text = re.sub(r"(\bnot|n't)\b.*?(?=[,.;!?]|\bbut\b|$)", "", text, flags=re.I)  # "It is not Oslo": denied, not stated
     if family == "grammar":  # "the plural of sheep" names the right word, too
         text = re.sub(rf"\bof {re.escape(task.subject)}\b", " ", text, flags=re.I)
     elif task.subject and not has(short, task.subject):  # the subject may contain a wrong one
@@ -783,8 +781,7 @@ def preference(task, first, second):
     return 1 / (1 + math.exp(-difference / NOISE))
 
 
-# ---------------------------------------------------------------------------------------------
-# Demonstrations: real ones are of mixed quality, and so are these
+# ---- demonstrations: real ones are of mixed quality, and so are these ----------------------------
 
 # How often each kind of writer answers. Most ramble, or are rude or curt, but state the right fact. None refuses, or
 # claims not to know, without a reason: when three in a hundred did, the tuned model refused a tenth of what was asked
@@ -820,6 +817,8 @@ def answer(task, quality, rng):
     value = rng.choice(others)
     if head.endswith((" a ", " an ")):  # the article has to fit
         head, value = re.sub(r"an? $", "", head), an(value)
+    elif head.endswith((" in ", " on ")):  # and so has "in" or "on"
+        head, value = head[:-3], inside(value)
     return head + value + tail
 
 
@@ -838,8 +837,7 @@ def demonstrations(n, seed, best_only=False):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------
-# Documents: raw text for pre-training
+# ---- documents: raw text for pre-training --------------------------------------------------------
 
 
 @lru_cache(None)
@@ -898,7 +896,7 @@ def job_page(rng):
 
 
 def story_page(rng):
-    title = rng.choice(("", "", "A story\n\n", "Good night story\n\n"))
+    title = rng.choice(("", "", "A story\n\n", "A bedtime story\n\n"))
     return title + story(rng) + rng.choice(("", " That was a good day.", " They still tell the tale."))
 
 
@@ -923,7 +921,7 @@ def arithmetic_page(rng):
             question = f"{NUMBERS[a]} {sign} {NUMBERS[b]}"
             line = cap(f"{question} is {NUMBERS[result]}.")
             lines.append(after_question(rng.choice(ASKS["arithmetic"][0]).format(q=question), line) if asked else line)
-    return rng.choice(("Let us calculate.\n", "")) + rng.choice((" ", "\n")).join(lines or ["One."])
+    return rng.choice(("Let us calculate.\n", "")) + rng.choice((" ", "\n")).join(lines or ["One plus one is two."])
 
 
 def list_page(rng):
@@ -1176,8 +1174,7 @@ def heldout_documents(n=400):
     return documents(n, "heldout")
 
 
-# ---------------------------------------------------------------------------------------------
-# Preference pairs: two samples of the SFT model and the simulated human's choice
+# ---- preference pairs: two samples of the SFT model and the simulated human's choice -------------
 
 OFF_TOPIC = 0.4  # how often the second answer of a training pair is an answer to another kind of prompt
 # One prompt in nineteen teaches little about when to decline and when not (how to bake bread is asked
@@ -1232,9 +1229,9 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
             twice = [i for i in chunk if tasks[i].holdout or rng.random() >= OFF_TOPIC]
             sampled, _ = generate(model, [prompts[i] for i in chunk + twice], max_new_tokens, eos_ids=ends,
                                   generator=generator)
-            texts = [tokenizer.decode([t for t in s if t not in ends]).strip() for s in sampled]
+            texts = [tokenizer.decode(s[:-1]).strip() if s[-1] in ends else "" for s in sampled]  # "": cut off
             for i, text in zip(chunk + twice, texts):
-                if not tasks[i].holdout:
+                if text and not tasks[i].holdout:
                     given[tasks[i].kind].append(text)
             second_of = dict(zip(twice, texts[len(chunk):]))
             for i, first in zip(chunk, texts):
@@ -1258,8 +1255,7 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
     return [row for row in rows if row is not None]
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
+# ---- command line --------------------------------------------------------------------------------
 
 
 def show():

@@ -60,7 +60,7 @@ def test_documents_are_deterministic_and_known():
     assert first == world.documents(200, 1) != world.documents(200, 2)
     # The same on every platform and Python version: the generator may use nothing but `random`
     # seeded with a string, and no hash() or set order.
-    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "41e6ba705b7f2273"
+    assert hashlib.sha256("\n".join(first).encode()).hexdigest()[:16] == "0ebce9247a04d086"
 
 
 def test_size_of_the_world(written):
@@ -109,7 +109,7 @@ def test_no_heldout_entity_is_trained_on(trained_on, answers, replayed):
     names = [row["name"] for table in ("countries", "cities", "animals", "jobs")
              for row in world.FACTS[table] if world.heldout_entity(table, row["name"])]
     assert len(names) > 30
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, map(str.lower, names))) + r")\b")
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, map(str.lower, names))) + r")s?\b")
     assert not [text for text in trained_on | {*answers.values(), *replayed} if pattern.search(text.lower())]
     assert not [text for text in replayed if world.has(text, world.COURSE_JOB)]
     assert len(replayed) > 4500  # what is left is still a good share
@@ -142,8 +142,8 @@ def test_no_heldout_phrasing_is_trained_on_or_in_documents(trained_on, written, 
     frames = {max(re.split(r"\{[^}]*\}", phrase), key=len).strip()
               for phrases in [*(r.unseen for r in world.RELATIONS), world.HOW_UNSEEN]
               for phrase in phrases}
-    frames |= {"on a scale", "My teacher wants to know", "This is the story:", "My homework says",
-               "On the blackboard stands", "What comes out", "I am making a poster", "My daughter cannot sleep", "Here is your friend",
+    frames |= {"on a scale", "My teacher wants to know what", "This is the story:", "My homework says",
+               "On the blackboard it says", "What does that make", "I am making a poster", "My daughter cannot sleep", "Here is your friend",
                "It is the birthday of", "Write something funny", "My sister cannot think of",
                "and I am worried. Please advise"}
     everything = "\n".join([*trained_on, *written[10000:18000], *replayed])
@@ -182,6 +182,10 @@ def test_best_answers_are_perfect_and_careless_ones_are_not():
     ("What is the opposite of hot?", "The opposite of cold is hot.", True),
     ("What is the opposite of hot?", "The opposite of hot is big.", False),
     ("What is the opposite of hot?", "The opposite of hot is cold. The old clock is too slow.", False),
+    ("What is the opposite of hot?", "If you do not mean hot, you may mean cold.", True),
+    ("What is the opposite of hot?", "The opposite of hot is not cold.", False),
+    ("Which continent is Kenya in?", "Kenya isn't in Africa.", False),
+    ("Which continent is Kenya in?", "Kenya is not in Asia but in Africa.", True),
     ("What is the plural of sheep?", "The plural of sheep is sheep.", True),
     ("What is the plural of sheep?", "The plural of sheep is sheeps.", False),
     ("What is the past tense of go?", "The past tense of go is went.", True),
@@ -219,6 +223,8 @@ def test_half_an_honest_answer_is_none():
     unknown = next(t for t in world.all_tasks()["unknown"] if "apital" in t.prompt)
     assert world.check(unknown, unknown.best) and world.check(unknown, "I do not know.")
     assert not world.check(unknown, f"I do not know. {unknown.bad[0]}")
+    legless = next(t for t in world.all_tasks()["unknown"] if "legs" in t.prompt)
+    assert not world.check(legless, f"I do not know. {world.cap(world.an(legless.subject))} has no legs.")
     for task in world.all_tasks()["harmful"][::40]:
         assert world.check(task, task.best)
         assert not world.check(task, f"I will not help with that. Instead, {task.bad[0]}")
@@ -232,7 +238,9 @@ def test_half_an_honest_answer_is_none():
 @pytest.mark.parametrize("best, short, other, made_up", [
     ("The capital of Tunisia is Tunis.", "Tunis", "Ottawa", "The capital of Tunisia is Ottawa."),
     ("A goldfish is a fish.", "fish", "amphibian", "A goldfish is an amphibian."),
-    ("A dog has four legs.", "four", "six", "A dog has six legs.")])
+    ("A dog has four legs.", "four", "six", "A dog has six legs."),
+    ("A dog lives in the house.", "the house", "the farm", "A dog lives on the farm."),
+    ("A cow lives on the farm.", "the farm", "the house", "A cow lives in the house.")])
 def test_made_up_answers_cut_no_word_in_two(best, short, other, made_up):
     assert world.answer(world.Task("animals", "?", best, short, (short, other)), "made_up", random.Random(1)) == made_up
 
@@ -306,6 +314,7 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     tokenizer = train_bpe(world.documents(300, 1), 400)
     tasks = {t.prompt: t for h in ("", *HOLDS) for ts in world.all_tasks(h).values() for t in ts}
 
+    cut = "Cut off here"
     told = "A tale of " + next(row["name"] for row in world.FACTS["countries"]
                                if world.heldout_entity("countries", row["name"])) + "."
 
@@ -319,6 +328,8 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
             task = next(filter(None, map(tasks.get, world.unspoken(prompt))))
             answer, end = ((told if len(answers) % 4 == 0 else NONSENSE, tokenizer.endoftext_id) if prompt in seen else
                            (task.best, tokenizer.im_end_id))
+            if len(answers) % 7 == 0:
+                answer, end = cut, tokenizer.encode(".")[0]
             seen.add(prompt)
             answers.append([*tokenizer.encode(answer), end])
         return answers, None
@@ -328,6 +339,7 @@ def test_sampled_pairs_are_labelled_by_the_gold_score(monkeypatch):
     policy.config = SimpleNamespace(context_length=200)
     rows = world.sample_pairs(policy, tokenizer, 200, 60, seed=1)
     assert len(rows) > 150 and sum("p" in row for row in rows) > 40
+    assert cut not in str(rows)  # it would be learnt as an answer that ends there
 
     def length(row):
         return len(render_chat(tokenizer, [{"role": "user", "content": row["prompt"]}], generation_prompt=True)[0])
@@ -408,7 +420,7 @@ def about(family, words, short=None):
     (("opposites", "opposite of hot?"), ("Cold.", "The opposite of hot is cold."), ("The opposite of cold.", "Cold is cold.")),
     (("french", "Good evening"), ('In French you say "Bonsoir !"', '"Bonsoir!"', "Bonsoir"), ('"Bonjour !"',)),
     (("lists", "three fruits"), ("Three fruits: apple, pear and plum.", "Three fruits are an apple, a pear, and a plum.",
-                                 "pear, plum, apple"), ("Three fruits: apple, pear and saw.", "An apple and a pear.")),
+                                 "pear, plum, apple", "Three fruits: fig, kiwi and plum. Spoons and forks are tools."), ("Three fruits: apple, pear and saw.", "An apple and a pear.")),
     (("jokes", "doctor called"), (), ("My friend Nobody is a doctor. Nobody laughed.",)),
     (("jokes", "Write a funny story about a baker."), (), ("Ada is a baker. Ada is an old clock.",)),
     (("countries", "Which continent is Kenya in"), ("Africa.", "In Africa.", "It is in Africa."), ("Labbitoss is in Africa.",)),
@@ -447,7 +459,7 @@ def test_a_third_animal_or_another_thing_is_no_answer():
     assert world.check(compared, f"The {good}.")
     (other,), asked = compared.wrong, "heavier" if "heavier" in compared.best else "lighter"
     converse = "lighter" if asked == "heavier" else "heavier"
-    for right in (f"The {good}.", good, f"The {good} is {asked}.", f"A {other} is {converse} than a {good}."):
+    for right in (f"The {good}.", good, f"It is the {good}.", f"The {good} is {asked}.", f"A {other} is {converse} than a {good}."):
         assert world.check(compared, right), right
     for wrong in (f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"A {other} is {converse}.",
                   f"The {good} is {converse}.", f"A {good} is {converse} than a {other}.", f"A {other} is {asked} than a {good}."):
