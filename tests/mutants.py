@@ -550,6 +550,10 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("Ctrl-C at a choice asks the next question", "chat.py",
      "            return\n        if choice",
      "            continue\n        if choice", "test_chat_evaluate.py"),
+    ("what is denied counts as stated", "world.py", '"", text, flags=re.I)  # "It', '"", "", flags=re.I) + text  # "It', "test_world.py"),
+    ("pairs hold answers that were cut off", "world.py", ' if s[-1] in ends else "" for s', " for s", "test_world.py"),
+    ("a made-up place keeps the preposition of the right one", "world.py", 'elif head.endswith((" in ", " on ")):', "elif False:", "test_world.py"),
+    ("held-out names slip through in the plural", "world.py", 'f"{row[column]}s", ', "", "test_world.py"),
 )
 
 
