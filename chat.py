@@ -4,6 +4,7 @@
     python chat.py out/base out/sft out/ppo --prompt "What is the capital of France?"
     python chat.py out/sft --prompt "…" --best-of 16 --reward out/reward
     python chat.py out/sft --label mine.jsonl                      # collect your own preferences
+    python chat.py out/base --complete "Once upon a time"         # go on with a text, as a base model was trained to
 
 Prompting is alignment without training: `--system` puts an instruction before the conversation, `--few-shot` solved
 examples from the embedded world. A base model knows nothing of the chat format; it is given plain text (`plain_prompt`),
@@ -58,6 +59,7 @@ class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of models; several answer one after the other"})
     prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
+    complete: str | None = flag(None, "go on with this text, without a template and across line breaks, and exit")
     system: str | None = flag(None, "instruction put before everything else (default: the folder's, if any)")
     few_shot: int = flag(0, "solved examples to put before the question, from the family of the world nearest to it")
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
@@ -456,17 +458,32 @@ def append_row(path, row):
         file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
+def complete(speakers, config, sampling):
+    """Print --complete and how every model goes on with it: a document begins with <|endoftext|>, and ends with it."""
+    for speaker in speakers:
+        ids = [*special(speaker.tokenizer, ENDOFTEXT), *speaker.tokenizer.encode(config.complete)]
+        if not 0 < len(ids) < speaker.model.config.context_length:
+            raise InputError(f"{speaker.name}: found a text of {len(ids)} tokens; expected 1 to "
+                             f"{speaker.model.config.context_length - 1}")
+        ends = speaker.end_ids & {*speaker.tokenizer.specials.values()}  # without line breaks
+        sampling["generator"].manual_seed(config.seed)
+        print((f"== {speaker.name} ==\n" if len(speakers) > 1 else "") + visible(config.complete), end="")
+        speak(replace(speaker, raw=False, end_ids=ends), ids, config.max_new_tokens, sampling)
+
+
 def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
     check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), best_of_beta=(0, 1e6), temperature=(0, 100),
                 top_k=(1, 10**9), top_p=(1e-9, 1))
+    if config.complete is not None and (config.prompt is not None or config.label is not None or config.best_of > 1):
+        raise InputError("--complete goes on with a text; expected no --prompt, --label or --best-of")
     if config.best_of > 1 and not config.reward:
         raise InputError("--best-of needs the model that chooses: --reward out/reward")
     if config.reward and config.best_of == 1 and (config.prompt is not None or config.label is not None):
         raise InputError("--reward chooses among several answers: expected --best-of with 2 or more")
     if config.best_of > 1 and config.temperature < 1e-6:
         raise InputError(f"--temperature {config.temperature:g}: the answers of --best-of would be the same")
-    for name in ("prompt", "system"):
+    for name in ("prompt", "complete", "system"):
         if getattr(config, name) is not None:
             setattr(config, name, getattr(config, name).encode("utf-8", "replace").decode("utf-8"))
     device = pick_device(config.device)
@@ -476,6 +493,8 @@ def main(argv=None):
             speaker.name = folder
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
                 "generator": torch.Generator(device=device).manual_seed(config.seed)}
+    if config.complete is not None:
+        return complete(speakers, config, sampling)
     reward = load_judge(config.reward, speakers, device) if config.best_of > 1 else None
     if config.prompt is not None and config.label is None:
         shots = examples_like(config.prompt, config)

@@ -300,6 +300,22 @@ def test_prompt_prints_the_answer_alone(folders, monkeypatch, capsys):
     assert both.startswith("== base ==\n") and f"== sft ==\n{out}" in both
 
 
+def test_a_text_is_gone_on_with(folders, tokenizer, monkeypatch, capsys):
+    """As a document, across line breaks, up to a token that ends one."""
+    text, end = "What is\nthe capital", tokenizer.endoftext_id
+    tokens = tokenizer.encode(" of\n\nFrance?\n")
+    asked = []
+
+    def decode(model, prompts, most, temperature, top_k, top_p, eos_ids, generator):
+        asked.append((prompts, most, temperature, set(eos_ids) & {end, *tokens}))
+        return ([(0, token)] for token in (*tokens, end))
+    monkeypatch.setattr("model.decode", decode)
+    out = run_chat(monkeypatch, capsys, [folders / "base", "--complete", text, "--temperature", 0.5])
+    assert out == f"{text} of\n\nFrance?\n\n" and asked == [([[end, *tokenizer.encode(text)]], 12, 0.5, {end})]
+    both = run_chat(monkeypatch, capsys, [folders / "base", folders / "sft", "--complete", text])
+    assert both == f"== base ==\n{out}== sft ==\n{out}"
+
+
 def test_a_pretrained_checkpoint_is_prompted_raw(folders):
     assert chat.open_speaker(folders / "base").raw
     assert not chat.open_speaker(folders / "sft").raw
