@@ -161,7 +161,8 @@ study: all
 # Finished stages are kept: to train anew, remove the folder.
 REAL = $(OUT)/real
 real: .venv/installed
-	@test -f "$(DATA)/tinystories-train-2mb.txt" || { echo "usage: make real DATA=FOLDER, with the files that the Makefile names"; exit 2; }
+	@for file in tinystories-train-2mb.txt instructions-1100.json preferences-1100.json hh-harmless-test.jsonl.gz; do \
+		test -f "$(DATA)/$$file" || { echo "usage: make real DATA=FOLDER; found no $$file in '$(DATA)'"; exit 2; }; done
 	@mkdir -p $(REAL); test -e $(REAL)/data || (cd "$(DATA)" && pwd) > $(REAL)/data
 	@(cd "$(DATA)" && pwd) | cmp -s - $(REAL)/data || { echo "$(REAL) was made from other data; remove it first"; exit 2; }
 	test -e $(REAL)/base/done || $(PY) pretrain.py --data "$(DATA)/tinystories-train-2mb.txt" --holdout 0.05 --out $(REAL)/base \

@@ -18,6 +18,7 @@ from training import check_range, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which("make") or os.name == "nt", reason="no make")
+REAL = ["tinystories-train-2mb.txt", "instructions-1100.json", "preferences-1100.json", "hh-harmless-test.jsonl.gz"]
 STAGES = ["pretrain.py", "sft.py", "world.py", "rlhf.py dpo", "reward.py", "rlhf.py ppo", "evaluate.py"]
 
 
@@ -31,7 +32,8 @@ def make(tmp_path):
         os.utime(copied, (1000, 1000))
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "installed").touch()
-    (tmp_path / "tinystories-train-2mb.txt").touch()  # `make real` looks whether its data are there
+    for name in REAL:  # `make real` looks whether its data are there
+        (tmp_path / name).touch()
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> asked\nwhile [ "$1" != --out ]; do shift; done\n'
                       'case "$2" in *.jsonl) touch "$2";; *report) touch "$2/report.json";; *) mkdir -p "$2"; touch "$2/done";;'
@@ -111,9 +113,11 @@ def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_fro
 
 def test_real_goes_on_where_it_stopped(make, tmp_path):
     (tmp_path / "my data").mkdir()
-    (tmp_path / "my data" / "tinystories-train-2mb.txt").touch()
     (tmp_path / "empty").mkdir()
     assert make("real", "DATA=empty", status=2) == []  # before the folder of results remembers it
+    for name in REAL:  # of each
+        assert make("real", "DATA=my data", status=2) == []
+        (tmp_path / "my data" / name).touch()
     assert make("real", "DATA=.") == ["pretrain.py", "sft.py", "reward.py", "reward.py", "rlhf.py dpo", "rlhf.py ppo"]
     assert make("real", "DATA=.") == [] and make("real", f"DATA={tmp_path}") == []  # the same folder
     (tmp_path / "out" / "real" / "dpo" / "done").unlink()
