@@ -1,5 +1,6 @@
 """LoRA (arXiv 2106.09685): train a small correction to each matrix instead of the matrix itself.
 
+    python sft.py --lora 8 --lr 3e-4 …
     python rlhf.py dpo --lora 8 …        # also ppo (whose critic is trained whole all the same), grpo
 
 W x becomes W x + (α/r) B A x. W is frozen; A (r, in) starts random and B (out, r) at 0, so training

@@ -2,10 +2,11 @@
 
     python pretrain.py --data world --out out/base
     python pretrain.py --data stories.txt --holdout 0.05 --out out/base
+    python pretrain.py --init out/base --data more.txt --lr 0.002 --embed-lr 0.001 --head-lr 0.0004 --out out/more
 
 The loss is the mean negative log-likelihood of each token given those before it in its window,
 
-    loss(θ) = − 1/N Σ_i log p_θ(x_i | x_0 … x_{i−1})
+    loss(θ) = − 1/N Σ_i log p_θ(x_i | x_s … x_{i−1}),   x_s the first token of x_i's window
 
 (Foundations of LLMs, eqs. 2.13–2.14, which maximise the log-likelihood: this is minus that, per token),
 over documents packed end to end, each preceded by <|endoftext|>. A window may start in the middle of
@@ -32,9 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import world
 from model import GPT, GPTConfig
-from tokenizer import train_bpe
+from tokenizer import ENDOFTEXT, train_bpe
 from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_range, compiled,
-                      finish, first_alone, flag, join_processes, learning_rate, leave, log, micro_batches,
+                      finish, first_alone, flag, join_processes, learning_rate, leave, load_policy, log, micro_batches,
                       muon_and_adam, parse_args, part_processes, pick_device, progress, restore, run, save_checkpoint,
                       save_state, seed_everything, set_share, start_run)
 
@@ -49,6 +50,8 @@ class Config:
                         "read from there as needed; if interrupted, the next run continues writing them. --holdout is then "
                         "a fraction of the bytes, and at most 16 MB are held out")
     documents: int = flag(80000, "documents to generate (with --data world)")
+    init: str | None = flag(None, "checkpoint to go on from, in its shape and with its tokeniser, at a tenth of these "
+                            "rates or less (default: random weights)")
     # the model
     vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; from the first 8,000 documents")
     context_length: int = flag(192, "tokens the model sees at once")
@@ -77,6 +80,7 @@ class Config:
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, weights and batches")
+    eval_every: int = flag(400, "steps between measurements on 32 held-out windows; at the end all are measured")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
     resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
@@ -132,6 +136,12 @@ def main():
     check_range(config, vocab_size=(260, 10**7), context_length=(2, 10**6))
     shape_of(config, config.vocab_size)  # refuse now, not after tokenising everything
     device = pick_device(config.device)
+    model, tokenizer = load_policy(config.init, device, chats=False) if config.init else (None, None)
+    if model and ENDOFTEXT not in tokenizer.specials:
+        raise InputError(f"{config.init}: its tokenizer has no {ENDOFTEXT}; expected one, to put between documents")
+    if model and config.context_length > model.config.context_length:
+        raise InputError(f"--context-length {config.context_length}: expected at most the "
+                         f"{model.config.context_length} of {config.init}")
     rank, processes = join_processes(device)
     if config.batch_size % processes:
         raise InputError(f"--batch-size {config.batch_size}: expected a multiple of the {processes} processes")
@@ -140,7 +150,7 @@ def main():
     # 1. Data: documents, tokeniser, one long row of tokens.
     if config.stream:
         train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)
-        tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
+        tokenizer = tokenizer or train_bpe(train_documents[:8000], config.vocab_size)
         if config.show_batch:  # writes nothing, which stream_tokens would
             train_tokens, _ = data.pack_documents(train_documents, tokenizer)
         else:
@@ -152,7 +162,7 @@ def main():
         else:
             documents = data.load_texts(config.data)
         train_documents, heldout_documents = data.split_holdout(documents, config.holdout)
-        tokenizer = train_bpe(train_documents[:8000], config.vocab_size)
+        tokenizer = tokenizer or train_bpe(train_documents[:8000], config.vocab_size)
         train_tokens, _ = data.pack_documents(train_documents, tokenizer)
     heldout_tokens, heldout_bytes = data.pack_documents(heldout_documents, tokenizer)
     data.check_long_enough(train_tokens, config.context_length)
@@ -162,7 +172,7 @@ def main():
         return
 
     # 2. Model and optimiser.
-    model = GPT(shape_of(config, tokenizer.vocab_size)).to(device)
+    model = model or GPT(shape_of(config, tokenizer.vocab_size)).to(device)
     model.recompute = config.recompute
     network = DistributedDataParallel(model) if processes > 1 else model  # it averages the gradients
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
@@ -210,6 +220,9 @@ def main():
             rate = step * config.batch_size * config.context_length / elapsed
             bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s", refresh=False)
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm, tokens_per_second=rate)
+        if rank == 0 and step % config.eval_every == 0 and step < config.steps:
+            some = heldout_tokens[:32 * model.config.context_length + 1]
+            log(config.out, step, heldout_loss=heldout_loss(model, some, heldout_bytes)[0])
         if rank == 0 and (stopping or step % config.save_every == 0 or step == config.steps):
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
         if stopping:

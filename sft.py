@@ -36,8 +36,9 @@ import torch.nn.functional as F
 
 import data
 import world
+from lora import add_lora, merged
 from model import GPT
-from training import (StopRequest, autocast, check_finite, check_range, finish, flag, learning_rate,
+from training import (StopRequest, adamw, autocast, check_finite, check_range, finish, flag, learning_rate,
                       leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
                       progress, restore, rows_to_read, run, save_checkpoint, save_state, seed_everything,
                       set_share, start_run)
@@ -62,12 +63,17 @@ class Config:
     adam_eps: float = flag(1e-3, "ε of AdamW (usual: 1e-8); large, so that words that occur in no answer stay put")
     weight_decay: float = flag(0.0, "decay of the matrices in the blocks, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    replay: int = flag(2, "windows of pre-training text in every step, against forgetting (with --data world)")
+    replay_data: list[str] | None = flag(None, "pre-training text, against forgetting: 'world' or text files (default: "
+                                         "with --data world, the world's)")
+    replay: int = flag(2, "windows of it in every step")
+    lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py), trained with AdamW at --lr: "
+                            "try 3e-4")
     from_scratch: bool = flag(False, "start from random weights; take only shape and tokeniser from --init")
     dtype: str = flag("auto", "precision of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data and batches")
+    eval_every: int = flag(100, "steps between measurements on 200 held-out conversations; at the end all are measured")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
     resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
@@ -141,27 +147,32 @@ def main():
     if config.from_scratch:
         model = GPT(model.config).to(device)
     model.recompute = config.recompute
-    replayed = None
-    if config.replay and config.data == ["world"]:
+    replayed, text = None, config.replay_data or (["world"] if config.data == ["world"] else None)
+    if config.replay and text:
         # Enough documents that few tokens are drawn twice.
-        replayed = load_replay(["world"], tokenizer, config.seed, model.config.context_length,
+        replayed = load_replay(text, tokenizer, config.seed, model.config.context_length,
                                max(1000, config.conversations))
-    muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
-                               config.weight_decay, config.adam_eps)
+    if config.lora:
+        add_lora(model, config.lora)
+        optimisers = {"adam": adamw(model, config.lr, config.weight_decay)}
+    else:
+        muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
+                                   config.weight_decay, config.adam_eps)
+        optimisers = {"muon": muon, "adam": adam}
     precision = autocast(device, config.dtype)
 
     # 2. The loop.
     batches = data.epoch_batches([len(ids) for ids, _ in train], config.batch_size, config.seed, config.epochs)
     steps = len(batches)
     saved = start_run(config, "sft")
-    modules = {"model": model, "muon": muon, "adam": adam}
+    modules = {"model": model, **optimisers}
     step, seconds = restore(saved, generator, modules) if saved else (0, 0.0)
     stop, started = StopRequest(), time.perf_counter() - seconds
     print(f"sft: {len(train):,} conversations, {steps:,} steps; held out {len(heldout):,}")
     bar = progress(steps, step, "sft")
     for batch in batches[step:]:
         share = learning_rate(step, steps, 1.0, config.warmup)
-        set_share(share, muon, adam)
+        set_share(share, *optimisers.values())
         inputs, targets = data.sft_batch([train[i] for i in batch], tokenizer.pad_id)  # (B, T)
         inputs, targets = inputs.to(device), targets.to(device)
         supervised = (targets != data.IGNORE).sum().item()
@@ -177,9 +188,9 @@ def main():
                 replay_loss(model, replayed, config.replay, generator).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         check_finite(step, config, loss=loss, gradient=norm)
-        with precision:
-            muon.step()
-        adam.step()
+        with precision:  # Muon's products; AdamW has none
+            for optimiser in optimisers.values():
+                optimiser.step()
         step += 1
 
         bar.update()
@@ -187,6 +198,9 @@ def main():
             rate = step * config.batch_size / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} conversations/s", refresh=False)
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm)
+        if step % config.eval_every == 0 and step < steps:
+            nats = heldout_loss(model, heldout[:200], tokenizer.pad_id, device, rows_to_read(config))
+            log(config.out, step, heldout_loss=nats)
         if stop or step % config.save_every == 0 or step == steps:
             save_state(config, "sft", step, time.perf_counter() - started, generator, modules)
         if stop:
@@ -194,7 +208,7 @@ def main():
     bar.close()
 
     # 3. Held-out conversations.
-    save_checkpoint(config.out, model, tokenizer)
+    save_checkpoint(config.out, merged(model) if config.lora else model, tokenizer)
     nats = heldout_loss(model, heldout, tokenizer.pad_id, device, rows_to_read(config))
     seconds = time.perf_counter() - started
     log(config.out, step, heldout_loss=nats)

@@ -567,7 +567,7 @@ INPUTS = ("init", "reward", "data", "replay_data")  # settings that name what a 
 
 def settings_of(config):
     """The settings that must be equal for a resumed run to be the same run. (--dtype auto is decided anew.)"""
-    free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "micro_batch", "recompute",
+    free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "eval_every", "micro_batch", "recompute",
             "compile")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
@@ -704,7 +704,7 @@ def leave(config, bar):
     """After a requested stop: close the progress bar, say what was saved and how to go on, exit status 130."""
     bar.close()
     shared = "LOCAL_WORLD_SIZE" in os.environ and "RANK" in os.environ
-    start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if shared else ["python"]
+    start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if shared else [sys.executable]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join  # cmd.exe knows no single quotes
     command = join([*start, *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"]))
     if not shared or os.environ["RANK"] == "0":  # once, not by every process

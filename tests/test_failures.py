@@ -321,7 +321,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(files, tmp_path, monkeypatch):
     monkeypatch.setattr(STAGES[stage], "progress", lambda total, start, *rest, **kw: begun.append(start) or 1 / 0)
     with pytest.raises(ZeroDivisionError):  # the printed command goes on
         call(monkeypatch, words)
-    assert python == "python" and begun == [position] and position > 0
+    assert python == sys.executable and begun == [position] and position > 0
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "state"])
@@ -714,11 +714,63 @@ def test_what_is_not_trained_on_is_read_in_as_little_memory(stage, files, tmp_pa
     sizes, length_batches = set(), data.length_batches
     monkeypatch.setattr(data, "length_batches", lambda lengths, size, *order: (
         order or sizes.add(size), length_batches(lengths, size, *order))[1])
-    more = ["--eval-every", 1] if stage == "reward" else []
+    more = ["--eval-every", 1] if stage != "dpo" else []
     for flags, size in ((["--batch-size", 2], 4), (["--micro-batch", 1], 1), (["--batch-size", 40], 64)):
         sizes.clear()
         call(monkeypatch, command(files, stage, tmp_path, "--epochs", 1, "--holdout", 20, *flags, *more))
         assert sizes == {size}, flags
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_held_out_data_are_measured_on_the_way_and_change_nothing(stage, files, tmp_path, monkeypatch):
+    ends = []
+    for every in (3, 10**6):
+        count = ["--steps", 7] if stage == "pretrain" else ["--epochs", 1]  # 57 conversations, 8 a step: 8 steps
+        call(monkeypatch, command(files, stage, tmp_path / str(every), *count, "--eval-every", every))
+        ends.append(stage_ends(tmp_path / str(every)))
+    (rows, weights), (plain, same) = ends
+    found = [row for row in rows if "heldout_loss" in row]
+    assert [row["step"] for row in found[:-1]] == [3, 6] and weights == same
+    assert [row for row in rows if row not in found[:-1]] == plain
+    for row in found:
+        assert row["heldout_loss"] == pytest.approx(found[-1]["heldout_loss"], abs=0.5)  # also a mean over tokens
+
+
+def test_pretraining_goes_on_from_a_checkpoint(files, tmp_path, monkeypatch):
+    """In its shape and with its tokeniser, at rates of 0 its weights; not in windows longer than its context, nor
+    without a token between documents."""
+    still = [word for rate in ("--lr", "--embed-lr", "--head-lr") for word in (rate, 0)]
+    call(monkeypatch, command(files, "pretrain", tmp_path / "out", "--init", files / "sft", "--steps", 2, *still))
+    before, after = (load_checkpoint(folder) for folder in (files / "sft", tmp_path / "out"))
+    assert all(torch.equal(value, after[0].state_dict()[name]) for name, value in before[0].state_dict().items())
+    assert before[0].config == after[0].config and before[1].ranks == after[1].ranks
+    assert after[2]["stage"] == "pretrain"
+    call(monkeypatch, command(files, "pretrain", tmp_path / "out", "--init", files / "sft", "--steps", 2))
+    assert not torch.equal(load_checkpoint(tmp_path / "out")[0].embed.weight, before[0].embed.weight)
+
+
+def test_lora_in_sft_learns_and_leaves_a_plain_checkpoint(files, tmp_path, monkeypatch):
+    call(monkeypatch, command(files, "sft", tmp_path, "--epochs", 20, "--lora", 4, "--lr", 0.02, "--eval-every", 10))
+    start, end = (load_checkpoint(folder)[0].state_dict() for folder in (files / "sft", tmp_path))
+    assert torch.equal(start["embed.weight"], end["embed.weight"])  # frozen
+    assert not torch.equal(start["blocks.0.mlp.down.weight"], end["blocks.0.mlp.down.weight"])
+    found = [row["heldout_loss"] for row in metrics(tmp_path) if "heldout_loss" in row]
+    model, tokenizer, _ = load_checkpoint(tmp_path)
+    held = data.encode_conversations(data.load_conversations([files / "conversations.jsonl"])[-3:], tokenizer, 64)
+    assert found[-1] < found[0] - 0.1 and found[-1] == pytest.approx(sft.heldout_loss(model, held, tokenizer.pad_id, "cpu"), rel=1e-4)
+
+
+def test_sft_reads_text_of_your_own_again(files, tmp_path, monkeypatch):
+    (tmp_path / "old.txt").write_text("A hen lays an egg. " * 60)
+    read, pack = [], data.pack_documents
+    monkeypatch.setattr(data, "pack_documents", lambda texts, *rest: read.append(texts) or pack(texts, *rest))
+    losses, replay = [], sft.replay_loss
+    monkeypatch.setattr(sft, "replay_loss", lambda *args: losses.append(args[2]) or replay(*args))
+    call(monkeypatch, command(files, "sft", tmp_path / "out", "--epochs", 1, "--replay-data", tmp_path / "old.txt", "--replay", 3))
+    assert read == [data.load_texts([tmp_path / "old.txt"])] and set(losses) == {3}
+    losses.clear()
+    call(monkeypatch, command(files, "sft", tmp_path / "out", "--epochs", 1))  # your conversations alone
+    assert not losses
 
 
 def test_small_numbers_are_logged_with_their_digits(tmp_path):
@@ -778,6 +830,10 @@ def bad_commands(files):
         for part in files.glob("plain*/*.json*"):
             part.write_text(part.read_text("utf-8").replace("<|im_start|>", "<|begin|>"), "utf-8")
         (files / "no_config").mkdir()
+        plain = train_bpe(["a"], 260)
+        save_checkpoint(files / "no_endoftext", model_of(plain), plain)
+        path = files / "no_endoftext" / "tokenizer.json"
+        path.write_text(path.read_text("utf-8").replace("<|endoftext|>", "<|eot|>"))
         save_checkpoint(files / "no_weights", model_of(tokenizer), tokenizer)
         (files / "no_weights" / "model.safetensors").unlink()
         save_checkpoint(files / "no_ends", model_of(tokenizer), tokenizer)
@@ -870,6 +926,10 @@ def bad_commands(files):
         yield say(stage, out, "--replay", windows), f"--replay {windows}: expected"
     yield say("dpo", out, "--label-smoothing", 0.7), "--label-smoothing 0.7: expected"
     yield say("dpo", out, "--beta", "nan"), "--beta nan: expected"
+    yield say("dpo", out, "--beta", 0), "--beta 0.0: expected"
+    yield say("pretrain", out, "--init", files / "sft", "--context-length", 65), "expected at most the 64 of"
+    yield say("pretrain", out, "--init", files / "no_endoftext"), "its tokenizer has no <|endoftext|>"
+    yield say("sft", out, "--lora", 0), "--lora 0: expected"
     yield say("sft", out, "--lr", -1), "--lr -1.0: expected"
     yield say("sft", out, "--lr", "nan"), "--lr nan: expected"
     yield say("sft", out, "--epochs", 0), "--epochs 0: expected"
@@ -891,6 +951,8 @@ def bad_commands(files):
     yield ["chat.py", files / "reward", "--prompt", "hi"], "a reward model does not talk"
     yield ["chat.py", files / "sft", "--prompt", "hi", "--temperature", -1], "--temperature -1.0: expected"
     yield ["chat.py", files / "sft", "--prompt", "hi", "--best-of", 4], "--reward"
+    yield ["chat.py", files / "sft", "--complete", "word " * 99], "found a text of"
+    yield ["chat.py", files / "sft", "--complete", "hi", "--prompt", "hi"], "expected no --prompt, --label or --best-of"
 
 
 def test_every_mistake_gets_one_line(files, monkeypatch):
