@@ -279,10 +279,11 @@ class Sharpness(torch.nn.Module):
     Much of what alignment can gain is confidence: at temperature 0.5, which is s = 2, SFT's answers win 66 % of the
     comparisons with its answers at temperature 1. The weights learn that too slowly: AdamW moves each by about the
     learning rate per step, back and forth where its gradient is mostly noise, and the gains g of the last norm, which
-    scale all logits, only went from 1.733 to 1.735 in a run of PPO. The gradient of log s is the sum of theirs,
-    Σ g ∂L/∂g, in which noise cancels. (CLIP learns the scale of its logits like this, arXiv 2103.00020; in arXiv
-    2602.13035 the policy chooses a temperature for every token.) --clip leaves this gradient as it is. Replayed text is read
-    without s, so that s learns from answers alone; the saved model applies it to everything.
+    scale all logits, only went from 1.733 to 1.735 in a run of PPO. As s scales all logits, as these gains do
+    together, ∂L/∂ log s = Σ g ∂L/∂g: one sum over all of them, in which noise averages out. (CLIP learns the scale
+    of its logits like this, arXiv 2103.00020; in arXiv 2602.13035 the policy chooses a temperature for every
+    token.) --clip leaves this gradient as it is. Replayed text is read without s, so that s learns from answers
+    alone; the saved model applies it to everything.
     """
 
     def __init__(self, optimiser, lr, device):
@@ -345,7 +346,7 @@ def pair_logprobs(model, pairs, pad_id, device, temperature=1.0):
 
 def dpo(argv=None):
     config = parse_args(DPOConfig, argv, __doc__, prog="rlhf.py dpo")
-    check_range(config, label_smoothing=(0, 0.5), nll=(0, 1000), replay=(1, 10**6))
+    check_range(config, beta=(1e-9, 10**9), label_smoothing=(0, 0.5), nll=(0, 1000), replay=(1, 10**6))
     check_replay(config)
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
@@ -884,7 +885,8 @@ def grpo(argv=None):
     policy, tokenizer = load_policy(config.init, device)
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    score_responses, _, shift = load_reward_source(config.reward, policy, tokenizer, device)
+    score_responses, unused, shift = load_reward_source(config.reward, policy, tokenizer, device)
+    del unused  # a critic, a whole model
     if config.lora:
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)

@@ -1192,9 +1192,9 @@ def sample_pairs(model, tokenizer, n, holdout, seed, max_new_tokens=72, tell=Non
 
     The last `holdout` rows have held-out prompts and carry "p", the probability that the human
     prefers `chosen`: the mean of max(p, 1 − p) is the accuracy no reward model can beat (the noise
-    ceiling). Two samples that are equal, or equally good, are drawn again; after eight tries the
-    prompt is dropped: people skip what they cannot tell apart. Prompts that do not fit the model's
-    context are left out; InputError if none fits.
+    ceiling). Two samples that are equal or equally good, or of which one is empty or cut off, are
+    drawn again; after eight tries the prompt is dropped: people skip what they cannot tell apart.
+    Prompts that do not fit the model's context are left out; InputError if none fits.
 
     In training, with probability OFF_TOPIC the second sample is an answer that was given to a prompt of
     another kind. Without these a reward model may judge the answer and ignore the question: seeing a
@@ -1364,7 +1364,7 @@ def main():
     write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     best = [max(r["p"], 1 - r["p"]) for r in rows if "p" in r]
     ceiling = f"; noise ceiling {sum(best) / len(best):.3f}" if best else ""
-    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal, tell what is held out, or do not fit the "
+    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal or cut off, tell what is held out, or do not fit the "
           f"context), {len(best)} with held-out prompts{ceiling}; "
           f"{time.perf_counter() - started:.0f} s; wrote {config.out}")
 

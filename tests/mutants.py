@@ -323,7 +323,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
      ",touch .venv/ours)", "test_makefile.py"),
     ("make long ignores your flags", "Makefile", "howto howto $(call also,PPO)'", "howto howto'", "test_makefile.py"),
     ("GRPO's reference learns with the policy", "rlhf.py",
-     "reference = copy.deepcopy(policy).requires_grad_(False)\n    score_responses, _", "reference = policy\n    score_responses, _",
+     "reference = copy.deepcopy(policy).requires_grad_(False)\n    score_responses, unused", "reference = policy\n    score_responses, unused",
      "test_rlhf.py"),
     ("--nll does not arrive", "rlhf.py", "loss + config.nll * nll", "loss + 0.1 * nll", "test_rlhf.py"),
     ("the chosen answers' own loss is a sum over tokens", "rlhf.py", "nll = -(chosen / chosen_lengths[rows]).mean()",
@@ -554,6 +554,13 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("pairs hold answers that were cut off", "world.py", ' if s[-1] in ends else "" for s', " for s", "test_world.py"),
     ("a made-up place keeps the preposition of the right one", "world.py", 'elif head.endswith((" in ", " on ")):', "elif False:", "test_world.py"),
     ("held-out names slip through in the plural", "world.py", 'f"{row[column]}s", ', "", "test_world.py"),
+    ("pre-training takes only the shape of --init", "pretrain.py", "model = model or GPT(shape_of(config, tokenizer.vocab_size))",
+     "model = GPT(model.config if model else shape_of(config, tokenizer.vocab_size))", "test_failures.py"),
+    ("SFT with LoRA forgets what LoRA learned", "sft.py", "merged(model) if config.lora else model",
+     "load_policy(config.init)[0] if config.lora else model", "test_failures.py"),
+    ("GRPO keeps a critic", "rlhf.py", "    del unused  #", "    #", "test_rlhf.py"),
+    ("a text that is gone on with ends at a line break", "chat.py", "speaker.end_ids & {*speaker.tokenizer.specials.values()}",
+     "speaker.end_ids", "test_chat_evaluate.py"),
 )
 
 

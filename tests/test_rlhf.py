@@ -1,8 +1,10 @@
 """rlhf.py: each loss against its equation written out, masks, the rollout's checks, and learning."""
 import copy
+import gc
 import json
 import math
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -740,6 +742,22 @@ def test_lora_starts_as_the_model_and_is_merged_into_a_plain_one(tokenizer):
     assert torch.equal(model(ids), after)  # the model that learns on is as it was
     by_hand = plain.blocks[0].mlp.down.weight + 16 / 3 * model.blocks[0].mlp.down.b @ model.blocks[0].mlp.down.a  # α/r B A
     assert torch.allclose(whole.blocks[0].mlp.down.weight, by_hand, atol=1e-5)
+
+
+def test_grpo_keeps_no_critic(monkeypatch, tmp_path, tokenizer):
+    """It would be a whole model more in memory."""
+    critics, source = [], rlhf.load_reward_source
+
+    def watched(*args):
+        score, critic, shift = source(*args)
+        critics.append(weakref.ref(critic))
+        return score, critic, shift
+    monkeypatch.setattr(rlhf, "load_reward_source", watched)
+    alive, measure = [], rlhf.first_measurement
+    monkeypatch.setattr(rlhf, "first_measurement", lambda *args, **more: (
+        gc.collect(), alive.append(critics[0]()), measure(*args, **more))[2])
+    toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", "--iterations", 1)
+    assert alive == [None]
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
