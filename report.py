@@ -2,6 +2,7 @@
 
     python report.py out/report        # evaluate.py calls this; run it to rebuild the two pages
     python report.py out/report out/seed2/report …       # prints the mean of several runs, their least and most
+    python report.py out/real/base out/real/sft … --curves out/real/curves.html     # only draws what these stages logged
 
 The pictures are SVG inside the page, drawn from the metrics.jsonl of the folders that report.json
 names. If study.py has left a study.json beside it, its tables and pictures are in the pages too.
@@ -543,7 +544,7 @@ def build_html(report, folder, study=None):
         html_table(*main_rows(core), titles=["", *(what for _, _, _, what, *_ in FIGURES)]),
         "<h2>The course’s three prompts</h2>",
         *(html_transcript(t) for t in core["transcripts"] if t["course"]),
-        *(f'<h2>{escape(heading)}</h2><div class="plots">{svg}</div>' for heading, svg in pictures(core, folder))]
+        *html_pictures(core, folder)]
     for heading, lines, tables, panels in study_sections(report, study):
         sections += [f"<h2>{escape(heading)}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
         sections += [f'<div class="plots">{draw(heading, panels)}</div>'] if panels else []
@@ -557,10 +558,26 @@ def build_html(report, folder, study=None):
           + "".join(map(html_transcript, chosen)) + "</details>" for family, chosen in families.items()),
         "<h2>What the figures mean</h2>", html_table(*glossary_rows()),
         "<h2>How it was measured</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in notes(report)) + "</ul>"]
+    return html_page("From raw text to an aligned model", sections)
+
+
+def html_page(title, sections):
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>From raw text to an aligned model</title><style>{STYLE}</style></head>\n<body>"
-            + "\n".join(sections) + "\n</body></html>\n")
+            f"<title>{title}</title><style>{STYLE}</style></head>\n<body>" + "\n".join(sections) + "\n</body></html>\n")
+
+
+def html_pictures(report, folder):
+    return [f'<h2>{html.escape(heading)}</h2><div class="plots">{svg}</div>' for heading, svg in pictures(report, folder)]
+
+
+def curves(folders):
+    """A page with what the stages in these folders logged. InputError where one logged neither loss nor score."""
+    for folder in folders:
+        if not any({"loss", "score"} & row.keys() for row in read_metrics(folder)):
+            raise InputError(f"{Path(folder) / 'metrics.jsonl'}: found no loss and no score, expected what a stage logs")
+    runs = {folder: os.path.abspath(folder) for folder in folders}
+    return html_page("Training curves", html_pictures({"runs": runs, "checkpoints": {}, "settings": {"reference": "sft"}}, ""))
 
 
 def write(folder, report, study=None):
@@ -601,8 +618,15 @@ def load(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", help="folders with the report.json that evaluate.py wrote")
-    folders = parser.parse_args().folders
+    parser.add_argument("folders", nargs="+", help="folders with the report.json that evaluate.py wrote; with --curves, of "
+                        "any stages")
+    parser.add_argument("--curves", metavar="PAGE.html", help="draw what the stages in the folders logged, into this page")
+    asked = parser.parse_args()
+    folders = asked.folders
+    if asked.curves:
+        write_text(asked.curves, curves(folders))
+        print(f"report: wrote {asked.curves}")
+        return
     reports = [load(folder) for folder in folders]
     if len({os.path.realpath(folder) for folder in folders}) < len(folders):
         raise InputError("found the same report twice, expected different runs")

@@ -300,6 +300,20 @@ def test_prompt_prints_the_answer_alone(folders, monkeypatch, capsys):
     assert both.startswith("== base ==\n") and f"== sft ==\n{out}" in both
 
 
+def test_curves_of_any_stages_are_drawn(folders, monkeypatch, capsys, tmp_path):
+    (tmp_path / "<ppo>").mkdir()
+    (tmp_path / "<ppo>" / "metrics.jsonl").write_text('{"step": 1, "score": 0.1, "kl": 0.2}\n{"step": 2, "score": 0.4, "kl": 0.3}\n')
+    words = ["report.py", "--curves", tmp_path / "page.html", folders / "sft", tmp_path / "<ppo>"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    report.main()
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<svg") == 2 and "Training losses" in page and "Rollouts as they went" in page and "<ppo>" not in page
+    assert f"wrote {tmp_path}/page.html" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, str(folders / "base")])
+    with pytest.raises(InputError, match="base.metrics.jsonl: found no loss and no score"):
+        report.main()
+
+
 def test_a_text_is_gone_on_with(folders, tokenizer, monkeypatch, capsys):
     """As a document, across line breaks, up to a token that ends one."""
     text, end = "What is\nthe capital", tokenizer.endoftext_id
