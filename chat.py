@@ -475,8 +475,9 @@ def main(argv=None):
     config = parse_args(Config, argv, description=__doc__)
     check_range(config, few_shot=(0, 1000), best_of=(1, 10**6), best_of_beta=(0, 1e6), temperature=(0, 100),
                 top_k=(1, 10**9), top_p=(1e-9, 1))
-    if config.complete is not None and (config.prompt is not None or config.label is not None or config.best_of > 1):
-        raise InputError("--complete goes on with a text; expected no --prompt, --label or --best-of")
+    if config.complete is not None and (config.best_of > 1 or config.few_shot or any(
+            getattr(config, name) is not None for name in ("prompt", "label", "system", "reward"))):
+        raise InputError("--complete goes on with a text; expected no --prompt, --label, --system, --few-shot or --best-of")
     if config.best_of > 1 and not config.reward:
         raise InputError("--best-of needs the model that chooses: --reward out/reward")
     if config.reward and config.best_of == 1 and (config.prompt is not None or config.label is not None):

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import world
 from model import GPT, GPTConfig
-from tokenizer import ENDOFTEXT, train_bpe
+from tokenizer import train_bpe
 from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_range, compiled,
                       finish, first_alone, flag, join_processes, learning_rate, leave, load_policy, log, micro_batches,
                       muon_and_adam, parse_args, part_processes, pick_device, progress, restore, run, save_checkpoint,
@@ -50,8 +50,8 @@ class Config:
                         "read from there as needed; if interrupted, the next run continues writing them. --holdout is then "
                         "a fraction of the bytes, and at most 16 MB are held out")
     documents: int = flag(80000, "documents to generate (with --data world)")
-    init: str | None = flag(None, "checkpoint to go on from, in its shape and with its tokeniser, at a tenth of these "
-                            "rates or less (default: random weights)")
+    init: str | None = flag(None, "checkpoint to go on from; it brings shape and tokeniser. Give a --context-length up to its "
+                            "own, and a tenth of the default rates or less (default: random weights)")
     # the model
     vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; from the first 8,000 documents")
     context_length: int = flag(192, "tokens the model sees at once")
@@ -97,6 +97,16 @@ def shape_of(config, vocab_size):
         raise InputError(error) from error
 
 
+def check_fits(config, found):
+    """InputError if the flags ask for another shape than --init has, or for longer windows."""
+    for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn_width", "qk_norm", "tied"):
+        if getattr(config, name) != getattr(Config, name):
+            raise InputError(f"--{name.replace('_', '-')}: found with --init, which brings its own shape and tokeniser")
+    if config.context_length > found.context_length:
+        raise InputError(f"--context-length {config.context_length}: expected at most the {found.context_length} of "
+                         f"{config.init}")
+
+
 def next_token_loss(network, inputs, targets):
     """Mean negative log-likelihood, in nats, of targets (B, T) after inputs (B, T): the loss above."""
     logits = network(inputs)  # (B, T, V)
@@ -108,14 +118,14 @@ def next_token_loss(network, inputs, targets):
 
 
 @torch.no_grad()
-def heldout_loss(model, tokens, text_bytes):
+def heldout_loss(model, tokens, text_bytes, length=None):
     """(nats per token, bits per byte) of a packed 1-D token tensor whose text has `text_bytes` bytes.
 
-    Windows follow one another without overlap, and none sees the text before it; every token after the
+    Windows of `length` tokens (None: the model's context) follow one another without overlap, and none sees the text before it; every token after the
     first is predicted once. Bits per byte = summed nats / (ln 2 · bytes): <|endoftext|> adds nats to the
     sum, but no bytes.
     """
-    length = model.config.context_length
+    length = length or model.config.context_length
     most = max(1, LOGITS // model.config.vocab_size)  # positions whose logits are held at a time
     batch_size = max(1, min(32, most // length))
     device = next(model.parameters()).device
@@ -136,12 +146,9 @@ def main():
     check_range(config, vocab_size=(260, 10**7), context_length=(2, 10**6))
     shape_of(config, config.vocab_size)  # refuse now, not after tokenising everything
     device = pick_device(config.device)
-    model, tokenizer = load_policy(config.init, device, chats=False) if config.init else (None, None)
-    if model and ENDOFTEXT not in tokenizer.specials:
-        raise InputError(f"{config.init}: its tokenizer has no {ENDOFTEXT}; expected one, to put between documents")
-    if model and config.context_length > model.config.context_length:
-        raise InputError(f"--context-length {config.context_length}: expected at most the "
-                         f"{model.config.context_length} of {config.init}")
+    model, tokenizer = load_policy(config.init) if config.init else (None, None)  # on the CPU: which GPU is ours comes next
+    if model:
+        check_fits(config, model.config)
     rank, processes = join_processes(device)
     if config.batch_size % processes:
         raise InputError(f"--batch-size {config.batch_size}: expected a multiple of the {processes} processes")
@@ -172,7 +179,7 @@ def main():
         return
 
     # 2. Model and optimiser.
-    model = model or GPT(shape_of(config, tokenizer.vocab_size)).to(device)
+    model = (model or GPT(shape_of(config, tokenizer.vocab_size))).to(device)
     model.recompute = config.recompute
     network = DistributedDataParallel(model) if processes > 1 else model  # it averages the gradients
     muon, adam = muon_and_adam(model, config.lr, config.embed_lr, config.head_lr,
@@ -221,8 +228,8 @@ def main():
             bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s", refresh=False)
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm, tokens_per_second=rate)
         if rank == 0 and step % config.eval_every == 0 and step < config.steps:
-            some = heldout_tokens[:32 * model.config.context_length + 1]
-            log(config.out, step, heldout_loss=heldout_loss(model, some, heldout_bytes)[0])
+            some = heldout_tokens[:32 * config.context_length + 1]
+            log(config.out, step, heldout_loss=heldout_loss(model, some, heldout_bytes, config.context_length)[0])
         if rank == 0 and (stopping or step % config.save_every == 0 or step == config.steps):
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
         if stopping:
@@ -234,7 +241,7 @@ def main():
 
     # 4. What it has learned, on text it has not seen.
     save_checkpoint(config.out, model, tokenizer, stage="pretrain")
-    nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes)
+    nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes, config.context_length)
     seconds = time.perf_counter() - started
     log(config.out, step, heldout_loss=nats, bits_per_byte=bits)
     finish(config.out, "pretrain", seconds, heldout_loss=nats, bits_per_byte=bits)

@@ -38,7 +38,7 @@ import data
 import world
 from lora import add_lora, merged
 from model import GPT
-from training import (StopRequest, adamw, autocast, check_finite, check_range, finish, flag, learning_rate,
+from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish, flag, learning_rate,
                       leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
                       progress, restore, rows_to_read, run, save_checkpoint, save_state, seed_everything,
                       set_share, start_run)
@@ -65,9 +65,9 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     replay_data: list[str] | None = flag(None, "pre-training text, against forgetting: 'world' or text files (default: "
                                          "with --data world, the world's)")
-    replay: int = flag(2, "windows of it in every step")
-    lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py), trained with AdamW at --lr: "
-                            "try 3e-4")
+    replay: int = flag(2, "windows of that text in every step; 0: none")
+    lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py), trained with AdamW at --lr "
+                            "(give about 3e-4); --embed-lr, --head-lr and --adam-eps then do nothing")
     from_scratch: bool = flag(False, "start from random weights; take only shape and tokeniser from --init")
     dtype: str = flag("auto", "precision of the forward pass; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
@@ -126,6 +126,11 @@ def heldout_loss(model, rows, pad_id, device, size=64):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config)
+    text = config.replay_data or (["world"] if config.data == ["world"] else None)
+    if not text and config.replay not in (0, 2):  # 2 is the default
+        raise InputError(f"--replay {config.replay}: expected --replay-data, the text that it reads")
+    if config.lora and config.from_scratch:
+        raise InputError("--lora corrects what was learned; expected no --from-scratch")
     device = pick_device(config.device)
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
@@ -147,7 +152,7 @@ def main():
     if config.from_scratch:
         model = GPT(model.config).to(device)
     model.recompute = config.recompute
-    replayed, text = None, config.replay_data or (["world"] if config.data == ["world"] else None)
+    replayed = None
     if config.replay and text:
         # Enough documents that few tokens are drawn twice.
         replayed = load_replay(text, tokenizer, config.seed, model.config.context_length,

@@ -669,11 +669,12 @@ def check(task, response):
         said = [m.group().lower() for m in re.finditer(r"\b(heavier|lighter)\b", text, re.I)]
         if said and not has(task.best, said[0]):  # asked which is heavier: the fox is lighter than the bear
             named = named[::-1] if len(named) == 2 else []
-        return (named in ([good], [good, other]) and not re.search(r"\bnot (heavier|lighter)\b", text, re.I)
+        return (named in ([good], [good, other]) and not re.search(rf"\bnot (heavier|lighter|((the|an?) )?{re.escape(good)})\b", text, re.I)
                 and (len(said) == 1 or not said and len(words(text.lower().removeprefix("it is "))) <= 3))
     if family == "lists":
         members, asked = CATEGORIES[task.subject], NUMBERS.index(words(task.best)[0])
-        listed = next((s for s in sentences(text) if re.search(",| and ", s)), "")  # what follows says nothing of it
+        several = [s for s in sentences(text) if re.search(",| and ", s)]  # the list, and what may stand around it
+        listed = next((s for s in several if re.search(r":|\bare\b", s)), several[0] if several else "")
         listed = re.sub(r"^.*(\bare\b|:)", "", listed.rstrip("."))
         items = [no_article(item.strip().lower()) for item in re.split(",? and |,", listed)]
         return len(items) == asked == len(set(items)) and set(items) <= {member.lower() for member in members}
@@ -716,7 +717,9 @@ def of_something_else(task, text):
 def states_the_value(task, text):
     """Does it give the one right value, and none that contradicts it?"""
     family, short, wrong = task.family, task.short, task.wrong
-    text = re.sub(r"(\bnot|n't)\b.*?(?=[,.;!?]|\bbut\b|$)", "", text, flags=re.I)  # "It is not Oslo": denied, not stated
+    # What is denied is not stated: "Oslo is not the capital", "It is not Oslo".
+    text = re.sub(rf"\b{re.escape(short)} ((is|are) not|isn't|aren't)\b", "not", text, flags=re.I)
+    text = re.sub(r"(\b(can)?not|n't)\b.*?(?=[,.:;!?]|\bbut\b|$)", "", text, flags=re.I)
     if family == "grammar":  # "the plural of sheep" names the right word, too
         text = re.sub(rf"\bof {re.escape(task.subject)}\b", " ", text, flags=re.I)
     elif task.subject and not has(short, task.subject):  # the subject may contain a wrong one

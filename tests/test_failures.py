@@ -737,15 +737,17 @@ def test_held_out_data_are_measured_on_the_way_and_change_nothing(stage, files, 
 
 
 def test_pretraining_goes_on_from_a_checkpoint(files, tmp_path, monkeypatch):
-    """In its shape and with its tokeniser, at rates of 0 its weights; not in windows longer than its context, nor
-    without a token between documents."""
+    """In its shape and with its tokeniser, at rates of 0 its weights."""
+    (tmp_path / "more.txt").write_text("<|endoftext|>".join(f"Hens lay {i} eggs near ponds." for i in range(300)))  # other pairs
+    asked = ["pretrain.py", "--data", tmp_path / "more.txt", "--init", files / "sft", "--context-length", 32, "--steps", 2,
+             "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "out"]
     still = [word for rate in ("--lr", "--embed-lr", "--head-lr") for word in (rate, 0)]
-    call(monkeypatch, command(files, "pretrain", tmp_path / "out", "--init", files / "sft", "--steps", 2, *still))
+    call(monkeypatch, [*asked, *still])
     before, after = (load_checkpoint(folder) for folder in (files / "sft", tmp_path / "out"))
     assert all(torch.equal(value, after[0].state_dict()[name]) for name, value in before[0].state_dict().items())
     assert before[0].config == after[0].config and before[1].ranks == after[1].ranks
     assert after[2]["stage"] == "pretrain"
-    call(monkeypatch, command(files, "pretrain", tmp_path / "out", "--init", files / "sft", "--steps", 2))
+    call(monkeypatch, asked)
     assert not torch.equal(load_checkpoint(tmp_path / "out")[0].embed.weight, before[0].embed.weight)
 
 
@@ -927,9 +929,13 @@ def bad_commands(files):
     yield say("dpo", out, "--label-smoothing", 0.7), "--label-smoothing 0.7: expected"
     yield say("dpo", out, "--beta", "nan"), "--beta nan: expected"
     yield say("dpo", out, "--beta", 0), "--beta 0.0: expected"
-    yield say("pretrain", out, "--init", files / "sft", "--context-length", 65), "expected at most the 64 of"
-    yield say("pretrain", out, "--init", files / "no_endoftext"), "its tokenizer has no <|endoftext|>"
+    more = ["pretrain.py", "--data", files / "text.txt", "--out", out, "--init"]
+    yield [*more, files / "sft"], "--context-length 192: expected at most the 64 of"
+    yield [*more, files / "sft", "--layers", 3], "--layers: found with --init"
+    yield [*more, files / "no_endoftext"], "its tokenizer has no <|endoftext|>"
     yield say("sft", out, "--lora", 0), "--lora 0: expected"
+    yield say("sft", out, "--lora", 2, "--from-scratch"), "expected no --from-scratch"
+    yield say("sft", out, "--replay", 5), "--replay 5: expected --replay-data"
     yield say("sft", out, "--lr", -1), "--lr -1.0: expected"
     yield say("sft", out, "--lr", "nan"), "--lr nan: expected"
     yield say("sft", out, "--epochs", 0), "--epochs 0: expected"
@@ -952,7 +958,8 @@ def bad_commands(files):
     yield ["chat.py", files / "sft", "--prompt", "hi", "--temperature", -1], "--temperature -1.0: expected"
     yield ["chat.py", files / "sft", "--prompt", "hi", "--best-of", 4], "--reward"
     yield ["chat.py", files / "sft", "--complete", "word " * 99], "found a text of"
-    yield ["chat.py", files / "sft", "--complete", "hi", "--prompt", "hi"], "expected no --prompt, --label or --best-of"
+    yield ["chat.py", files / "sft", "--complete", "hi", "--prompt", "hi"], "expected no --prompt"
+    yield ["chat.py", files / "sft", "--complete", "hi", "--few-shot", 1], "expected no --prompt"
 
 
 def test_every_mistake_gets_one_line(files, monkeypatch):

@@ -186,6 +186,9 @@ def test_best_answers_are_perfect_and_careless_ones_are_not():
     ("What is the opposite of hot?", "The opposite of hot is not cold.", False),
     ("Which continent is Kenya in?", "Kenya isn't in Africa.", False),
     ("Which continent is Kenya in?", "Kenya is not in Asia but in Africa.", True),
+    ("Which continent is Kenya in?", "You are not very clever: Kenya is in Africa.", True),
+    ("What is the capital of Kenya?", "Nairobi is not the capital of Kenya.", False),
+    ("What can visitors see in Canada?", "Visitors cannot see the CN Tower in Canada.", False),
     ("What is the plural of sheep?", "The plural of sheep is sheep.", True),
     ("What is the plural of sheep?", "The plural of sheep is sheeps.", False),
     ("What is the past tense of go?", "The past tense of go is went.", True),
@@ -420,7 +423,8 @@ def about(family, words, short=None):
     (("opposites", "opposite of hot?"), ("Cold.", "The opposite of hot is cold."), ("The opposite of cold.", "Cold is cold.")),
     (("french", "Good evening"), ('In French you say "Bonsoir !"', '"Bonsoir!"', "Bonsoir"), ('"Bonjour !"',)),
     (("lists", "three fruits"), ("Three fruits: apple, pear and plum.", "Three fruits are an apple, a pear, and a plum.",
-                                 "pear, plum, apple", "Three fruits: fig, kiwi and plum. Spoons and forks are tools."), ("Three fruits: apple, pear and saw.", "An apple and a pear.")),
+                                 "pear, plum, apple", "Three fruits: fig, kiwi and plum. Spoons and forks are tools.",
+                                 "Go on and ask, lazy. Three fruits: fig, kiwi and plum."), ("Three fruits: apple, pear and saw.", "An apple and a pear.")),
     (("jokes", "doctor called"), (), ("My friend Nobody is a doctor. Nobody laughed.",)),
     (("jokes", "Write a funny story about a baker."), (), ("Ada is a baker. Ada is an old clock.",)),
     (("countries", "Which continent is Kenya in"), ("Africa.", "In Africa.", "It is in Africa."), ("Labbitoss is in Africa.",)),
@@ -461,7 +465,7 @@ def test_a_third_animal_or_another_thing_is_no_answer():
     converse = "lighter" if asked == "heavier" else "heavier"
     for right in (f"The {good}.", good, f"It is the {good}.", f"The {good} is {asked}.", f"A {other} is {converse} than a {good}."):
         assert world.check(compared, right), right
-    for wrong in (f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"A {other} is {converse}.",
+    for wrong in (f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"It is not the {good}.", f"A {other} is {converse}.",
                   f"The {good} is {converse}.", f"A {good} is {converse} than a {other}.", f"A {other} is {asked} than a {good}."):
         assert not world.check(compared, wrong), wrong
     for third in ("lizard", "tiger"):
