@@ -126,7 +126,7 @@ quick:
 	$(MAKE) $(GOAL) OUT=$(call own,out/quick) \
 		PRETRAIN='--steps 300 --documents 3000 --vocab-size 2048 --width 64 --ffn-width 192 $(call also,PRETRAIN)' \
 		SFT='--conversations 1000 --lr 0.01 --embed-lr 0.01 --head-lr 0.002 $(call also,SFT)' \
-		PAIRS='--pairs 300 --holdout 100 $(call also,PAIRS)' \
+		PAIRS='--pairs 500 --holdout 150 $(call also,PAIRS)' \
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32 $(call also,PPO)' \
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3 $(call also,EVALUATE)'
 
