@@ -489,8 +489,9 @@ def stream_tokens(paths, stop, tokenizer, folder):
     make_folder(folder)
     mark, binary = Path(folder) / "tokens.json", Path(folder) / "tokens.bin"
     seen = [(str(path), Path(path).stat()) for path in paths]
+    vocabulary = repr((tokenizer.merges, tokenizer.specials, tokenizer.pattern, tokenizer.nfc))
     made_from = {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in seen], "stop": stop,
-                 "vocabulary": f"{zlib.crc32(repr((tokenizer.merges, tokenizer.specials, tokenizer.pattern, tokenizer.nfc)).encode()):08x}"}
+                 "vocabulary": f"{zlib.crc32(vocabulary.encode()):08x}"}
     done = {"position": 0, "tokens": 0}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none yet, or a damaged one
         found = json.loads(mark.read_text(encoding="utf-8"))

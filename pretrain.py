@@ -121,8 +121,8 @@ def next_token_loss(network, inputs, targets):
 def heldout_loss(model, tokens, text_bytes, length=None):
     """(nats per token, bits per byte) of a packed 1-D token tensor whose text has `text_bytes` bytes.
 
-    Windows of `length` tokens (None: the model's context) follow one another without overlap, and none sees the text before it; every token after the
-    first is predicted once. Bits per byte = summed nats / (ln 2 · bytes): <|endoftext|> adds nats to the
+    Windows of `length` tokens (None: the model's context) follow one another without overlap, and none sees the
+    text before it; every token after the first is predicted once. Bits per byte = summed nats / (ln 2 · bytes): <|endoftext|> adds nats to the
     sum, but no bytes.
     """
     length = length or model.config.context_length
@@ -146,7 +146,7 @@ def main():
     check_range(config, vocab_size=(260, 10**7), context_length=(2, 10**6))
     shape_of(config, config.vocab_size)  # refuse now, not after tokenising everything
     device = pick_device(config.device)
-    model, tokenizer = load_policy(config.init) if config.init else (None, None)  # on the CPU: which GPU is ours comes next
+    model, tokenizer = load_policy(config.init) if config.init else (None, None)  # the GPU comes later
     if model:
         check_fits(config, model.config)
     rank, processes = join_processes(device)

@@ -17,11 +17,11 @@ minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.0
     L(φ) = − mean log σ(r_φ(x, y_c) − r_φ(x, y_r))
 
 That loss depends only on differences, so the zero of r is arbitrary; its unit is log-odds. PPO needs a fixed
-zero (an answer without an end gets a fixed −1), and a fixed unit: log-odds are the larger the more the
-people who chose agree, so that the same β would be another price each time. So both are set after training, on answers from the training pairs: the
-head is divided by the rewards' standard deviation, and the mean, in that new unit, is kept as `reward_shift` in
-config.json, to be subtracted by whoever reads the score. `reward_scale`, also there, turns a difference of
-scores back into log-odds.
+zero (an answer without an end gets a fixed −1), and a fixed unit: log-odds are the larger the more the people
+who chose agree, so that the same β would be another price each time. So both are set after training, on answers
+from the training pairs: the head is divided by the rewards' standard deviation, and the mean, in that new unit,
+is kept as `reward_shift` in config.json, to be subtracted by whoever reads the score. `reward_scale`, also
+there, turns a difference of scores back into log-odds.
 
 Held-out accuracy cannot reach 1: people contradict each other. If the rows carry p, the probability
 that `chosen` is preferred, the mean of max(p, 1 − p) is the best accuracy possible, the noise ceiling.

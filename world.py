@@ -669,7 +669,8 @@ def check(task, response):
         said = [m.group().lower() for m in re.finditer(r"\b(heavier|lighter)\b", text, re.I)]
         if said and not has(task.best, said[0]):  # asked which is heavier: the fox is lighter than the bear
             named = named[::-1] if len(named) == 2 else []
-        return (named in ([good], [good, other]) and not re.search(rf"\bnot (heavier|lighter|((the|an?) )?{re.escape(good)})\b", text, re.I)
+        denied = rf"\bnot (heavier|lighter|((the|an?) )?{re.escape(good)})\b"
+        return (named in ([good], [good, other]) and not re.search(denied, text, re.I)
                 and (len(said) == 1 or not said and len(words(text.lower().removeprefix("it is "))) <= 3))
     if family == "lists":
         members, asked = CATEGORIES[task.subject], NUMBERS.index(words(task.best)[0])
@@ -1367,8 +1368,8 @@ def main():
     write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     best = [max(r["p"], 1 - r["p"]) for r in rows if "p" in r]
     ceiling = f"; noise ceiling {sum(best) / len(best):.3f}" if best else ""
-    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal or cut off, tell what is held out, or do not fit the "
-          f"context), {len(best)} with held-out prompts{ceiling}; "
+    print(f"pairs: {len(rows):,} of {config.pairs:,} (the others stayed equal or cut off, tell what is held out, or do not "
+          f"fit the context), {len(best)} with held-out prompts{ceiling}; "
           f"{time.perf_counter() - started:.0f} s; wrote {config.out}")
 
 
