@@ -489,7 +489,8 @@ def stream_tokens(paths, stop, tokenizer, folder):
     make_folder(folder)
     mark, binary = Path(folder) / "tokens.json", Path(folder) / "tokens.bin"
     seen = [(str(path), Path(path).stat()) for path in paths]
-    vocabulary = repr((tokenizer.merges, tokenizer.specials, tokenizer.pattern, tokenizer.nfc))
+    vocabulary = repr([tokenizer.pattern, tokenizer.nfc, sorted(tokenizer.plain),
+                       *(sorted(ids.items()) for ids in (tokenizer.ranks, tokenizer.specials))])
     made_from = {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in seen], "stop": stop,
                  "vocabulary": f"{zlib.crc32(vocabulary.encode()):08x}"}
     done = {"position": 0, "tokens": 0}

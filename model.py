@@ -293,9 +293,9 @@ class ScalarModel(nn.Module):
 
 @torch.no_grad()
 def surprisals(gpt, ids, attention_mask=None):
-    """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 2), its log-prob (the
-    surprisal with the sign changed), and that log-prob minus the likeliest token's: both 0 or less, in nats. 0 for the
-    first real token."""
+    """What `gpt` thought of each token before it came: ids (B, T) -> (B, T, 2), its log-prob (the surprisal
+    with the sign changed), and that log-prob minus the likeliest token's: both 0 or less, in nats. 0 for the first real
+    token."""
     states, tokens = gpt.hidden(ids, attention_mask)[:, :-1], ids[:, 1:]  # (B, T-1, C), (B, T-1)
     told = []
     for state, token in zip(states.flatten(0, 1).split(256), tokens.flatten().split(256)):  # all logits may be too many

@@ -98,7 +98,7 @@ def shape_of(config, vocab_size):
 
 
 def check_fits(config, found):
-    """InputError if the flags ask for another shape than --init has, or for longer windows."""
+    """InputError if a flag of the shape was changed beside --init, which has its own, or for windows too long."""
     for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn_width", "qk_norm", "tied"):
         if getattr(config, name) != getattr(Config, name):
             raise InputError(f"--{name.replace('_', '-')}: found with --init, which brings its own shape and tokeniser")
@@ -122,8 +122,8 @@ def heldout_loss(model, tokens, text_bytes, length=None):
     """(nats per token, bits per byte) of a packed 1-D token tensor whose text has `text_bytes` bytes.
 
     Windows of `length` tokens (None: the model's context) follow one another without overlap, and none sees the
-    text before it; every token after the first is predicted once. Bits per byte = summed nats / (ln 2 · bytes): <|endoftext|> adds nats to the
-    sum, but no bytes.
+    text before it; every token after the first is predicted once. Bits per byte = summed nats / (ln 2 · bytes):
+    <|endoftext|> adds nats to the sum, but no bytes.
     """
     length = length or model.config.context_length
     most = max(1, LOGITS // model.config.vocab_size)  # positions whose logits are held at a time

@@ -126,8 +126,8 @@ def heldout_loss(model, rows, pad_id, device, size=64):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config)
-    text = config.replay_data or (["world"] if config.data == ["world"] else None)
-    if not text and config.replay not in (0, 2):  # 2 is the default
+    to_replay = config.replay_data or (["world"] if config.data == ["world"] else None)
+    if not to_replay and config.replay not in (0, 2):  # 2 is the default
         raise InputError(f"--replay {config.replay}: expected --replay-data, the text that it reads")
     if config.lora and config.from_scratch:
         raise InputError("--lora corrects what was learned; expected no --from-scratch")
@@ -153,9 +153,9 @@ def main():
         model = GPT(model.config).to(device)
     model.recompute = config.recompute
     replayed = None
-    if config.replay and text:
+    if config.replay and to_replay:
         # Enough documents that few tokens are drawn twice.
-        replayed = load_replay(text, tokenizer, config.seed, model.config.context_length,
+        replayed = load_replay(to_replay, tokenizer, config.seed, model.config.context_length,
                                max(1000, config.conversations))
     if config.lora:
         add_lora(model, config.lora)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -468,13 +469,21 @@ def test_large_files_are_split_at_documents(tokenizer, tmp_path):
 
 
 def test_a_stream_notices_another_vocabulary_or_holdout(tokenizer, tmp_path):
+    """Also one with the same merges, but other ids, other chunks, or a special token that is text."""
     text, other = tmp_path / "big.txt", train_bpe(["Document 1"], 262)
-    text.write_text("<|endoftext|>".join(f"Document {n}." for n in range(50)))
+    text.write_text("<|endoftext|>".join(f"{other.pad_token}Document {n}." for n in range(50)))
     stop = text.stat().st_size
-    less = text.read_text().rfind("<|endoftext|>", 0, 300) + 13
-    for n, (vocabulary, end) in enumerate(((tokenizer, stop), (tokenizer, less), (other, less))):
-        assert torch.equal(data.stream_tokens([text], end, vocabulary, tmp_path / "out"),
-                           data.stream_tokens([text], end, vocabulary, tmp_path / f"new{n}"))
+    less = text.read_text().rfind("<|endoftext|>", 0, 500) + 13
+    swapped = dict(zip(other.specials, reversed(other.specials.values())))
+    alike = [replace(other, specials=swapped)]  # each differs in one more thing
+    alike += [replace(alike[-1], pattern="(?s:.)")]
+    alike += [replace(alike[-1], plain=frozenset({other.pad_token}))]
+    before = torch.zeros(0)
+    for n, (vocabulary, end) in enumerate(((tokenizer, stop), (tokenizer, less), *((each, less) for each in (other, *alike)))):
+        anew = data.stream_tokens([text], end, vocabulary, tmp_path / f"new{n}")
+        assert not torch.equal(anew, before)
+        before = anew.clone()
+        assert torch.equal(data.stream_tokens([text], end, vocabulary, tmp_path / "out"), anew)
 
 
 def test_of_a_large_file_only_a_part_is_held_in_memory(tmp_path, monkeypatch):

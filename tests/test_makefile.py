@@ -115,7 +115,10 @@ def test_real_goes_on_where_it_stopped(make, tmp_path):
     (tmp_path / "my data").mkdir()
     (tmp_path / "empty").mkdir()
     assert make("real", "DATA=empty", status=2) == []  # before the folder of results remembers it
-    for name in REAL:  # of each
+    for name in REAL:
+        (tmp_path / "my data" / name).touch()
+    for name in REAL:  # each is missed
+        (tmp_path / "my data" / name).unlink()
         assert make("real", "DATA=my data", status=2) == []
         (tmp_path / "my data" / name).touch()
     assert make("real", "DATA=.") == ["pretrain.py", "sft.py", "reward.py", "reward.py", "rlhf.py dpo", "rlhf.py ppo"]

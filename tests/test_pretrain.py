@@ -65,6 +65,17 @@ def test_the_logits_of_the_held_out_loss_are_bounded(monkeypatch):
     assert max(rows) == 7 and sum(rows) == 89
 
 
+def test_held_out_windows_may_be_shorter_than_the_context():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(300, context_length=20, layers=1, heads=2, kv_heads=1, width=16, ffn_width=8))
+    for parameter in model.parameters():  # a fresh block would be the identity, and look at nothing before
+        torch.nn.init.normal_(parameter, std=0.5)
+    tokens = torch.randint(300, (91,))
+    by_hand = sum(next_token_loss(model, w[None, :-1], w[None, 1:]).item() for w in tokens.unfold(0, 4, 3)) / 30  # each of 3
+    assert heldout_loss(model, tokens, 100, 3)[0] == pytest.approx(by_hand, rel=1e-5)
+    assert heldout_loss(model, tokens, 100)[0] != pytest.approx(by_hand, rel=1e-2)
+
+
 def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
     def broken(function):
         raise RuntimeError("no C++ compiler")
