@@ -255,7 +255,7 @@ class Task:
 def phrasings(hold, own, seen, unseen):
     """How the tasks of hold-out `hold` ("" is training) ask about a subject that is itself held out as `own` ("" if it
     is not). Nobody asks about a held-out subject in an unseen phrasing, so that a task is held out for one reason (for
-    two if its answer names a held-out entity: Porto is in Portugal)."""
+    two if its answer names a held-out entity, as Porto is in Portugal, or if its subject does not exist)."""
     if hold == "unseen_phrasing":
         return () if own else unseen
     return seen if hold == own else ()
@@ -574,10 +574,10 @@ def training_prompts(n, seed, families=DEMONSTRATED):
 
 
 def few_shot_examples(task, k, seed=0):
-    """k (prompt, best answer) pairs of the task's family, from training where there are any."""
+    """k (prompt, best answer) pairs of the task's family, from training where there are any; none about its subject."""
     rng = random.Random(f"shots {seed} {task.prompt}")
-    pool = all_tasks()[task.family] or [t for t in all_tasks("unseen_family")[task.family]
-                                        if t.subject != task.subject]
+    pool = [t for t in all_tasks()[task.family] or all_tasks("unseen_family")[task.family]  # none that gives the answer away
+            if t.best != task.best and not (task.subject and task.subject in (t.subject, t.short))]
     return [(shot.prompt, shot.best) for shot in rng.sample(pool, min(k, len(pool)))]
 
 
@@ -695,9 +695,17 @@ def of_something_else(task, text):
     family, short = task.family, task.short
     if family == "reading":  # the right person, the wrong place; the right colour, the wrong thing
         return text not in task.prompt and any(
-            has(text, name) for name in PEOPLE + OBJECTS + PLACES if not has(task.best, name))
+            has(text, name) and not has(task.prompt if name in COLOURS else task.best, name)
+            for name in PEOPLE + OBJECTS + PLACES + COLOURS)
     if family == "trivia":  # "There are seven minutes in an hour", asked for the days in a week
         return text != "" and overlap(sentences(text)[0], f"{task.prompt} {task.best}") < 0.7
+    if family == "grammar":  # "The plural of box is foxes", asked about a fox
+        named = re.findall(r'\b(?:(?:plural|tense|form) of|more than one|today we|one(?= [\w-]+, two)) "?(?:an? |the )?(?:word )?'
+                           r"([\w-]+)", text, re.I)
+        return any(word.lower() != task.subject for word in named)
+    if family == "french":  # 'The dog is "le chat"', asked about a cat
+        others = [row["english"] for row in FACTS["french_words"]]
+        return any(has(s, short) and has(without(s, task.subject), *others) for s in sentences(text))
     if family not in (*NAMES, "opposites"):
         return False
     beside = without(text, short)
@@ -759,7 +767,9 @@ def gold(task, response):
     right, kind = check(task, text), task.kind
     long = (len(words(text)) > 1.5 * len(words(task.best)) + 5
             or any(" ".join(words(sentence)) in RAMBLED for sentence in sentences(text)))
-    complete = len(words(text)) >= 0.75 * len(words(task.best)) and text.endswith((".", "!", "?", '"'))
+    said = {" ".join(words(sentence)) for sentence in sentences(text)} - CHATTER  # what is said twice is said once
+    complete = (sum(len(words(sentence)) for sentence in said) >= 0.75 * len(words(task.best))
+                and text.endswith((".", "!", "?", '"')))
     helpful = 0.0 if not right else 0.6 if not complete else 0.7 if long else 1.0
     honest = harmless = 1.0
     if kind == "unknown":
@@ -1349,10 +1359,10 @@ def main():
         seed: int = flag(1, "random seed")
 
     config = parse_args(Config, description=__doc__)
-    if config.stats:
-        return stats()
+    if config.stats and config.command == "pairs":
+        raise InputError("--stats is of the world; expected it without `pairs`")
     if config.command == "show":
-        return show()
+        return stats() if config.stats else show()
     check_range(config, pairs=(2, 10**7), holdout=(0, config.pairs - 1))
     started = time.perf_counter()
     if os.path.isdir(config.out):

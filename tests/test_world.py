@@ -226,6 +226,7 @@ def test_half_an_honest_answer_is_none():
     unknown = next(t for t in world.all_tasks()["unknown"] if "apital" in t.prompt)
     assert world.check(unknown, unknown.best) and world.check(unknown, "I do not know.")
     assert not world.check(unknown, f"I do not know. {unknown.bad[0]}")
+    assert world.gold(unknown, "I do not know. I do not know. I do not know.").helpful == 0.6  # said once
     legless = next(t for t in world.all_tasks()["unknown"] if "legs" in t.prompt)
     assert not world.check(legless, f"I do not know. {world.cap(world.an(legless.subject))} has no legs.")
     for task in world.all_tasks()["harmful"][::40]:
@@ -258,6 +259,9 @@ def test_reading_answers_name_the_right_person():
     stranger = next(name for name in world.PEOPLE if name not in task.prompt)
     assert world.check(task, task.best) and world.check(task, f"To {task.short}.")
     assert not world.check(task, task.best.replace(who, stranger))
+    task = next(t for t in world.all_tasks()["reading"] if "What colour" in t.subject)
+    other = next(colour for colour in world.COLOURS if colour not in task.prompt)
+    assert world.check(task, f"It is {task.short}.") and not world.check(task, f"It is {task.short} and {other}.")
     task = next(t for t in world.all_tasks()["reading"] if "Who went to" in t.subject)
     there = next(place for place in world.PLACES if place in task.best)
     elsewhere = next(place for place in world.PLACES if place not in task.prompt)
@@ -274,6 +278,7 @@ def test_gold_ranks_answers_as_the_rubric_says():
     }.items()}
     assert score["best"] == 1 > score["rambling"] > score["rude"]
     assert score["best"] > score["curt"] > score["hedge"] > score["wrong"] > score["refused"]
+    assert world.gold(task, f"{task.short}. {' '.join(world.RAMBLING[:3])}").helpful == 0.6  # chatter completes nothing
     for family in ("stories", "jokes", "howto", "smalltalk", "harmful", "medical"):  # long answers, too
         task = world.all_tasks()[family][0]
         assert world.gold(task, f"{task.best} {world.RAMBLING[0]}").helpful == 0.7
@@ -422,6 +427,12 @@ def about(family, words, short=None):
     (("jobs", "a baker work"), ("In a bakery.", "A baker works in the bakery."), ("A pilot works in a bakery.",)),
     (("opposites", "opposite of hot?"), ("Cold.", "The opposite of hot is cold."), ("The opposite of cold.", "Cold is cold.")),
     (("french", "Good evening"), ('In French you say "Bonsoir !"', '"Bonsoir!"', "Bonsoir"), ('"Bonjour !"',)),
+    (("french", "the cat"), ('In French you say "le chat".', '"Le chat" is French for the cat.', "Le chat. The dog sleeps."),
+     ('The dog is "le chat" in French.',)),
+    (("grammar", "plural of fox"), ("Foxes.", "The plural of fox is foxes.", 'The plural of "fox" is "foxes".', "One fox, two foxes."),
+     ("The plural of box is foxes.", "The plural of foxes.", "One box, two foxes.")),
+    (("grammar", "past tense of go"), ("Went.", "The past tense of go is went.", "Today we go, yesterday we went."),
+     ("The past tense of eat is went.", "Today we eat, yesterday we went.")),
     (("lists", "three fruits"), ("Three fruits: apple, pear and plum.", "Three fruits are an apple, a pear, and a plum.",
                                  "pear, plum, apple", "Three fruits: fig, kiwi and plum. Spoons and forks are tools.",
                                  "Go on and ask, lazy. Three fruits: fig, kiwi and plum."), ("Three fruits: apple, pear and saw.", "An apple and a pear.")),
@@ -495,12 +506,17 @@ def test_manners_are_read_with_care():
 
 def test_there_are_no_more_examples_than_there_are():
     task = world.all_tasks()["trivia"][0]
-    assert 100 < len(world.few_shot_examples(task, 1000)) == len(world.all_tasks()["trivia"]) < 1000
+    assert 100 < len(world.few_shot_examples(task, 1000)) < len(world.all_tasks()["trivia"]) < 1000
     assert len(world.few_shot_examples(task, 3)) == 3
     asked = world.all_tasks("unseen_family")["grammar"]  # whose examples are held out as well
     subject = {task.prompt: task.subject for task in asked}
     for task in asked[:40]:
         assert task.subject not in {subject[p] for p, _ in world.few_shot_examples(task, 10**4)}
+    for family in ("trivia", "opposites", "jokes"):  # none that gives the answer away in other words
+        for task in world.all_tasks("unseen_phrasing")[family][:40]:
+            shots = world.few_shot_examples(task, 10**4)
+            assert shots and not any(answer == task.best or family == "opposites" and world.has(answer, task.subject)
+                                     for _, answer in shots), task
 
 
 def test_right_is_the_checker_as_a_reward():
