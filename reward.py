@@ -179,6 +179,7 @@ def main():
 
     # 2. The policy's backbone, --extra-layers blocks on top, and a scalar head.
     model = ScalarModel(deepen(policy, config.extra_layers), policy if config.surprisal else None).to(device)
+    del policy  # without --surprisal a whole model that nothing needs
     model.gpt.recompute = config.recompute
     optimiser = adamw(model, config.lr, config.weight_decay)
     precision = autocast(device, config.dtype)

@@ -675,14 +675,13 @@ def check_that_ending_pays(rollout, config):
                          "that do not; expected a --no-eos-score well below the usual scores (or nan)")
 
 
-def first_measurement(config, heldout_rollout, is_function):
+def first_measurement(config, heldout_rollout):
     """`summarise` of held-out prompts before training; None if a save, which has that, will be continued. To be called
     before `start_run`, which removes an earlier run in --out: a reward function may fail here."""
     if has_save(config):
         return None
     rollout = heldout_rollout()
-    if is_function:  # a reward model's scores lie around 0, their standard deviation is 1
-        check_that_ending_pays(rollout, config)
+    check_that_ending_pays(rollout, config)
     return summarise(rollout)
 
 
@@ -726,10 +725,10 @@ def ppo(argv=None):
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
     score_responses, critic, shift = load_reward_source(config.reward, policy, tokenizer, device)
-    is_function = shift is None
     if not config.critic:  # an ablation: every token is then credited with all the reward that follows it
         torch.nn.init.zeros_(critic.score.weight)
-        shift, config.critic_lr, config.lam = 0.0, 0.0, 1.0
+        critic.requires_grad_(False)
+        shift, config.lam = 0.0, 1.0
     if config.lora:
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
@@ -751,7 +750,7 @@ def ppo(argv=None):
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
-    before = first_measurement(config, heldout_rollout, is_function)
+    before = first_measurement(config, heldout_rollout)
     saved = start_run(config, "ppo")
     modules = {"policy": policy, "sharpness": sharpness, "critic": critic,
                "policy_optimiser": policy_optimiser, "critic_optimiser": critic_optimiser}
@@ -773,8 +772,8 @@ def ppo(argv=None):
         ids, mask, old_logp = rollout.ids, rollout.mask, rollout.logp
         summary = summarise(rollout)
         summary["rlhf_reward"] = summary["score"] - config.beta * summary["kl"]
-        if step == 0 and abs(summary["kl"]) > 1e-3:
-            raise RuntimeError(f"KL from the reference is {summary['kl']:.2g} before any update")
+        if step == 0 and (gap := (old_logp - rollout.ref_logp).abs().max().item()) > 1e-3:
+            raise RuntimeError(f"policy and reference differ by {gap:.2g} nats at a token before any update")
         if summary["kl"] > config.max_kl:
             bar.write(f"ppo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped", file=sys.stderr)
             break
@@ -906,7 +905,7 @@ def grpo(argv=None):
         print(data.show_conversation(tokenizer, rollout.ids[0].tolist(), rollout.mask[0].tolist()))
         return
 
-    before = first_measurement(config, heldout_rollout, is_function=shift is None)
+    before = first_measurement(config, heldout_rollout)
     saved = start_run(config, "grpo")
     modules = {"policy": policy, "sharpness": sharpness, "optimiser": optimiser}
     before = before or saved["before"]
@@ -926,15 +925,15 @@ def grpo(argv=None):
         rollout = roll([prompts[i] for i in drawn], generator)
         ids, mask, old_logp = rollout.ids, rollout.mask, rollout.logp
         summary = summarise(rollout)
-        if step == 0 and abs(summary["kl"]) > 1e-3:
-            raise RuntimeError(f"KL from the reference is {summary['kl']:.2g} before any update")
+        if step == 0 and (gap := (old_logp - rollout.ref_logp).abs().max().item()) > 1e-3:
+            raise RuntimeError(f"policy and reference differ by {gap:.2g} nats at a token before any update")
         if summary["kl"] > config.max_kl:
             bar.write(f"grpo: KL from the reference {summary['kl']:.1f} > --max-kl; stopped", file=sys.stderr)
             break
         # 2. Advantages within the group. Every token of a response gets the same one.
         groups = rollout.score.view(-1, config.group)  # (prompts, group)
         advantages = grpo_advantages(groups, config.standardise).flatten()  # (B,)
-        summary["silent_groups"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
+        summary["silent_groups"] = (groups.amax(1) - groups.amin(1) < 1e-4).float().mean().item()
 
         # 3. A few passes of shuffled minibatches, until the policy has moved far enough.
         lengths = last_token(mask) + 1

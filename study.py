@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import chat
 import data
 import evaluate
 import report as pages
@@ -70,7 +71,7 @@ def training_runs(config):
         # At rates as high as those of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
         "sft_best": f"{tune} --best-only",
-        "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rows_file(config, 'rejection')))}",
+        "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rows_file(config, 'rejection')))} --replay-data world",
         "dpo": f"{dpo} --keep-every 28",
         "dpo_no_nll": f"{dpo} --nll 0",
         "grpo": f"{grpo} --reward {reward} --iterations {times(36)} --keep-every {times(4)}",
@@ -220,7 +221,7 @@ def policies(config):
 
 
 def evaluate_all(config):
-    if fresh(config, Path(config.out) / "report.json", evaluate.__file__):
+    if fresh(config, Path(config.out) / "report.json", evaluate.__file__, chat.__file__):
         return
     call(["evaluate.py", f"{config.runs}/base", f"{config.runs}/sft",
           *(f"{config.out}/{name}" for name in policies(config)), "--reward", f"{config.runs}/reward",
@@ -507,7 +508,7 @@ def main():
     evaluate_all(config)
     study = {}
     for name, measure in MEASURES.items():
-        if not fresh(config, out / name, evaluate.__file__):
+        if not fresh(config, out / name, evaluate.__file__, chat.__file__):
             write_text(out / name, json.dumps(rounded(measure(config, device)), indent=1, ensure_ascii=False) + "\n")
         study[name.removesuffix(".json")] = json.loads((out / name).read_text(encoding="utf-8"))
     study["seconds"] = {name: read_stamp(out / name)["seconds"] for name in training_runs(config)}

@@ -914,6 +914,7 @@ def bad_commands(files):
     yield say("ppo", out, "--reward", f"{files}/score.py:says"), "ValueError: two lines; on the prompt"
     for stage in ("ppo", "grpo"):  # if the least that an answer can get is -1, and it need only not end for that
         yield say(stage, out, "--reward", f"{files}/score.py:few", "--holdout", 50), "expected a --no-eos-score well below the usual"
+    yield say("ppo", out, "--no-eos-score", 50, "--holdout", 50), "expected a --no-eos-score well below"  # of a reward model
     for stage in ("dpo", "ppo", "grpo"):
         yield say(stage, out, "--replay", 2), "--replay 2: expected --replay-data"
     yield say("ppo", out, "--reward", f"{files}/score.py:quits"), "SystemExit: 3; on the prompt"

@@ -1,7 +1,9 @@
 """reward.py: the loss, where the score is read, its zero and unit, and that it learns."""
+import gc
 import json
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -120,12 +122,20 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
         rows.append({"prompt": f"the mat {n}", "chosen": "cat " * (many + 1) + "dog",
                      "rejected": "cat " * few + "dog"})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = tmp_path / "reward"
+    out, policies, left, load, batches = tmp_path / "reward", [], [], reward.load_policy, data.epoch_batches
+
+    def loading(*args):
+        policy, *more = load(*args)
+        policies.append(weakref.ref(policy))
+        return policy, *more
+    monkeypatch.setattr(reward, "load_policy", loading)
+    monkeypatch.setattr(data, "epoch_batches", lambda *args: (gc.collect(), left.append(policies[0]()), batches(*args))[-1])
     monkeypatch.setattr(sys, "argv", [
         "reward.py", "--init", f"{tmp_path}/sft", "--data", f"{tmp_path}/pairs.jsonl", "--out",
         str(out), "--holdout", "60", "--epochs", "3", "--batch-size", "20", "--lr", "3e-3",
         "--dtype", "float32", "--device", "cpu", "--eval-every", "10"])
     reward.main()
+    assert left == [None]  # the policy, of which the model holds a copy, is not kept in memory
 
     done = json.loads((out / "done").read_text("utf-8"))
     assert done["stage"] == "reward" and done["heldout_pairs"] == 60

@@ -70,6 +70,8 @@ def test_every_command_parses_and_no_two_are_the_same():
                         "ppo_no_sharpness": "--sharpness-lr 0", "ppo_no_kl": "--beta 0",
                         "ppo_hacked": "--reward out/study/reward_750 "}.items():
         assert words in commands[name] and words not in commands["ppo"], name
+    assert [name for name in ("rejection", "dpo", "grpo", "ppo", "ppo_no_replay", "ppo_hacked")
+            if "--replay-data world" not in commands[name]] == ["ppo_no_replay", "ppo_hacked"]
     ppo = parse_args(rlhf.PPOConfig, shlex.split(commands["ppo_no_kl_seed3"])[2:])
     assert ppo.beta == 0 and ppo.seed == 3
     long = study.training_runs(study.Config(conversations=18000))
