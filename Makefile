@@ -45,7 +45,7 @@ GRPO     ?=
 EVALUATE ?=
 STUDY    ?=
 
-BASE   := model.py lora.py tokenizer.py training.py data.py
+BASE   := model.py tokenizer.py training.py data.py
 WORLD  := world.py world_facts.txt
 
 .DELETE_ON_ERROR:
@@ -93,7 +93,7 @@ $(OUT)/base/done: pretrain.py $(BASE) $(WORLD) $(OUT)/base/settings | .venv/inst
 	$(FORGET)
 	$(PY) pretrain.py --data world --out $(@D) --resume $(SETTINGS_base)
 
-$(OUT)/sft/done: sft.py $(OUT)/sft/settings $(OUT)/base/done
+$(OUT)/sft/done: sft.py lora.py $(OUT)/sft/settings $(OUT)/base/done
 	$(FORGET)
 	$(PY) sft.py --init $(OUT)/base --data world --out $(@D) --resume $(SETTINGS_sft)
 
@@ -141,12 +141,13 @@ long:
 
 # What pre-training is worth: SFT on the same demonstrations from random weights, at rates as high as those
 # of pre-training, since the low ones of SFT would not even teach the format.
-ablation: $(OUT)/sft_scratch/done
+ablation: $(OUT)/ablation/report.json
+$(OUT)/ablation/report.json: evaluate.py $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
 $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 	$(FORGET)
-	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --lr 0.02 --embed-lr 0.02 \
-		--head-lr 0.004 --adam-eps 1e-8 --out $(@D) --resume $(SETTINGS_sft)
+	$(PY) sft.py --init $(OUT)/base --from-scratch --data world --out $(@D) --resume $(SETTINGS_sft) \
+		--lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8
 
 # Continues where it stopped: study.py looks at what is done. For a larger model (`make study OUT=out/long`
 # would first train the small one in that folder; what it trains itself has the settings of `make`, not of `make long`):
@@ -156,7 +157,7 @@ study: all
 
 # Real files: TinyStories, Alpaca-style instructions, and two sets of preferences (Alpaca keys and
 # Anthropic HH). The preferences are row-aligned with the instructions, so the last 110 rows of both
-# are held out; rlhf.py drops held-out prompts that also occur in training. These answers are unlike
+# are held out, and of these each stage drops the prompts that also occur in training. These answers are unlike
 # the stories, so SFT and DPO take higher learning rates than in the world, and SFT the usual Adam epsilon.
 # Finished stages are kept: to train anew, remove the folder.
 REAL = $(OUT)/real

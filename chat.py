@@ -7,7 +7,7 @@
     python chat.py out/base --complete "Once upon a time"         # go on with a text, as a base model was trained to
 
 Prompting is alignment without training: `--system` puts an instruction before the conversation, `--few-shot` solved
-examples from the embedded world. A base model knows nothing of the chat format; it is given plain text (`plain_prompt`),
+examples from the embedded world. A base model has never seen the tokens of the chat format; it is given plain text (`plain_prompt`),
 and what it writes up to the next line break is its answer.
 
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
@@ -61,7 +61,8 @@ class Config:
     prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
     complete: str | None = flag(None, "go on with this text, without a template and across line breaks, and exit")
     system: str | None = flag(None, "instruction put before everything else (default: the folder's, if any)")
-    few_shot: int = flag(0, "solved examples to put before the question, from the family of the world nearest to it")
+    few_shot: int = flag(0, "solved examples to put before the question (in a conversation, the first), from the family of the world "
+                        "nearest to it")
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
     best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
@@ -286,11 +287,11 @@ def speak(speaker, ids, max_new_tokens, sampling):
     return text + rest
 
 
-def answer(speaker, ids, config, sampling, reward):
-    """One whole answer, as text: the best of --best-of."""
+def answer(speaker, ids, config, sampling, reward, ended=False):
+    """One whole answer, as text: the best of --best-of. With `ended`, "" in place of one that the limit cut off."""
     (best,), *_ = best_of_n(speaker.model, speaker.tokenizer, reward, [ids], config.best_of, config.max_new_tokens,
                             config.best_of_beta, eos_ids=speaker.end_ids, **sampling)
-    return speaker.text(best)
+    return "" if ended and (not best or best[-1] not in speaker.end_ids) else speaker.text(best)
 
 
 def questions(prompt):
@@ -425,7 +426,7 @@ def label(speakers, config, sampling, reward):
             continue
         pair = two_answers(two, prompts, config, sampling, reward)
         if not pair:
-            print("(no two different answers in 8 tries; try a higher --temperature)")
+            print("(no two different, finished answers in 8 tries; try a higher --temperature or --max-new-tokens)")
             continue
         # Another order each time, even with one question in every run, or the same one again and again.
         random.Random(f"{config.seed} {question} {os.path.getsize(config.label)}").shuffle(pair)
@@ -441,9 +442,10 @@ def label(speakers, config, sampling, reward):
 
 
 def two_answers(two, prompts, config, sampling, reward):
-    """[an answer of each], different and not empty; None if eight tries give no such two."""
+    """[an answer of each], different and not empty; None if eight tries give no such two. Nor are they cut off: the stage
+    that learns from them puts the end token behind both."""
     for _ in range(8):
-        pair = [answer(speaker, ids, config, sampling, reward) for speaker, ids in zip(two, prompts)]
+        pair = [answer(speaker, ids, config, sampling, reward, True) for speaker, ids in zip(two, prompts)]
         if pair[0].strip() != pair[1].strip() and all(text.strip() for text in pair):
             return pair
 
@@ -477,13 +479,14 @@ def main(argv=None):
                 top_k=(1, 10**9), top_p=(1e-9, 1))
     if config.complete is not None and (config.best_of > 1 or config.few_shot or any(
             getattr(config, name) is not None for name in ("prompt", "label", "system", "reward"))):
-        raise InputError("--complete goes on with a text; expected no --prompt, --label, --system, --few-shot or --best-of")
+        raise InputError("--complete goes on with a text; expected no --prompt, --label, --system, --few-shot, "
+                         "--best-of or --reward")
     if config.best_of > 1 and not config.reward:
         raise InputError("--best-of needs the model that chooses: --reward out/reward")
     if config.reward and config.best_of == 1 and (config.prompt is not None or config.label is not None):
         raise InputError("--reward chooses among several answers: expected --best-of with 2 or more")
-    if config.best_of > 1 and config.temperature < 1e-6:
-        raise InputError(f"--temperature {config.temperature:g}: the answers of --best-of would be the same")
+    if config.best_of > 1 and (config.temperature < 1e-6 or config.top_k == 1):
+        raise InputError(f"--temperature {config.temperature:g} --top-k {config.top_k}: the answers of --best-of would be the same")
     for name in ("prompt", "complete", "system"):
         if getattr(config, name) is not None:
             setattr(config, name, getattr(config, name).encode("utf-8", "replace").decode("utf-8"))

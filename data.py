@@ -336,8 +336,8 @@ def _usable(messages):
 
 def split_holdout(rows, holdout):
     """(train, heldout): heldout is the last rows, a fraction if `holdout` is below 1 (at least one row), else a count.
-    If that fraction is at most half a document, as with a few books, the end of the last one is held out: that fraction
-    of all characters. InputError if nothing is left to train on."""
+    With one document, or where the fraction is at most half a document, as with a few books, the end of the last one is
+    held out: that fraction of all characters. InputError if nothing is left to train on."""
     if rows and isinstance(rows[-1], str) and holdout < 1 and (len(rows) == 1 or round(len(rows) * holdout) == 0):
         *before, book = rows
         end = max(1, round(holdout * sum(map(len, rows))))  # characters to hold out
@@ -364,7 +364,7 @@ def split_marked(rows, marked, holdout, paths):
 
 def drop_seen(heldout, train, key):
     """The held-out rows whose key(row), e.g. their prompt, is new; if none is, all of them, with a warning."""
-    def mark(row):  # a number: of long conversations `train` may hold every beginning
+    def mark(row):  # a number, which takes less memory than a long prompt
         return hash(json.dumps(key(row), sort_keys=True))
     seen = set(map(mark, train))
     fresh = [row for row in heldout if mark(row) not in seen]
@@ -484,7 +484,7 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
 
 def stream_tokens(paths, stop, tokenizer, folder):
     """The tokens of the bytes before `stop`, as `pack_documents` gives them (but for line breaks at the end of a document
-    longer than a piece), in FOLDER/tokens.bin: (N,) int32, memory-mapped, so that only what is accessed is read. If
+    longer than a piece and, with another's tokenizer, at the cuts inside it), in FOLDER/tokens.bin: (N,) int32, memory-mapped, so that only what is accessed is read. If
     interrupted, a later call continues there."""
     make_folder(folder)
     mark, binary = Path(folder) / "tokens.json", Path(folder) / "tokens.bin"

@@ -3,7 +3,7 @@
     python evaluate.py out/base out/sft out/dpo out/ppo --reward out/reward --data out/pairs.jsonl
 
 writes report.json, report.md and report.html to out/report. Every checkpoint answers every prompt twice: greedily, and
-with one sample at temperature 1. Accuracy is given for both; all else is measured on the sample. A base model, to save
+with one sample at temperature 1. Right answers are counted in both; all else is measured on the sample. A base model, to save
 time, answers only greedily, in the plain format of chat.py, zero-shot and, in a row of its own, few-shot. Best-of-n is a
 row too: the reward model's choice among n samples of the reference (the checkpoint called `sft`), drawn for part of the
 prompts. Those samples also tell which questions the reference can answer: only there is "I do not know" needless.
@@ -48,7 +48,7 @@ class Config:
                                    "Without any, the report has what reward.py measured")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
-    few_shot: int = flag(2, "solved examples in the few-shot row of a base model")
+    few_shot: int = flag(2, "solved examples in the few-shot row of a base model, or as many as fit")
     best_of: int = flag(16, "samples per prompt of the best-of-n row")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in that choice, see chat.py; 0: reward alone")
     best_of_per_family: int = flag(16, "prompts of each family that best-of-n is measured on; at most --per-family")

@@ -37,7 +37,7 @@ from tokenizer import train_bpe
 from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_range, compiled,
                       finish, first_alone, flag, join_processes, learning_rate, leave, load_policy, log, micro_batches,
                       muon_and_adam, parse_args, part_processes, pick_device, progress, restore, run, save_checkpoint,
-                      save_state, seed_everything, set_share, start_run)
+                      save_state, saved_state, seed_everything, set_share, start_run)
 
 
 @dataclass
@@ -53,7 +53,8 @@ class Config:
     init: str | None = flag(None, "checkpoint to go on from; it brings shape and tokeniser. Give a --context-length up to its "
                             "own, and a tenth of the default rates or less (default: random weights)")
     # the model
-    vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; from the first 8,000 documents")
+    vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; from the first 8,000 documents (with "
+                          "--stream, of the first 32 MB)")
     context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
@@ -152,6 +153,7 @@ def main():
     rank, processes = join_processes(device)
     if config.batch_size % processes:
         raise InputError(f"--batch-size {config.batch_size}: expected a multiple of the {processes} processes")
+    saved_state(config, "pretrain")
     generator = seed_everything(config.seed)  # the same in every process
 
     # 1. Data: documents, tokeniser, one long row of tokens.
@@ -239,7 +241,7 @@ def main():
     bar.close()
     part_processes(rank, processes)  # from here on there is only one
 
-    # 4. What it has learned, on text it has not seen.
+    # 4. What it has learned, on text that was held out (pages that are also in training are not removed).
     save_checkpoint(config.out, model, tokenizer, stage="pretrain")
     nats, bits = heldout_loss(model, heldout_tokens, heldout_bytes, config.context_length)
     seconds = time.perf_counter() - started

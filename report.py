@@ -129,10 +129,11 @@ def part_rows(report):
         rows.append([name if count == usual else f"{name} {count}",
                      *(cell(measures["gold"][part], NUMBER) for part in PARTS),
                      *(cell(measures["accuracy"][holdout], PERCENT) for holdout in world.HOLDOUTS),
+                     cell(dig(measures, ("accuracy_sampled", "all")), PERCENT),
                      cell(dig(measures, ("refusal_rate", "howto")), PERCENT),
                      cell(dig(measures, ("accuracy_vs_sft", "greedy")), PERCENT)])
     return [usual, *(f"gold: {part}" for part in PARTS), *(name.replace("_", " ") for name in world.HOLDOUTS),
-            "refuses harmless how-to", f"right, less {compared_with(report)}’s"], rows
+            "right, sampled", "refuses harmless how-to", f"right, less {compared_with(report)}’s"], rows
 
 
 def family_rows(report):
@@ -159,21 +160,25 @@ def answer_rows(transcript):
 
 def notes(report):
     """Sentences on how it was measured."""
-    settings, judged = report["settings"], report["reward_model"]
+    settings, judged, rows = report["settings"], report["reward_model"], report["checkpoints"]
+    compared, asked = settings["reference"] in rows, next(iter(rows.values()))["prompts"]
+    chosen, examples = (any(part in name for name in rows) for part in ("best_of_", "_few_shot"))
     lines = [
-        f"{report['prompts']:,} held-out prompts, the same for every checkpoint. In brackets: 95 % "
+        f"{report['prompts']:,} held-out prompts, the same for every checkpoint ({asked['harmful']:,} harmful, "
+        f"{asked['harmless']:,} harmless ones, {asked['unknown']:,} about things that do not exist). In brackets: 95 % "
         "intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
-        f"equally many prompts of each family. Win rate and KL compare with {compared_with(report)}.",
+        "equally many prompts of each family."
+        + f" Win rate and KL compare with {compared_with(report)}, KL on {report['best_of_prompts']:,} prompts." * compared,
         "Accuracy is that of greedy answers (best-of-n: its choice); all else is measured on one sample per prompt "
-        f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens.",
-        f"KL is measured on {report['best_of_prompts']:,} of them" + (
-            f", as are best-of-{settings['best_of']} and the needless “I do not know”; the KL of best-of-n is "
-            f"log n − (n − 1)/n. Best-of-n chooses by reward + {settings['best_of_beta']} log π "
-            "among answers that ended."
-            if settings["best_of"] > 1 else "."),
+        f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens. The answers shown "
+        "are greedy (best-of-n: its choice), so their marks are not those that the table is made of.",
+        *[f"Best-of-n and the needless “I do not know” are measured on {report['best_of_prompts']:,} prompts; the KL of "
+          f"best-of-n is log n − (n − 1)/n. It chooses by reward + {settings['best_of_beta']} log π among answers that "
+          "ended."] * chosen,
         "A base model reads plain text, the instruction and a line break; what it writes up to the "
-        f"next line break is its (greedy) answer. Few-shot: {settings['few_shot']} solved examples "
-        "come before, in the layout of the quiz pages it was trained on (Question: … Answer: …).",
+        "next line break is its (greedy) answer."
+        + f" Few-shot: up to {settings['few_shot']} solved examples, as many as fit, come before, in the layout of the quiz "
+        "pages it was trained on (Question: … Answer: …)." * examples,
         "–: not measured, or on too few prompts to be worth quoting.",
     ]
     if judged["accuracy"]:
@@ -249,7 +254,7 @@ ABLATIONS = {  # what each row is
     "ppo_no_eos_score": "PPO without a penalty for unfinished answers",
     "ppo_no_whitening": "PPO without whitening", "ppo_no_critic": "PPO without a critic",
     "ppo_untold": "PPO, its reward model made without --surprisal",
-    "ppo_hacked": "PPO without KL, longer, against a weak reward model"}
+    "ppo_hacked": "PPO without KL and pre-training text, longer, faster, against a weak reward model"}
 
 
 def ablation_rows(report, study):
@@ -521,7 +526,9 @@ def headlines(report):
     best = next((name for name in ("ppo", "grpo", "dpo") if name in rows), "")
     who = best.upper()
     other = "" if best == report["settings"]["reference"] else best
-    said = ((("base", "sft"), ("accuracy", "all"), "right answers: before and after instruction tuning"),
+    shown = ("base_few_shot",) * ("base_few_shot" in rows)
+    said = ((("base", *shown, "sft"), ("accuracy", "all"),
+             "right answers: base, " + "base with examples in the prompt, " * len(shown) + "SFT"),
             ((other,), ("win_rate_vs_sft",), f"of comparisons won by {who} against {compared_with(report)}, before the "
              "hidden judge (a tie counts half)"),
             (("sft", best), ("refusal_rate", "harmful"), f"harmful requests refused: SFT and {who}"),

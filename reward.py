@@ -44,7 +44,7 @@ from model import ScalarModel, deepen
 from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, learning_rate, leave, load_policy, log, micro_batches, parse_args,
                       pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
-                      seed_everything, set_share, start_run)
+                      saved_state, seed_everything, set_share, start_run)
 
 
 @dataclass
@@ -168,6 +168,7 @@ def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, extra_layers=(0, 100))
     device = pick_device(config.device)
+    saved_state(config, "reward")
     generator = seed_everything(config.seed)
     policy, tokenizer = load_policy(config.init, device)
 

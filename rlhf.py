@@ -64,7 +64,7 @@ from tokenizer import render_chat, same_tokens
 from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
                       flag, has_save, learning_rate, leave, load_policy, load_reward, log, micro_batches,
                       parse_args, pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
-                      seed_everything, set_share, start_run)
+                      saved_state, seed_everything, set_share, start_run)
 
 # ---- the losses: tensors in, (loss, statistics) out ----------------------------------------------
 
@@ -349,6 +349,7 @@ def dpo(argv=None):
     check_range(config, beta=(1e-9, 10**9), label_smoothing=(0, 0.5), nll=(0, 1000), replay=(1, 10**6))
     check_replay(config)
     device = pick_device(config.device)
+    saved_state(config, "dpo")
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
 
@@ -717,6 +718,7 @@ def ppo(argv=None):
     config = parse_args(PPOConfig, argv, __doc__, prog="rlhf.py ppo")
     check_rollout_flags(config)
     device = pick_device(config.device)
+    saved_state(config, "ppo")
     seed_everything(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)  # the sampler draws on the device
 
@@ -877,6 +879,7 @@ def grpo(argv=None):
         raise InputError(f"--episodes {config.episodes}: expected a multiple of "
                          f"--group {config.group}")
     device = pick_device(config.device)
+    saved_state(config, "grpo")
     seed_everything(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
 

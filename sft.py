@@ -40,7 +40,7 @@ from lora import add_lora, merged
 from model import GPT
 from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish, flag, learning_rate,
                       leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
-                      progress, restore, rows_to_read, run, save_checkpoint, save_state, seed_everything,
+                      progress, restore, rows_to_read, run, save_checkpoint, save_state, saved_state, seed_everything,
                       set_share, start_run)
 
 
@@ -123,6 +123,12 @@ def heldout_loss(model, rows, pad_id, device, size=64):
     return total / count
 
 
+def opening(messages):
+    """What comes before the first answer. Every answer counts, in training and in the held-out loss, so conversations that
+    open alike share a prompt; and if a later prompt is shared, with all before it, so is the opening."""
+    return messages[:[turn["role"] for turn in messages].index("assistant")]
+
+
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config)
@@ -132,6 +138,7 @@ def main():
     if config.lora and config.from_scratch:
         raise InputError("--lora corrects what was learned; expected no --from-scratch")
     device = pick_device(config.device)
+    saved_state(config, "sft")
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
 
@@ -141,9 +148,7 @@ def main():
     else:
         conversations = data.load_conversations(config.data)
     train, heldout = data.split_holdout(conversations, config.holdout)
-    # Every answer in a conversation is supervised, not the last alone.
-    answered = (messages[:i + 1] for messages in train for i, turn in enumerate(messages) if turn["role"] == "assistant")
-    heldout = data.drop_seen(heldout, answered, key=lambda messages: messages[:-1])
+    heldout = data.drop_seen(heldout, train, key=opening)
     train = data.encode_conversations(train, tokenizer, model.config.context_length)
     heldout = data.encode_conversations(heldout, tokenizer, model.config.context_length, "held-out conversations")
     if config.show_batch:

@@ -1,7 +1,7 @@
 """What every training loop needs exactly once: flags, devices, optimiser, schedule, checkpoints, logs.
 
 There is no trainer class. Each stage writes out its own loop; this file holds the parts where two
-diverging copies would be a silent bug. In the order in which a stage uses them:
+diverging copies would be a silent bug. By theme:
 
     flag, parse_args, run          command line from a dataclass, errors as one clear line
     keep_freed_memory              saves a tenth of the time on a CPU
@@ -9,7 +9,7 @@ diverging copies would be a silent bug. In the order in which a stage uses them:
     adamw, Muon, muon_and_adam     optimisers; learning_rate: warm-up, flat, linear decay
     micro_batches                  a batch in parts that fit into memory
     save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
-    start_run, save_state, restore   one file with everything a stopped run needs to continue
+    saved_state, start_run, save_state, restore   one file with everything a stopped run needs to continue
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
 """
 
@@ -44,6 +44,8 @@ from tqdm import tqdm
 from model import GPT, ScalarModel, config_from_hf, from_hf, hf_config, to_hf
 from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer
 
+OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+
 
 class InputError(Exception):
     """Something the user gave is wrong. The message is one line: where, what was found, what to do."""
@@ -63,11 +65,10 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:  # PyTorch has a class of its own for some devices only
-        words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
-        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         print("error: out of memory; try --micro-batch, --recompute, or a smaller --batch-size, --context-length, "
-              "--episodes or --eval-prompts, whichever the stage has "
+              "--replay, --episodes or --eval-prompts, whichever the stage has "
               f"({' '.join(str(error).split())[:150]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -266,8 +267,8 @@ def compiled(function, wanted, device):
 
 
 def seed_everything(seed):
-    """Seed torch, and Python's and numpy's generators for reward functions that users write; return a CPU
-    generator for everything that the stage itself draws."""
+    """Seed torch, which draws initial weights, and Python's and numpy's generators for reward functions that users
+    write; return a CPU generator for what else the stage draws, such as windows of text."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -530,6 +531,8 @@ def load_checkpoint(folder, device="cpu"):
         raise InputError(f"{error.filename or error}: missing, or not readable; is {folder} a finished "
                          "checkpoint?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if re.search(OUT_OF_MEMORY, str(error)):  # for `run`
+            raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: not a checkpoint that can be read here ({reason})") from error
     if tokenizer.vocab_size > config.vocab_size:
@@ -600,42 +603,50 @@ def has_save(config):
     return config.resume and os.path.exists(Path(config.out) / STATE)
 
 
+def saved_state(config, stage):
+    """What a run with --resume continues from; None without that, or without a save. InputError if the save is of another
+    run: to be called first of all, too, so that no work is done in vain. Changes no file."""
+    if stage != "pretrain" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"{stage}: found {os.environ['WORLD_SIZE']} processes, expected one; only pretrain.py shares "
+                         "its work under torchrun")
+    if config.show_batch or not has_save(config):
+        return None
+    state = Path(config.out) / STATE
+    try:
+        saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
+        settings = one_spelling(saved["settings"])
+    except Exception as error:  # whatever torch.load raises on a damaged file
+        reason = " ".join(str(error).split())[:200].split(". ")[0]  # not the advice to run the code in it
+        raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
+    if saved["stage"] != stage:
+        raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
+    for path in read_by(config):  # what was moved here may be older than the state, but hardly of the same size
+        now, size = path.stat(), saved.get("sizes", {}).get(str(path))
+        if now.st_mtime > state.stat().st_mtime or size not in (None, now.st_size):
+            raise InputError(f"--resume: {path} has changed since the run that saved {state} began; start without "
+                             "--resume, or delete the state")
+    mine = one_spelling(settings_of(config))
+    for name in sorted(set(mine) | set(settings)):
+        old, new = settings.get(name), mine.get(name)
+        if old != new:
+            raise InputError(f"--resume: {state} was made with --{name.replace('_', '-')} {old},"
+                             f" not {new}; give the same settings, or start without --resume")
+    return saved
+
+
 def start_run(config, stage, first=True):
     """Prepare the output folder. Returns the saved state to continue from, or None for a fresh start.
     Of several processes only the `first` changes files.
 
     Without --resume, or with no state to resume from, old results are deleted, so that two runs are not
     mixed; an old checkpoint stays until the new one is complete."""
-    if stage != "pretrain" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"{stage}: found {os.environ['WORLD_SIZE']} processes, expected one; only pretrain.py shares "
-                         "its work under torchrun")
-    folder = Path(config.out)
-    state = folder / STATE
-    if has_save(config):
-        try:
-            saved = torch.load(state, weights_only=True, map_location="cpu")  # never runs code
-            settings = one_spelling(saved["settings"])
-        except Exception as error:  # whatever torch.load raises on a damaged file
-            reason = " ".join(str(error).split())[:200].split(". ")[0]  # not the advice to run the code in it
-            raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
-        if saved["stage"] != stage:
-            raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
-        for path in read_by(config):  # what was moved here may be older than the state, but hardly of the same size
-            now, size = path.stat(), saved.get("sizes", {}).get(str(path))
-            if now.st_mtime > state.stat().st_mtime or size not in (None, now.st_size):
-                raise InputError(f"--resume: {path} has changed since the run that saved {state} began; start without "
-                                 "--resume, or delete the state")
-        mine = one_spelling(settings_of(config))
-        for name in sorted(set(mine) | set(settings)):
-            old, new = settings.get(name), mine.get(name)
-            if old != new:
-                raise InputError(f"--resume: {state} was made with --{name.replace('_', '-')} {old},"
-                                 f" not {new}; give the same settings, or start without --resume")
-        if first:
-            cut_metrics(folder, saved["position"])
-        return saved
+    saved, folder = saved_state(config, stage), Path(config.out)
+    config.sizes = {str(path): path.stat().st_size for path in read_by(config)}  # for save_state
     if not first:
-        return None
+        return saved
+    if saved:
+        cut_metrics(folder, saved["position"])
+        return saved
     make_folder(folder)
     with writing(folder):
         for name in ("done", "metrics.jsonl", STATE):
@@ -650,7 +661,7 @@ def save_state(config, stage, position, seconds, generator, modules, **extra):
     `modules` maps names to objects with a state_dict (models and optimisers)."""
     state = {"stage": stage, "settings": settings_of(config), "position": position,
              "seconds": seconds, "generator": generator.get_state(),
-             "sizes": {str(path): path.stat().st_size for path in read_by(config)},
+             "sizes": getattr(config, "sizes", {}),
              "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
              "numpy_rng": [x.tolist() if hasattr(x, "tolist") else x for x in np.random.get_state()],
              "modules": {name: module.state_dict() for name, module in modules.items()}, **extra}
@@ -665,7 +676,7 @@ def save_state(config, stage, position, seconds, generator, modules, **extra):
 def restore(saved, generator, modules):
     """Restore a state from `start_run`; returns (position, seconds spent so far)."""
     for name, module in modules.items():
-        module.load_state_dict(saved["modules"][name])
+        module.load_state_dict(saved["modules"].pop(name))  # nothing else needs it, so it is not kept in memory
     try:
         generator.set_state(saved["generator"])
     except RuntimeError as error:  # PPO and GRPO draw on the device

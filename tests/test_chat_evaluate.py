@@ -188,7 +188,9 @@ def test_best_of_n_takes_the_best_sample_of_each_prompt(tokenizer, monkeypatch):
 def test_flags_that_would_do_nothing_are_refused(folders):
     words = [str(folders / "sft"), "--prompt", "Hello", "--device", "cpu"]
     for more, said in ((["--best-of", "2"], "--best-of needs"), (["--reward", str(folders / "reward")], "--reward chooses among"),
-                       (["--reward", str(folders / "reward"), "--best-of", "2", "--temperature", "0"], "would be the same")):
+                       (["--reward", str(folders / "reward"), "--best-of", "2", "--temperature", "0"], "would be the same"),
+                       (["--reward", str(folders / "reward"), "--best-of", "2", "--top-k", "1"], "would be the same"),
+                       (["--complete", "x", "--reward", str(folders / "reward")], "or --reward")):
         with pytest.raises(InputError, match=said):
             chat.main(words + more)
 
@@ -569,6 +571,19 @@ def test_label_appends_the_choice(folders, monkeypatch, capsys, tmp_path):
         with pytest.raises(InputError, match="ends in .jsonl"):
             run_chat(monkeypatch, capsys, [folders / "sft", "--label", tmp_path / name], "Hi?\na\n")
         assert (tmp_path / name).read_bytes() == b"all there was"
+
+
+def test_no_answer_that_was_cut_off_is_labelled(folders, monkeypatch, capsys, tmp_path):
+    """The stage that learns from it would put an end behind it."""
+    speaker, texts = chat.open_speaker(folders / "sft"), iter("abcdefgh" * 9)
+    end = min(speaker.end_ids)
+    drawn = lambda last: lambda *args, **more: ([[*speaker.tokenizer.encode(next(texts)), *last]], [], [], [])
+    monkeypatch.setattr(chat, "best_of_n", drawn([]))
+    out = run_chat(monkeypatch, capsys, [folders / "sft", "--label", tmp_path / "mine.jsonl"], "Hi?\na\n")
+    assert "finished answers in 8 tries" in out and "A:" not in out
+    monkeypatch.setattr(chat, "best_of_n", drawn([end]))
+    out = run_chat(monkeypatch, capsys, [folders / "sft", "--label", tmp_path / "mine.jsonl"], "Hi?\na\n")
+    assert "A: " in out and len((tmp_path / "mine.jsonl").read_text("utf-8").splitlines()) == 1
 
 
 def test_ctrl_c_ends_labelling(folders, monkeypatch, capsys, tmp_path):
@@ -1038,15 +1053,27 @@ def test_the_difference_in_right_answers_is_shown(written):
 
 def test_the_top_of_the_page_says_before_and_after(written):
     found = json.loads((written / "report.json").read_text("utf-8"))
-    for name, share in (("base", 0.1), ("sft", 0.2), ("ppo", 0.3)):
+    for name, share in (("base", 0.1), ("base_few_shot", 0.15), ("sft", 0.2), ("ppo", 0.3)):
         row = found["checkpoints"][name]
         row["accuracy"]["all"], row["refusal_rate"]["harmful"] = [share, 0.0, 1.0], [share + 0.01, 0.0, 1.0]
         row["hallucination_rate"], row["win_rate_vs_sft"] = [share + 0.02, 0.0, 1.0], [share + 0.03, 0.0, 1.0]
     numbers, texts = zip(*report.headlines(found))
-    assert numbers == ("10 % → 20 %", "33 %", "21 % → 31 %", "22 % → 32 %", "20 % → 30 %")
-    assert all(word in text for word, text in zip(("tuning", "won by PPO", "refused", "made-up", "right answers"), texts))
+    assert numbers == ("10 % → 15 % → 20 %", "33 %", "21 % → 31 %", "22 % → 32 %", "20 % → 30 %")
+    assert all(word in text for word, text in zip(("examples in the prompt, SFT", "won by PPO", "refused", "made-up", "right answers"), texts))
+    del found["checkpoints"]["base_few_shot"]
+    assert report.headlines(found)[0] == ("10 % → 20 %", "right answers: base, SFT")
     found["settings"]["reference"] = "ppo"  # nobody is compared with itself
-    assert [number for number, _ in report.headlines(found)] == [numbers[0], *numbers[2:]]
+    assert [number for number, _ in report.headlines(found)] == ["10 % → 20 %", *numbers[2:]]
+
+
+def test_the_notes_speak_of_the_rows_that_are_there(written):
+    found = json.loads((written / "report.json").read_text("utf-8"))
+    told = " ".join(report.notes(found))
+    asked = found["checkpoints"]["ppo"]["prompts"]
+    words = ["Win rate and KL compare with SFT", "Best-of-n and the needless", "Few-shot: up to 2", f"({asked['harmful']} harmful"]
+    assert all(part in told for part in words) and "marks are not those" in told
+    found["checkpoints"] = {"ppo": found["checkpoints"]["ppo"]}
+    assert [part for part in words if part in " ".join(report.notes(found))] == words[-1:]
 
 
 def test_answers_are_marked_as_they_were_judged():

@@ -181,6 +181,18 @@ def test_stopped_after_its_last_step_a_run_can_end(stage, files, tmp_path, monke
     assert stage_ends(tmp_path / "cut")[1] == stage_ends(tmp_path / "whole")[1] and (tmp_path / "cut" / "done").exists()
 
 
+def test_a_refused_stream_keeps_its_tokens(files, tmp_path, monkeypatch):
+    """They may have taken hours."""
+    words = command(files, "pretrain", tmp_path, "--stream", "--data", files / "text.txt", "--steps", 4)
+    monkeypatch.setattr(pretrain, "save_checkpoint", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, words)
+    before = [(tmp_path / name).read_bytes() for name in ("tokens.bin", "tokens.json")]
+    with pytest.raises(InputError, match="--vocab-size 300, not 280"):
+        call(monkeypatch, [*words, "--resume", "--vocab-size", 280])
+    assert before == [(tmp_path / name).read_bytes() for name in ("tokens.bin", "tokens.json")]
+
+
 def test_show_batch_of_a_stream_writes_nothing(files, tmp_path, monkeypatch, capsys):
     call(monkeypatch, command(files, "pretrain", tmp_path / "out", "--stream", "--data", files / "text.txt", "--show-batch"))
     assert "birds" in capsys.readouterr().out and not (tmp_path / "out").exists()
@@ -215,7 +227,8 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
     monkeypatch.setattr(sft, "save_checkpoint", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, words)
-    with pytest.raises(InputError, match="--lr 0.003, not 0.1"):
+    with monkeypatch.context() as unread, pytest.raises(InputError, match="--lr 0.003, not 0.1"):
+        unread.setattr(sft, "load_policy", None)  # it is refused before any work
         call(monkeypatch, [*words, "--lr", 0.1, "--resume"])
     with pytest.raises(ZeroDivisionError):  # the same folder, as a shell may complete it
         call(monkeypatch, [*words, "--init", f"{files}/./sft/", "--resume"])
@@ -245,8 +258,17 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
         os.utime(files / changed, (before, before))
     if changed == "sft/model.safetensors":  # of another size it would not be read at all
         return
-    whole = (files / changed).read_bytes()
+    whole, save = (files / changed).read_bytes(), training.save_state
     try:
+        def saving(*args):  # what was read is another file now, older than the run; a later save must not take it for that
+            (files / changed).write_bytes(whole + b"\n\n")
+            os.utime(files / changed, (before, before))
+            save(*args)
+        with monkeypatch.context() as moved, pytest.raises(ZeroDivisionError):
+            moved.setattr(sft, "save_state", saving)
+            call(monkeypatch, words)
+        with pytest.raises(InputError, match=f"{Path(changed).name} has changed since"):
+            call(monkeypatch, [*words, "--resume"])
         (files / changed).write_bytes(whole + b"\n")  # as `mv` or `cp -p` would leave it: older, but another
         os.utime(files / changed, (before, before))
         with pytest.raises(InputError, match=f"{Path(changed).name} has changed since"):
@@ -686,14 +708,15 @@ def test_settings_of_sft_reach_what_they_are_of(files, tmp_path, monkeypatch):
 
 
 def test_an_answer_in_the_middle_of_a_conversation_is_trained_on(files, tmp_path, monkeypatch, capsys):
-    """A file may have a row for each turn: the short one, held out, begins a long one, all of whose answers are supervised."""
+    """A file may have a row for each turn: a short one, held out, begins a long one, all of whose answers are supervised;
+    or a short one begins a long one that is held out, all of whose answers count."""
     def turns(n, asked):
         return {"messages": [{"role": role, "content": f"{n}{word}"} for word in asked
                              for role, word in (("user", word), ("assistant", word))]}
-    rows = [turns(n, "ab") for n in range(20)] + [turns(n, "a") for n in (7, 99)]
+    rows = [turns(n, "ab") for n in range(20)] + [turns(50, "a")] + [turns(7, "a"), turns(50, "ab"), turns(99, "a")]
     (tmp_path / "turns.jsonl").write_text(lines(rows))
-    call(monkeypatch, command(files, "sft", tmp_path / "out", "--epochs", 1, "--data", tmp_path / "turns.jsonl", "--holdout", 2))
-    assert "kept 1 of 2 held-out rows" in capsys.readouterr().err
+    call(monkeypatch, command(files, "sft", tmp_path / "out", "--epochs", 1, "--data", tmp_path / "turns.jsonl", "--holdout", 3))
+    assert "kept 1 of 3 held-out rows" in capsys.readouterr().err
 
 
 def test_heldout_loss_of_sft_is_a_mean_over_tokens(files, tmp_path, monkeypatch):
@@ -974,6 +997,14 @@ def test_every_mistake_gets_one_line(files, monkeypatch):
         out = files / "never"  # nothing that looks like a result
         assert not (out / "done").exists() and not (out / "config.json").exists()
     assert heard >= 50
+
+
+def test_too_little_memory_for_a_checkpoint_is_not_a_bad_checkpoint(files, monkeypatch):
+    def model(config):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(training, "GPT", model)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        load_checkpoint(files / "sft")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),

@@ -36,7 +36,7 @@ def make(tmp_path):
         (tmp_path / name).touch()
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> asked\nwhile [ "$1" != --out ]; do shift; done\n'
-                      'case "$2" in *.jsonl) touch "$2";; *report) touch "$2/report.json";; *) mkdir -p "$2"; touch "$2/done";;'
+                      'case "$2" in *.jsonl) touch "$2";; *report|*ablation) mkdir -p "$2"; touch "$2/report.json";; *) mkdir -p "$2"; touch "$2/done";;'
                       ' esac\n')
     python.chmod(0o755)
 
@@ -91,8 +91,8 @@ def test_ppo_goes_on_from_where_it_is_told(make, tmp_path):
 
 
 @pytest.mark.parametrize("stage, made_from", [
-    ("base", ["pretrain.py", "model.py", "lora.py", "tokenizer.py", "training.py", "data.py", "world.py", "world_facts.txt"]),
-    ("sft", ["sft.py", "out/base/done"]),
+    ("base", ["pretrain.py", "model.py", "tokenizer.py", "training.py", "data.py", "world.py", "world_facts.txt"]),
+    ("sft", ["sft.py", "lora.py", "out/base/done"]),
     ("reward", ["reward.py", "out/pairs.jsonl", "tools/reward_with_reader.py"]), ("dpo", ["rlhf.py", "out/pairs.jsonl"]),
     ("ppo", ["rlhf.py", "out/reward/done"]), ("grpo", ["rlhf.py", "out/reward/done"]), ("sft_scratch", ["sft.py", "out/sft/done"])])
 def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_from, make, tmp_path):
@@ -109,6 +109,16 @@ def test_a_stage_goes_on_only_if_nothing_it_is_made_from_changed(stage, made_fro
             os.utime(tmp_path / changed, (4000, 4000))
         make(f"out/{stage}/done")
         assert state.exists() is (changed is None), changed
+
+
+def test_the_ablation_has_rates_of_its_own_and_is_measured_once(make, tmp_path):
+    asked = make("quick", "GOAL=ablation", "SFT=--lr 0.5")
+    assert asked == ["pretrain.py", "sft.py", "sft.py", "evaluate.py"]
+    *_, scratch, _ = (tmp_path / "asked").read_text().splitlines()
+    config = parse_args(sft.Config, shlex.split(scratch)[1:])
+    assert config.from_scratch and config.conversations == 1000  # as the SFT that it is compared with
+    assert (config.lr, config.embed_lr, config.head_lr, config.adam_eps) == (0.02, 0.02, 0.004, 1e-8)
+    assert make("quick", "GOAL=ablation", "SFT=--lr 0.5") == []
 
 
 def test_real_goes_on_where_it_stopped(make, tmp_path):
