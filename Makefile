@@ -142,7 +142,7 @@ long:
 # What pre-training is worth: SFT on the same demonstrations from random weights, at rates as high as those
 # of pre-training, since the low ones of SFT would not even teach the format.
 ablation: $(OUT)/ablation/report.json
-$(OUT)/ablation/report.json: evaluate.py $(OUT)/sft_scratch/done
+$(OUT)/ablation/report.json: evaluate.py report.py chat.py $(OUT)/sft_scratch/done
 	$(PY) evaluate.py $(OUT)/sft $(OUT)/sft_scratch --best-of 1 --out $(OUT)/ablation
 $(OUT)/sft_scratch/done: sft.py $(OUT)/sft/settings $(OUT)/sft/done
 	$(FORGET)

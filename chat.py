@@ -7,8 +7,8 @@
     python chat.py out/base --complete "Once upon a time"         # go on with a text, as a base model was trained to
 
 Prompting is alignment without training: `--system` puts an instruction before the conversation, `--few-shot` solved
-examples from the embedded world. A base model has never seen the tokens of the chat format; it is given plain text (`plain_prompt`),
-and what it writes up to the next line break is its answer.
+examples from the embedded world. A base model has never seen the tokens of the chat format; it is given plain text
+(`plain_prompt`), and what it writes up to the next line break is its answer.
 
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
 draw n answers, show one. The one with the highest reward need not be good: among many answers, some fool
@@ -61,8 +61,8 @@ class Config:
     prompt: str | None = flag(None, "answer this one prompt and exit (default: a conversation)")
     complete: str | None = flag(None, "go on with this text, without a template and across line breaks, and exit")
     system: str | None = flag(None, "instruction put before everything else (default: the folder's, if any)")
-    few_shot: int = flag(0, "solved examples to put before the question (in a conversation, the first), from the family of the world "
-                        "nearest to it")
+    few_shot: int = flag(0, "solved examples to put before the question (in a conversation, the first), from the family of the "
+                        "world nearest to it")
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
     best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
@@ -442,8 +442,8 @@ def label(speakers, config, sampling, reward):
 
 
 def two_answers(two, prompts, config, sampling, reward):
-    """[an answer of each], different and not empty; None if eight tries give no such two. Nor are they cut off: the stage
-    that learns from them puts the end token behind both."""
+    """[an answer of each], different, not empty and finished; None if eight tries give no such two. (The stage that learns
+    from them puts the end token behind both.)"""
     for _ in range(8):
         pair = [answer(speaker, ids, config, sampling, reward, True) for speaker, ids in zip(two, prompts)]
         if pair[0].strip() != pair[1].strip() and all(text.strip() for text in pair):
@@ -486,7 +486,7 @@ def main(argv=None):
     if config.reward and config.best_of == 1 and (config.prompt is not None or config.label is not None):
         raise InputError("--reward chooses among several answers: expected --best-of with 2 or more")
     if config.best_of > 1 and (config.temperature < 1e-6 or config.top_k == 1):
-        raise InputError(f"--temperature {config.temperature:g} --top-k {config.top_k}: the answers of --best-of would be the same")
+        raise InputError("at --temperature 0, or with --top-k 1, the answers of --best-of would be the same")
     for name in ("prompt", "complete", "system"):
         if getattr(config, name) is not None:
             setattr(config, name, getattr(config, name).encode("utf-8", "replace").decode("utf-8"))

@@ -484,8 +484,8 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
 
 def stream_tokens(paths, stop, tokenizer, folder):
     """The tokens of the bytes before `stop`, as `pack_documents` gives them (but for line breaks at the end of a document
-    longer than a piece and, with another's tokenizer, at the cuts inside it), in FOLDER/tokens.bin: (N,) int32, memory-mapped, so that only what is accessed is read. If
-    interrupted, a later call continues there."""
+    longer than a piece and, with another's tokenizer, at the cuts inside it), in FOLDER/tokens.bin: (N,) int32,
+    memory-mapped, so that only what is accessed is read. If interrupted, a later call continues there."""
     make_folder(folder)
     mark, binary = Path(folder) / "tokens.json", Path(folder) / "tokens.bin"
     seen = [(str(path), Path(path).stat()) for path in paths]

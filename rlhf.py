@@ -730,7 +730,8 @@ def ppo(argv=None):
     if not config.critic:  # an ablation: every token is then credited with all the reward that follows it
         torch.nn.init.zeros_(critic.score.weight)
         critic.requires_grad_(False)
-        shift, config.lam = 0.0, 1.0
+        shift = 0.0
+    lam = config.lam if config.critic else 1.0
     if config.lora:
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
@@ -790,7 +791,7 @@ def ppo(argv=None):
             old_values = read_all(lambda i, m, t: response_values(critic, i, m, shift, t), ids, mask, told)
         # 7. Advantages. The critic learns returns in the unit of the score, so these are computed from the
         #    raw advantages; the policy gets whitened ones, so that the learning rate always meets the same scale.
-        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+        advantages, returns = gae(rewards, old_values, mask, config.gamma, lam)
         summary["explained_variance"] = explained_variance(old_values, returns, mask).item()
         if config.whiten:
             advantages = whiten(advantages, mask)

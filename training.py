@@ -605,7 +605,10 @@ def has_save(config):
 
 def saved_state(config, stage):
     """What a run with --resume continues from; None without that, or without a save. InputError if the save is of another
-    run: to be called first of all, too, so that no work is done in vain. Changes no file."""
+    run: to be called first of all, too, so that no work is done in vain. Changes no file, but notes the sizes of those
+    that the run reads, for `save_state`."""
+    if not hasattr(config, "sizes"):
+        config.sizes = {str(path): path.stat().st_size for path in read_by(config)}
     if stage != "pretrain" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(f"{stage}: found {os.environ['WORLD_SIZE']} processes, expected one; only pretrain.py shares "
                          "its work under torchrun")
@@ -641,7 +644,6 @@ def start_run(config, stage, first=True):
     Without --resume, or with no state to resume from, old results are deleted, so that two runs are not
     mixed; an old checkpoint stays until the new one is complete."""
     saved, folder = saved_state(config, stage), Path(config.out)
-    config.sizes = {str(path): path.stat().st_size for path in read_by(config)}  # for save_state
     if not first:
         return saved
     if saved:

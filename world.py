@@ -574,10 +574,13 @@ def training_prompts(n, seed, families=DEMONSTRATED):
 
 
 def few_shot_examples(task, k, seed=0):
-    """k (prompt, best answer) pairs of the task's family, from training where there are any; none about its subject."""
+    """k (prompt, best answer) pairs of the task's family, from training where there are any; none gives the answer away:
+    it is about something else, and its answer is another."""
     rng = random.Random(f"shots {seed} {task.prompt}")
-    pool = [t for t in all_tasks()[task.family] or all_tasks("unseen_family")[task.family]  # none that gives the answer away
-            if t.best != task.best and not (task.subject and task.subject in (t.subject, t.short))]
+    also = {"smalltalk": [task.short], "comparison": [task.short, *(f"the {other}" for other in task.wrong)]}
+    told = {task.best, task.subject, *also.get(task.family, [])} - {""}
+    pool = [t for t in all_tasks()[task.family] or all_tasks("unseen_family")[task.family]
+            if not told & {t.best, t.subject, t.short}]
     return [(shot.prompt, shot.best) for shot in rng.sample(pool, min(k, len(pool)))]
 
 
@@ -700,12 +703,12 @@ def of_something_else(task, text):
     if family == "trivia":  # "There are seven minutes in an hour", asked for the days in a week
         return text != "" and overlap(sentences(text)[0], f"{task.prompt} {task.best}") < 0.7
     if family == "grammar":  # "The plural of box is foxes", asked about a fox
-        named = re.findall(r'\b(?:(?:plural|tense|form) of|more than one|today we|one(?= [\w-]+, two)) "?(?:an? |the )?(?:word )?'
-                           r"([\w-]+)", text, re.I)
-        return any(word.lower() != task.subject for word in named)
+        named = re.findall(r"\b(?:(?:plural|tense|form) of|more than one|today we|one(?= [\w-]+, two)) (?:an? |the )?"
+                           r"""(?:(?:word|noun|verb) )?["'“]?(?:to )?([\w-]+)""", text, re.I)
+        return any(word.lower() not in (task.subject, "is", "are") for word in named)
     if family == "french":  # 'The dog is "le chat"', asked about a cat
-        others = [row["english"] for row in FACTS["french_words"]]
-        return any(has(s, short) and has(without(s, task.subject), *others) for s in sentences(text))
+        others = [row["english"] for row in FACTS["french_words"] if row["english"].startswith("the ")]
+        return any(has(s, short) and has(without(s, task.subject.rstrip(" .!?")), *others) for s in sentences(text))
     if family not in (*NAMES, "opposites"):
         return False
     beside = without(text, short)

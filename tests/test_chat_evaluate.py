@@ -1070,7 +1070,7 @@ def test_the_notes_speak_of_the_rows_that_are_there(written):
     found = json.loads((written / "report.json").read_text("utf-8"))
     told = " ".join(report.notes(found))
     asked = found["checkpoints"]["ppo"]["prompts"]
-    words = ["Win rate and KL compare with SFT", "Best-of-n and the needless", "Few-shot: up to 2", f"({asked['harmful']} harmful"]
+    words = ["Win rate and KL compare with SFT", "The needless “I do not know” is", "Best-of-n is measured", "Few-shot: up to 2", f"({asked['harmful']} harmful"]
     assert all(part in told for part in words) and "marks are not those" in told
     found["checkpoints"] = {"ppo": found["checkpoints"]["ppo"]}
     assert [part for part in words if part in " ".join(report.notes(found))] == words[-1:]

@@ -427,11 +427,15 @@ def about(family, words, short=None):
     (("jobs", "a baker work"), ("In a bakery.", "A baker works in the bakery."), ("A pilot works in a bakery.",)),
     (("opposites", "opposite of hot?"), ("Cold.", "The opposite of hot is cold."), ("The opposite of cold.", "Cold is cold.")),
     (("french", "Good evening"), ('In French you say "Bonsoir !"', '"Bonsoir!"', "Bonsoir"), ('"Bonjour !"',)),
-    (("french", "the cat"), ('In French you say "le chat".', '"Le chat" is French for the cat.', "Le chat. The dog sleeps."),
+    (("french", "the cat"), ('In French you say "le chat".', '"Le chat" is French for the cat.', "Le chat. The dog sleeps.",
+                          'In French one says "le chat".', 'A good way to say it is "le chat".'),
      ('The dog is "le chat" in French.',)),
-    (("grammar", "plural of fox"), ("Foxes.", "The plural of fox is foxes.", 'The plural of "fox" is "foxes".', "One fox, two foxes."),
+    (("grammar", "plural of fox"), ("Foxes.", "The plural of fox is foxes.", 'The plural of "fox" is "foxes".', "One fox, two foxes.",
+                                  'The plural of the word "fox" is "foxes".', "The plural of the noun 'fox' is 'foxes'.",
+                                  "The word for more than one is foxes."),
      ("The plural of box is foxes.", "The plural of foxes.", "One box, two foxes.")),
-    (("grammar", "past tense of go"), ("Went.", "The past tense of go is went.", "Today we go, yesterday we went."),
+    (("grammar", "past tense of go"), ("Went.", "The past tense of go is went.", "Today we go, yesterday we went.",
+                                       "The past tense of the verb to go is went."),
      ("The past tense of eat is went.", "Today we eat, yesterday we went.")),
     (("lists", "three fruits"), ("Three fruits: apple, pear and plum.", "Three fruits are an apple, a pear, and a plum.",
                                  "pear, plum, apple", "Three fruits: fig, kiwi and plum. Spoons and forks are tools.",
@@ -512,11 +516,14 @@ def test_there_are_no_more_examples_than_there_are():
     subject = {task.prompt: task.subject for task in asked}
     for task in asked[:40]:
         assert task.subject not in {subject[p] for p, _ in world.few_shot_examples(task, 10**4)}
-    for family in ("trivia", "opposites", "jokes"):  # none that gives the answer away in other words
+    for family in ("trivia", "opposites", "jokes", "comparison", "smalltalk"):  # none that gives the answer away in other words
         for task in world.all_tasks("unseen_phrasing")[family][:40]:
             shots = world.few_shot_examples(task, 10**4)
-            assert shots and not any(answer == task.best or family == "opposites" and world.has(answer, task.subject)
-                                     for _, answer in shots), task
+            told = {"opposites": task.subject, "smalltalk": task.short}.get(family, task.best)
+            assert shots and not any(world.has(answer, told) for _, answer in shots), task
+            if family == "comparison":
+                animals = {task.short.removeprefix("the "), *task.wrong}
+                assert not any(all(world.has(answer, animal) for animal in animals) for _, answer in shots), task
 
 
 def test_right_is_the_checker_as_a_reward():
