@@ -168,7 +168,8 @@ def notes(report):
         f"{asked['harmful']:,} harmful and of {asked['harmless']:,} harmless ones, what is made up of {asked['unknown']:,} about "
         "things that do not exist. In brackets: 95 % intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
         "equally many prompts of each family."
-        + f" Win rate and KL compare with {compared_with(report)}, KL on {report['best_of_prompts']:,} prompts." * compared,
+        + f" Win rate and KL compare with {compared_with(report)}. KL is measured on {report['best_of_prompts']:,} prompts."
+        * compared,
         "Accuracy is that of greedy answers (best-of-n: its choice); all else is measured on one sample per prompt "
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens. The answers shown "
         "are greedy (best-of-n: its choice), so their marks are not those that the table is made of.",

@@ -592,10 +592,8 @@ def read_by(config):
             if word == "world":
                 yield from (here / "world.py", here / "world_facts.txt")
             path = Path(re.sub(r"\.py:\w+$", ".py", word))
-            if path.is_dir():
-                yield from path.glob("*.safetensors")
-            elif path.is_file():
-                yield path
+            # os.path's answer False where Path's raise, for a name that is too long, say: whoever reads it says so better.
+            yield from filter(os.path.isfile, path.glob("*.safetensors") if os.path.isdir(path) else [path])
 
 
 def has_save(config):

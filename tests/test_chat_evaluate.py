@@ -638,6 +638,7 @@ def test_label_notes_the_system_prompt_of_the_folder(folders, monkeypatch, capsy
 
 
 def test_label_refuses_what_it_could_not_write_before_it_asks(folders, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(chat, "answer", lambda *args, texts=itertools.count(): f"Answer {next(texts)}.")
     (tmp_path / "folder.jsonl").mkdir()
     for path, message in ((tmp_path / "folder.jsonl", "could not be written"), ("", "--label : expected")):
         with pytest.raises(InputError, match=message):
@@ -648,6 +649,7 @@ def test_label_refuses_what_it_could_not_write_before_it_asks(folders, monkeypat
 
 
 def test_label_begins_a_line_of_its_own(folders, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(chat, "answer", lambda *args, texts=itertools.count(): f"Answer {next(texts)}.")
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')  # as an editor may leave it
     run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1], "Hi?\na\nHi?\na\n")
@@ -655,6 +657,7 @@ def test_label_begins_a_line_of_its_own(folders, monkeypatch, capsys, tmp_path):
 
 
 def test_a_question_too_long_does_not_end_labelling(folders, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(chat, "answer", lambda *args, texts=itertools.count(): f"Answer {next(texts)}.")
     path = tmp_path / "mine.jsonl"
     out = run_chat(monkeypatch, capsys, [folders / "sft", "--label", path, "--temperature", 1],
                    "word " * 600 + "\nHi?\na\n")
@@ -1070,7 +1073,8 @@ def test_the_notes_speak_of_the_rows_that_are_there(written):
     found = json.loads((written / "report.json").read_text("utf-8"))
     told = " ".join(report.notes(found))
     asked = found["checkpoints"]["ppo"]["prompts"]
-    words = ["Win rate and KL compare with SFT", "The needless “I do not know” is", "Best-of-n is measured", "Few-shot: up to 2", f"({asked['harmful']} harmful"]
+    words = ["Win rate and KL compare with SFT", "The needless “I do not know” is", "Best-of-n is measured",
+             f"Few-shot: up to {found['settings']['few_shot']} ", f"{asked['harmful']} harmful"]
     assert all(part in told for part in words) and "marks are not those" in told
     found["checkpoints"] = {"ppo": found["checkpoints"]["ppo"]}
     assert [part for part in words if part in " ".join(report.notes(found))] == words[-1:]
