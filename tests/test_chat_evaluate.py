@@ -189,10 +189,11 @@ def test_flags_that_would_do_nothing_are_refused(folders):
     words = [str(folders / "sft"), "--prompt", "Hello", "--device", "cpu"]
     for more, said in ((["--best-of", "2"], "--best-of needs"), (["--reward", str(folders / "reward")], "--reward chooses among"),
                        (["--reward", str(folders / "reward"), "--best-of", "2", "--temperature", "0"], "would be the same"),
-                       (["--reward", str(folders / "reward"), "--best-of", "2", "--top-k", "1"], "would be the same"),
-                       (["--complete", "x", "--reward", str(folders / "reward")], "or --reward")):
+                       (["--reward", str(folders / "reward"), "--best-of", "2", "--top-k", "1"], "would be the same")):
         with pytest.raises(InputError, match=said):
             chat.main(words + more)
+    with pytest.raises(InputError, match="or --reward"):
+        chat.main([words[0], "--complete", "x", "--reward", str(folders / "reward")])
 
 
 def test_two_folders_of_one_name_are_told_apart(folders, capsys, tmp_path):

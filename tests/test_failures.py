@@ -188,8 +188,8 @@ def test_a_refused_stream_keeps_its_tokens(files, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, words)
     before = [(tmp_path / name).read_bytes() for name in ("tokens.bin", "tokens.json")]
-    with pytest.raises(InputError, match="--vocab-size 300, not 280"):
-        call(monkeypatch, [*words, "--resume", "--vocab-size", 280])
+    with pytest.raises(InputError, match="--holdout 0.05, not 0.3"):
+        call(monkeypatch, [*words, "--resume", "--holdout", 0.3])
     assert before == [(tmp_path / name).read_bytes() for name in ("tokens.bin", "tokens.json")]
 
 
