@@ -153,7 +153,7 @@ def main():
     rank, processes = join_processes(device)
     if config.batch_size % processes:
         raise InputError(f"--batch-size {config.batch_size}: expected a multiple of the {processes} processes")
-    saved_state(config, "pretrain")
+    saved_state(config, "pretrain")  # is there a save that cannot be continued? better now than after some work
     generator = seed_everything(config.seed)  # the same in every process
 
     # 1. Data: documents, tokeniser, one long row of tokens.

@@ -168,7 +168,7 @@ def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, extra_layers=(0, 100))
     device = pick_device(config.device)
-    saved_state(config, "reward")
+    saved_state(config, "reward")  # is there a save that cannot be continued? better now than after some work
     generator = seed_everything(config.seed)
     policy, tokenizer = load_policy(config.init, device)
 

@@ -349,7 +349,7 @@ def dpo(argv=None):
     check_range(config, beta=(1e-9, 10**9), label_smoothing=(0, 0.5), nll=(0, 1000), replay=(1, 10**6))
     check_replay(config)
     device = pick_device(config.device)
-    saved_state(config, "dpo")
+    saved_state(config, "dpo")  # is there a save that cannot be continued? better now than after some work
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
 
@@ -718,7 +718,7 @@ def ppo(argv=None):
     config = parse_args(PPOConfig, argv, __doc__, prog="rlhf.py ppo")
     check_rollout_flags(config)
     device = pick_device(config.device)
-    saved_state(config, "ppo")
+    saved_state(config, "ppo")  # is there a save that cannot be continued? better now than after some work
     seed_everything(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)  # the sampler draws on the device
 
@@ -880,7 +880,7 @@ def grpo(argv=None):
         raise InputError(f"--episodes {config.episodes}: expected a multiple of "
                          f"--group {config.group}")
     device = pick_device(config.device)
-    saved_state(config, "grpo")
+    saved_state(config, "grpo")  # is there a save that cannot be continued? better now than after some work
     seed_everything(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
 

@@ -138,7 +138,7 @@ def main():
     if config.lora and config.from_scratch:
         raise InputError("--lora corrects what was learned; expected no --from-scratch")
     device = pick_device(config.device)
-    saved_state(config, "sft")
+    saved_state(config, "sft")  # is there a save that cannot be continued? better now than after some work
     generator = seed_everything(config.seed)
     model, tokenizer = load_policy(config.init, device)
 

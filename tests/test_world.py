@@ -548,6 +548,9 @@ def test_no_pairs_leave_the_file_that_is_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not written"):
         world.main()
     assert out.read_text() == "kept" and asked == [(20, 5, 7, 9)]
+    monkeypatch.setattr(sys, "argv", ["world.py", "pairs", "--stats"])
+    with pytest.raises(InputError, match="without `pairs`"):
+        world.main()
 
 
 def test_people_greet_once_and_at_once(written):
