@@ -14,7 +14,7 @@
 #                 Give both with every make for that folder: without SEED it would be made anew, with seed 1
 #   make ablation SFT without pre-training
 #   make study    what each stage buys and costs, and how alignment fails, into out/study
-#   make clean    forget all results (in OUT)
+#   make clean    delete the folder OUT (out) with all that is in it, other runs (out/long, out/s1, …) included
 #
 # Other targets with OUT=out/long, OUT=out/quick or a folder that was made by hand would make that folder anew, with the
 # settings of `make`.

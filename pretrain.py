@@ -1,7 +1,7 @@
 """Stage 1: pre-training. A GPT learns to predict the next token of raw text.
 
     python pretrain.py --data world --out out/base
-    python pretrain.py --data stories.txt --holdout 0.05 --out out/base
+    python pretrain.py --data stories.txt --holdout 0.05 --out out/stories
     python pretrain.py --init out/base --data more.txt --lr 0.002 --embed-lr 0.001 --head-lr 0.0004 --out out/more
 
 The loss is the mean negative log-likelihood of each token given those before it in its window,
@@ -16,8 +16,8 @@ learns that nothing before <|endoftext|> matters after it. Attention is not mask
 The loss on held-out text is given in nats per token and in bits per byte. The first depends on how long
 the tokens are; the second is what a compressor would need, and can be compared across tokenisers.
 
-On several cores or GPUs: `torchrun --nproc_per_node N pretrain.py …`. Each process takes its share of
-every batch and the gradients are averaged; the number of processes changes only the rounding.
+On several GPUs (on a CPU one process uses all cores): `torchrun --nproc_per_node N pretrain.py …`. Each process takes
+its share of every batch and the gradients are averaged; the number of processes changes only the rounding.
 
 Left out: data mixing and filtering, models too large for one GPU.
 """

@@ -1,14 +1,14 @@
 """Stage 3: the reward model. It learns from comparisons which of two answers people prefer.
 
-    python reward.py --init out/sft --data out/pairs.jsonl --out out/reward
-    python reward.py --init out/sft --data preferences.json --holdout 0.1 --out out/reward
+    python reward.py --init out/sft --data out/pairs.jsonl --surprisal --out out/reward    # as in `make`
+    python reward.py --init out/sft --data preferences.json --holdout 0.1 --out out/my_reward
 
 It is the fine-tuned model's backbone with a scalar head r(x, y) in place of the vocabulary head, read at the last
 real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on top (--extra-layers):
 only after its last layer does a language model know what it would have said, and comparing that with what was said
 takes a layer more (73 % of held-out pairs ordered rightly, without it 71 %, means of five seeds). With --surprisal,
 as in `make`, it is also told how likely the fine-tuned model found each token (`surprisals` in model.py): that one
-knows more facts than some thousand comparisons can teach, and often wavers where it is wrong (78 % instead of 73 %,
+knows more facts than a few thousand comparisons can teach, and often wavers where it is wrong (78 % instead of 73 %,
 on earlier texts).
 
 Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we

@@ -1,7 +1,7 @@
 """Stage 2: supervised fine-tuning (instruction tuning). The base model learns to answer.
 
     python sft.py --init out/base --data world --out out/sft    # the embedded world, half a minute
-    python sft.py --init out/base --data instructions.json --holdout 110 --out out/sft
+    python sft.py --init out/base --data instructions.json --holdout 110 --out out/my_sft
 
 The loss is that of pre-training, next-token prediction, on conversations in the chat template, but over the
 assistant's tokens only (minus the log-likelihood that eqs. 4.1–4.2 of Foundations of LLMs maximise, per token):

@@ -1,6 +1,6 @@
 """Convert one of our checkpoint folders to a GGUF file, for llama.cpp and the programs built on it.
 
-    pip install gguf                               # only for this; nothing else here needs it
+    pip install gguf                               # `make` does not install it
     python tools/export_gguf.py out/sft sft.gguf
     python tools/export_gguf.py out/sft sft.gguf --type q8_0
 

@@ -1,6 +1,6 @@
 """Convert a GGUF file of a Llama or Qwen3 model to a folder that every script here can open.
 
-    pip install transformers gguf accelerate       # only for this; nothing else here needs them
+    pip install transformers gguf accelerate       # `make` does not install them
     python tools/import_gguf.py model.gguf out/smollm2
     python chat.py out/smollm2
 
