@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 
 # With --dist loadfile a file stays on one core. The longest go first, so that none is left to run alone at the end.
-LONGEST = ["test_notebooks.py", "test_rlhf.py", "test_failures.py", "test_pipeline.py", "test_training.py",
+LONGEST = ["test_notebooks.py", "test_rlhf.py", "test_grading.py", "test_failures.py", "test_pipeline.py", "test_training.py",
            "test_world.py", "test_study.py", "test_checks.py", "test_proofs.py"]
 
 

@@ -412,7 +412,12 @@ def test_compare_goes_on_after_a_model_that_cannot_answer(folders, tokenizer, mo
     assert "(no such command" in out and "(ask something first" in out
 
 
-def test_compare_draws_alike_and_leaves_the_conversation_where_it_was(folders, monkeypatch, capsys):
+def test_compare_draws_alike_and_leaves_the_conversation_where_it_was(folders, monkeypatch, capsys, tmp_path):
+    for name in ("sft", "twin"):
+        shutil.copytree(folders / "sft", tmp_path / name)
+    out = run_chat(monkeypatch, capsys, [tmp_path / "sft", "--temperature", 1], "/compare Hi?\n")
+    mine, twins = re.findall(r"^(?:sft|twin)> (.*)", out, re.M)
+    assert mine == twins
     talk = "Hi?\n/reset\nHi?\n"
     plain, between = (run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 1], text)
                       for text in (talk, talk.replace("/reset", "/compare\n/reset")))
@@ -705,7 +710,7 @@ def test_templates_other_than_chatml_are_refused(folders, tokenizer, monkeypatch
     path.write_text(json.dumps(config))
     monkeypatch.delitem(tokenizer.specials, "<|im_start|>")
     monkeypatch.setattr(chat, "load_checkpoint", lambda *_: (tiny(tokenizer), tokenizer, {}))
-    with pytest.raises(InputError, match="has no <|im_start|>"):
+    with pytest.raises(InputError, match=re.escape("has no <|im_start|>")):
         chat.open_speaker(tmp_path)
 
 
@@ -962,6 +967,7 @@ def test_the_same_seed_gives_the_same_answers(written, folders):
     sampled = [evaluate.ask(speaker, prompts, config, 1.0).texts for _ in range(2)]
     assert sampled[0] == sampled[1] != greedy.texts
     assert evaluate.ask(speaker, prompts, config, 1.0, stream=1).texts != sampled[0]
+    assert evaluate.ask(speaker, prompts, dataclasses.replace(config, seed=2), 1.0).texts != sampled[0]
 
 
 def test_what_has_nothing_to_compare_with_says_so(evaluated, folders, some_tasks, capsys, tmp_path):

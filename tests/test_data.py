@@ -15,7 +15,7 @@ from data import EncodedPair, Pair
 from tokenizer import render_chat, train_bpe
 from training import InputError
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL = Path(os.environ.get("REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 HI = [{"role": "user", "content": "Hi"}]
 HELLO = [*HI, {"role": "assistant", "content": "Hello"}]
 GOOD = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"}

@@ -73,16 +73,19 @@ def test_the_solved_edition_runs(trained):
 
 
 def test_the_student_edition_stops_at_its_first_gap(trained, monkeypatch):
+    # What comes before a first gap is code of the solved edition, which runs; `make notebooks` looks at all of it.
+    paths = SOLVED if "RUN" in os.environ else SOLVED[:1]
     monkeypatch.setenv("RUN", str(trained))
     monkeypatch.setenv("FAST", "1")
     monkeypatch.chdir(NOTEBOOKS)  # where build.run goes
     monkeypatch.delitem(sys.modules, "start", raising=False)
     start, threads = importlib.import_module("start"), torch.get_num_threads()
-    for path in SOLVED:
+    for path in paths:
         with pytest.raises((start.Unfilled, checks.Wrong)):
             build.run(NOTEBOOKS / path.name)
         start.plt.close("all")
     torch.set_num_threads(threads)
+    assert all("todo(" in text_of(NOTEBOOKS / path.name) for path in SOLVED)
 
 
 # ---- the two editions, and the map -----------------------------------------------------------------
@@ -144,7 +147,7 @@ def test_what_the_map_names_is_there():
     for file, first, more in named:
         path = root / ("tests" if file.startswith("test_") else ".") / file
         for name in [first, *re.findall(r"\w+", more)]:
-            assert re.search(rf"(def|class) {name}\b|{name}:", path.read_text(encoding="utf-8")), (file, name)
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^\s*{name}: |^{name} =", path.read_text(encoding="utf-8"), re.M), (file, name)
 
 
 def test_code_that_stored_outputs_show_is_still_the_code():
@@ -163,59 +166,6 @@ def test_solutions_become_gaps_and_bugs():
                                         "guess = None  # yours\nf(2)")
     with pytest.raises(ValueError, match="unpaired"):
         build.student_code("### BEGIN SOLUTION\nx = 1")
-
-
-def grade(*submission):
-    """-> (the finished process, {exercise and function: "✓", "✗" or "–"})."""
-    ran = subprocess.run([sys.executable, "-m", "pytest", NOTEBOOKS / "grade.py", *submission], capture_output=True,
-                         text=True, cwd=NOTEBOOKS)
-    return ran, {f"{number} {name}": sign for sign, number, name in
-                 re.findall(r"^  ([✓✗–]) ([\d.]+) +(\w+)", ran.stdout, re.M)}
-
-
-def test_grading_passes_the_solved_edition_and_nothing_of_the_students():
-    ran, solved = grade(NOTEBOOKS / "solved")
-    assert ran.returncode == 0 and set(solved.values()) == {"✓"}, ran.stdout
-    assert re.search(rf"^together +{len(solved)} of {len(solved)}$", ran.stdout, re.M), ran.stdout
-    ran, unsolved = grade(NOTEBOOKS)
-    assert ran.returncode == 1 and set(unsolved.values()) == {"✗", "–"}, ran.stdout
-    assert re.search(rf"^together +0 of {len(solved)}$", ran.stdout, re.M), ran.stdout
-    assert list(unsolved) == list(solved)
-    assert len({name for path in SOLVED for name in re.findall(r"^(check_\w+)", text_of(path), re.M)
-                if name in CHECKS}) == len(CHECKS), "a check that no notebook uses"
-
-
-@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="Windows has no alarm")
-def test_a_loop_that_never_ends_fails_its_own_exercise_only(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADE_SECONDS", "2")
-    (tmp_path / "solutions.py").write_text("def win_rate(a, b):\n    while True:\n        try:\n            1 / 0\n"
-                                           "        except Exception:\n            pass\n"
-                                           "def training_flops(parameters, tokens):\n    return 6 * parameters * tokens\n")
-    ran, found = grade(tmp_path / "solutions.py")
-    assert (found["0.3 win_rate"], found["3.8 training_flops"]) == ("✗", "✓") and "a loop that never ends?" in ran.stdout
-
-
-def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path):
-    file = tmp_path / "solutions.py"
-    file.write_text("import math\nraise SystemExit('not run')\n"
-                    "def noise_ceiling(labels):\n    return undefined\n"
-                    "@undefined\ndef win_rate(a, b):\n    return 0.5\n"
-                    "def best_of_n_kl(n):\n    return math.log2(n) - (n - 1) / n\n"
-                    "def training_flops(parameters, tokens):\n    return 6 * parameters * tokens\n")
-    ran, found = grade(file)
-    assert {name: sign for name, sign in found.items() if sign != "–"} == {
-        "3.8 training_flops": "✓", "6.4 noise_ceiling": "✗", "0.3 win_rate": "✗", "9.3 best_of_n_kl": "✗"}, ran.stdout
-    assert "which logarithm" in ran.stdout and "NameError" in ran.stdout and "its definition fails" in ran.stdout
-    two = build.read(NOTEBOOKS / "solved" / "00_the_method.ipynb")
-    two["cells"].insert(0, build.tidy("code", "def win_rate(a, b):\n    return (a\n", 99))  # the later cell is right
-    build.write(tmp_path / "00_the_method (1).ipynb", two)
-    found = grade(tmp_path / "00_the_method (1).ipynb")[1]
-    assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "–"
-    (tmp_path / "01_tokens_and_next_token_loss.ipynb").write_text("<html>")
-    ran, found = grade(tmp_path)
-    assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "✗"  # the one in solutions.py
-    assert "01_tokens_and_next_token_loss.ipynb is not a notebook" in ran.stdout
-    assert "expected one folder of notebooks" in grade(NOTEBOOKS, tmp_path)[0].stderr
 
 
 def test_what_is_handed_in_is_one_thing_that_is_there(tmp_path):

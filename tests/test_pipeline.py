@@ -16,7 +16,6 @@ import reward
 import rlhf
 import sft
 import world
-from tokenizer import Tokenizer
 from training import load_policy
 
 SHAPE = ("--layers 2 --width 64 --heads 2 --kv-heads 2 --ffn-width 128 --vocab-size 512 "
@@ -84,11 +83,16 @@ def unigram_nats(counted, measured):
 
 
 def test_pretraining_uses_the_context(out):
-    tokenizer = Tokenizer.load(out / "base")
+    """Words, and more than the last one."""
+    model, tokenizer = load_policy(out / "base")
     documents = world.documents(2500, 1)
-    train, heldout = (data.pack_documents(part, tokenizer)[0].tolist()
-                      for part in (documents[:2375], documents[2375:]))
-    assert done(out / "base")["heldout_loss"] < 0.75 * unigram_nats(train, heldout)
+    train, _ = data.pack_documents(documents[:2375], tokenizer)
+    heldout, size = data.pack_documents(documents[2375:], tokenizer)
+    nats, bits = pretrain.heldout_loss(model, heldout, size, 160)
+    found = done(out / "base")
+    assert (found["heldout_loss"], found["bits_per_byte"]) == pytest.approx((nats, bits), rel=1e-3)
+    assert nats < 0.75 * unigram_nats(train.tolist(), heldout.tolist())
+    assert nats < pretrain.heldout_loss(model, heldout, size, 2)[0] - 0.2
 
 
 def test_sft_answers_the_prompt(out):

@@ -120,8 +120,12 @@ def test_a_stream_trains_on_what_is_not_held_out(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [
         "pretrain.py", "--data", str(tmp_path / "big.txt"), "--stream", "--holdout", "0.1", "--steps", "2", "--layers", "1",
         "--width", "16", "--heads", "2", "--kv-heads", "2", "--ffn-width", "32", "--vocab-size", "300",
-        "--context-length", "32", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "out")])
+        "--context-length", "32", "--batch-size", "4", "--device", "cpu", "--compile", "--out", str(tmp_path / "out")])
+    asked, used = [], []
+    monkeypatch.setattr(pretrain, "compiled", lambda function, wanted, device: asked.append(wanted) or (
+        lambda *args: used.append(1) or function(*args)))
     pretrain.main()
+    assert asked == [True] and len(used) == 2  # what torch.compile gave is what trains
     first, heldout, _ = data.open_large([tmp_path / "big.txt"], 0.1)
     tokens, _ = data.pack_documents(first, Tokenizer.load(tmp_path / "out"))
     assert first + heldout == documents and (tmp_path / "out" / "tokens.bin").stat().st_size == 4 * len(tokens)

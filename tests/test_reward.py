@@ -132,7 +132,7 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(data, "epoch_batches", lambda *args: (gc.collect(), left.append(policies[0]()), batches(*args))[-1])
     monkeypatch.setattr(sys, "argv", [
         "reward.py", "--init", f"{tmp_path}/sft", "--data", f"{tmp_path}/pairs.jsonl", "--out",
-        str(out), "--holdout", "60", "--epochs", "3", "--batch-size", "20", "--lr", "3e-3",
+        str(out), "--holdout", "60", "--epochs", "3", "--batch-size", "20", "--lr", "3e-3", "--extra-layers", "2",
         "--dtype", "float32", "--device", "cpu", "--eval-every", "10"])
     reward.main()
     assert left == [None]  # the policy, of which the model holds a copy, is not kept in memory
@@ -146,7 +146,7 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
     assert measured == pytest.approx(final, rel=1e-4)  # on the way and at the end, of the same pairs
 
     model, _, shift, scale = load_reward(out)
-    assert model.config.layers == tiny().config.layers + 1  # --extra-layers
+    assert model.config.layers == tiny().config.layers + 2  # --extra-layers
     pairs = data.encode_pairs(data.load_preferences([tmp_path / "pairs.jsonl"]), tokenizer, 64)
     chosen, rejected = reward.score_pairs(model, pairs[:200], PAD)
     scores = torch.cat([chosen, rejected]) - shift

@@ -424,8 +424,10 @@ def test_dpo_reads_each_pair_against_its_own_reference(monkeypatch, tmp_path, to
     rows = [{"prompt": f"the mat {n}", "chosen": "cat " * (1 + n % 5), "rejected": f"dog {n}"} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(monkeypatch, "dpo", "--init", tmp_path / "sft", "--data", tmp_path / "pairs.jsonl", "--out",
-        tmp_path / "dpo", "--holdout", 20, "--batch-size", 4, "--lr", 0, "--sharpness-lr", 0, "--device", "cpu")
-    for row in metrics(tmp_path / "dpo")[:-1]:
+        tmp_path / "dpo", "--holdout", 20, "--batch-size", 4, "--epochs", 3, "--lr", 0, "--sharpness-lr", 0, "--device", "cpu")
+    rows = metrics(tmp_path / "dpo")[:-1]
+    assert len(rows) == 3
+    for row in rows:
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-5) and row["margin"] == pytest.approx(0, abs=1e-5)
 
 
@@ -562,7 +564,7 @@ def test_flags_of_the_ablations_arrive(monkeypatch, tmp_path, tokenizer):
 
 def test_settings_reach_what_they_are_of(monkeypatch, tmp_path, tokenizer):
     seen = watched(monkeypatch, gae=slice(3, 5), token_rewards=slice(1, 2), ppo_loss=slice(7, 9),
-                   grpo_loss=slice(5, 8), dpo_loss=slice(4, 6))
+                   grpo_loss=slice(5, 8), dpo_loss=slice(4, 6), grpo_advantages=0)
     once = ["--iterations", 1, "--epochs", 1, "--minibatches", 1]
     toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", *once, "--gamma", 0.9, "--lam", 0.5, "--ratio-clip",
         0.3, "--value-clip", 0.4, "--beta", 0.07)
@@ -570,8 +572,8 @@ def test_settings_reach_what_they_are_of(monkeypatch, tmp_path, tokenizer):
     toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", *once, "--lam", 0.5, "--no-critic")
     assert seen["gae"][1][1] == 1  # a return is all there is
     toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", *once, "--ratio-clip", 0.3, "--beta", 0.07,
-        "--aggregation", "token")
-    assert set(seen["grpo_loss"]) == {(0.3, 0.07, "token")}
+        "--aggregation", "token", "--group", 4)
+    assert set(seen["grpo_loss"]) == {(0.3, 0.07, "token")} and [tuple(r.shape) for r in seen["grpo_advantages"]] == [(16, 4)]
     toy_dpo(monkeypatch, tmp_path, tokenizer, "--beta", 0.4, "--label-smoothing", 0.2)
     assert set(seen["dpo_loss"][:-1]) == {(0.4, 0.2)}
 
@@ -670,7 +672,7 @@ def test_the_critic_takes_as_many_numbers_as_its_reader_tells(monkeypatch, tmp_p
     monkeypatch.setattr(rlhf, "load_reward_source", told_more)
     monkeypatch.setattr(rlhf, "surprisals", lambda *args: torch.nn.functional.pad(tell(*args), (0, 1), value=0.5))
     done, _ = toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", "--reward", tmp_path / "reward", "--iterations", 1)
-    assert done["heldout_kl"] >= 0
+    assert math.isfinite(done["heldout_kl"])  # an estimate, which may lie below 0
 
 
 def test_no_heldout_prompt_is_practised(tokenizer, tmp_path):
@@ -712,8 +714,9 @@ def test_bfloat16_learns_and_its_first_ratio_is_1(stage, monkeypatch, tmp_path, 
     _, rows = toy(stage, monkeypatch, tmp_path, tokenizer, out, *once, *half)
     assert rows[0]["ratio"] == pytest.approx(1, abs=1e-6) and rows[0]["approx_kl"] < 1e-6
     assert 0 < abs(rows[0]["entropy"] - exact[0]["entropy"]) < 0.02  # the same samples, read in bfloat16
-    done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, out, *half, "--iterations", 8, "--lr", 2e-2)
-    assert done["heldout_score"] > done["heldout_score_before"] + 0.2
+    if stage == "grpo":  # PPO has the same loop, and a critic besides: slow where bfloat16 is emulated
+        done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, out, *half, "--iterations", 8, "--lr", 2e-2)
+        assert done["heldout_score"] > done["heldout_score_before"] + 0.2
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
@@ -769,11 +772,11 @@ def test_grpo_keeps_no_critic(monkeypatch, tmp_path, tokenizer):
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])
 def test_lora_learns_and_leaves_a_plain_checkpoint(stage, monkeypatch, tmp_path, tokenizer):
     if stage == "dpo":
-        done, _ = toy_dpo(monkeypatch, tmp_path, tokenizer, "--lr", "1e-2", "--lora", 4)
+        done, _ = toy_dpo(monkeypatch, tmp_path, tokenizer, "--lr", "1e-2", "--lora", 4, "--sharpness-lr", 0)
         assert done["heldout_margin"] > 0.5
     else:
         done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, tmp_path / stage, "--iterations", 25, "--lora", 4,
-                      "--lr", "1e-2")
+                      "--lr", "1e-2", "--sharpness-lr", 0)  # which would learn without it
         assert done["heldout_score"] > done["heldout_score_before"] + 0.05
     start, end = (load_policy(tmp_path / name)[0].state_dict() for name in ("sft", stage))
     assert torch.equal(start["embed.weight"], end["embed.weight"])  # frozen
@@ -838,6 +841,7 @@ def test_a_long_context_is_not_filled_with_text_of_pretraining(tokenizer):
 def test_families_choose_the_prompts(tokenizer):
     config = rlhf.PPOConfig(families=["harmful"], prompts=40, eval_prompts=5, max_new_tokens=9)
     prompts, heldout = rlhf.load_prompts(config, tokenizer, 10**6)
+    assert len(prompts) == 40 and 0 < len(heldout) <= 5
     harmful = {task.prompt for task in rlhf.world.all_tasks()["harmful"]}
     assert all(harmful.intersection(rlhf.world.unspoken(prompt.text)) for prompt in prompts + heldout)
 

@@ -401,6 +401,14 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
             patch.setattr(study, "sequence_kl", lambda *args: kls.append(args[:2]) or kl(*args))
             return measure_curves(config, device)
     monkeypatch.setitem(study.MEASURES, "curves.json", judging)
+    prompts, measure_prompting = [], study.measure_prompting
+    def prompted(config, device):
+        with pytest.MonkeyPatch.context() as patch:
+            ask = evaluate.ask
+            patch.setattr(evaluate, "ask", lambda speaker, asked, *rest: prompts.append(
+                [speaker.tokenizer.decode(ids) for ids in asked]) or ask(speaker, asked, *rest))
+            return measure_prompting(config, device)
+    monkeypatch.setitem(study.MEASURES, "prompting.json", prompted)
     config = study.Config(runs=str(runs), out=str(runs / "study"), scale=0.05, device="cpu")
     for name, command in study.training_runs(config).items():
         (runs / "study" / name / "command").write_text(command)
@@ -433,13 +441,16 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
     assert sum(g["pairs"] for g in judge["by_gap"]) == 40
     assert judge["likes"]["refuses"] is None and judge["likes"]["says “I do not know”"] is not None
 
-    assert found["costs"]["policies"]["sft"]["distinct"][0] <= 16
+    assert len({policy["entropy"][0] for policy in found["costs"]["policies"].values()}) == 8  # each is measured itself
     assert 0 < found["costs"]["policies"]["sft"]["entropy"][0] < math.log(400)
     rows = found["prompting"]["rows"]
     assert [(r["model"], r["shots"], bool(r["system"])) for r in rows[:6]] == [
         ("base", 0, False), ("base", 1, False), ("base", 2, False), ("base", 4, False), ("base", 8, False),
         ("base", 0, True)]
-    assert rows[2]["shown"] <= 2 and rows[0]["shown"] == 0
+    assert rows[0]["shown"] == 0 < rows[1]["shown"] <= 1
+    size = [sum(map(len, asked)) for asked in prompts]
+    assert len(prompts) == 12 and size[0] < size[1] and size[6] < size[7]  # the examples, and the system prompt, are asked
+    assert all((study.SYSTEM in prompt) is (i % 6 == 5) for i, asked in enumerate(prompts) for prompt in asked)
 
     rows = found["temperature"]["rows"]
     assert [(r["model"], r["temperature"]) for r in rows] == [

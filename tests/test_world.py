@@ -49,8 +49,9 @@ def occurring(phrases, texts):
     for phrase in phrases:
         assert re.match(r"\w", phrase)
         starts.setdefault(phrase[:size], []).append(phrase)
+    first = re.compile(r"\b[" + "".join({re.escape(phrase[0]) for phrase in phrases}) + "]")
     for text in (text.replace("\n", " ") for text in texts):
-        for i in (word.start() for word in re.finditer(r"\b\w", text)):
+        for i in (word.start() for word in first.finditer(text)):
             found.update(p for p in starts.get(text[i:i + size], ()) if text.startswith(p, i))
     return found
 
