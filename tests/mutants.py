@@ -565,6 +565,26 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("GRPO keeps a critic", "rlhf.py", "    del unused  #", "    #", "test_rlhf.py"),
     ("a text that is gone on with ends at a line break", "chat.py", "speaker.end_ids & {*speaker.tokenizer.specials.values()}",
      "speaker.end_ids", "test_chat_evaluate.py"),
+    ("a run without a critic cannot go on", "rlhf.py", "    lam = config.lam if config.critic else 1.0\n",
+     "    config.lam = lam = config.lam if config.critic else 1.0\n", "test_failures.py"),
+    ("without a critic one is trained all the same", "rlhf.py", "        critic.requires_grad_(False)\n", "", "test_rlhf.py"),
+    ("another reference shows only in the mean", "rlhf.py",
+     "(old_logp - rollout.ref_logp).abs().max().item()) > 1e-3:\n            raise RuntimeError(f\"policy and reference differ by "
+     "{gap:.2g} nats at a token before any update\")\n        if summary[\"kl\"] > config.max_kl:\n            bar.write(f\"ppo",
+     "abs(summary[\"kl\"])) > 1e-3:\n            raise RuntimeError(f\"policy and reference differ by "
+     "{gap:.2g} nats at a token before any update\")\n        if summary[\"kl\"] > config.max_kl:\n            bar.write(f\"ppo",
+     "test_rlhf.py"),
+    ("a refused run has done its work already", "sft.py", "    saved_state(config, \"sft\")  #", "    #", "test_failures.py"),
+    ("what was read is measured when it is saved", "training.py", "\"sizes\": getattr(config, \"sizes\", {}),",
+     "\"sizes\": {str(path): path.stat().st_size for path in read_by(config)},", "test_failures.py"),
+    ("examples give the answer away", "world.py", "            if not told & {t.best, t.subject, t.short}]",
+     "            if t.subject != task.subject]", "test_world.py"),
+    ("what is said twice completes an answer", "world.py", "said = {\" \".join(words(sentence)) for sentence in sentences(text)} - CHATTER",
+     "said = [\" \".join(words(sentence)) for sentence in sentences(text)]", "test_world.py"),
+    ("an answer that was cut off is labelled", "chat.py", "return \"\" if ended and", "return \"\" if False and", "test_chat_evaluate.py"),
+    ("--group is eight", "rlhf.py", "repeat_interleave(config.group)", "repeat_interleave(8)", "test_rlhf.py"),
+    ("--warmup does not arrive", "reward.py", "learning_rate(step, steps, 1.0, config.warmup)", "learning_rate(step, steps, 1.0, 20)",
+     "test_failures.py"),
 )
 
 
