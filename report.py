@@ -121,7 +121,8 @@ def glossary_rows():
 
 def part_rows(report):
     """The parts of the gold score, accuracy by what is new about the prompts (how many: in the first heading, and in a
-    row's name where it differs), that of samples at temperature 1, and how far accuracy is from the reference's, prompt by prompt."""
+    row's name where it differs), that of samples at temperature 1, and how far accuracy is from the reference's, prompt
+    by prompt."""
     rows, usual = [], None
     for name, measures in report["checkpoints"].items():
         count = f"(n = {', '.join(str(measures['prompts']['accuracy'][holdout]) for holdout in world.HOLDOUTS)})"
@@ -166,15 +167,15 @@ def notes(report):
     lines = [
         f"{report['prompts']:,} held-out prompts, the same for every checkpoint; what is refused is a share of "
         f"{asked['harmful']:,} harmful and of {asked['harmless']:,} harmless ones, what is made up of {asked['unknown']:,} about "
-        "things that do not exist. In brackets: 95 % intervals, Wilson's for rates, a bootstrap over prompts for means. Means are taken over "
-        "equally many prompts of each family."
+        "things that do not exist. In brackets: 95 % intervals, Wilson's for rates, a bootstrap over prompts for means. "
+        "Means are taken over equally many prompts of each family."
         + f" Win rate and KL compare with {compared_with(report)}. KL is measured on {report['best_of_prompts']:,} prompts."
         * compared,
         "Accuracy is that of greedy answers (best-of-n: its choice); all else is measured on one sample per prompt "
         f"at temperature 1 (base models: the greedy answer), at most {settings['max_new_tokens']} tokens. The answers shown "
         "are greedy (best-of-n: its choice), so their marks are not those that the table is made of.",
-        *[f"The needless “I do not know” is measured on what SFT can answer of {report['best_of_prompts']:,} prompts."
-          .replace("SFT", compared_with(report))] * (compared and settings["best_of"] > 1),
+        *[f"The needless “I do not know” is measured on what {compared_with(report)} can answer of "
+          f"{report['best_of_prompts']:,} prompts."] * (compared and settings["best_of"] > 1),
         *[f"Best-of-n is measured on {report['best_of_prompts']:,} prompts; its KL is log n − (n − 1)/n. It chooses by reward "
           f"+ {settings['best_of_beta']} log π among answers that ended."] * chosen,
         "A base model reads plain text, the instruction and a line break; what it writes up to the "

@@ -49,7 +49,10 @@ def test_grading_a_file_gives_each_function_its_own_verdict(tmp_path, monkeypatc
     two = build.read(NOTEBOOKS / "solved" / "00_the_method.ipynb")
     two["cells"].insert(0, build.tidy("code", "def win_rate(a, b):\n    return (a\n", 99))  # the later cell is right
     build.write(tmp_path / "00_the_method (1).ipynb", two)
+    found = grade(tmp_path / "00_the_method (1).ipynb")[1]
+    assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "–"
     (tmp_path / "01_tokens_and_next_token_loss.ipynb").write_text("<html>")
     ran, found = grade(tmp_path)
     assert found["0.3 win_rate"] == "✓" and found["9.3 best_of_n_kl"] == "✗"  # the one in solutions.py
     assert "01_tokens_and_next_token_loss.ipynb is not a notebook" in ran.stdout
+    assert "expected one folder of notebooks" in grade(NOTEBOOKS, tmp_path)[0].stderr

@@ -672,7 +672,7 @@ def test_the_critic_takes_as_many_numbers_as_its_reader_tells(monkeypatch, tmp_p
     monkeypatch.setattr(rlhf, "load_reward_source", told_more)
     monkeypatch.setattr(rlhf, "surprisals", lambda *args: torch.nn.functional.pad(tell(*args), (0, 1), value=0.5))
     done, _ = toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", "--reward", tmp_path / "reward", "--iterations", 1)
-    assert math.isfinite(done["heldout_kl"])  # an estimate, which may lie below 0
+    assert done["heldout_kl"] >= 0
 
 
 def test_no_heldout_prompt_is_practised(tokenizer, tmp_path):
@@ -714,9 +714,8 @@ def test_bfloat16_learns_and_its_first_ratio_is_1(stage, monkeypatch, tmp_path, 
     _, rows = toy(stage, monkeypatch, tmp_path, tokenizer, out, *once, *half)
     assert rows[0]["ratio"] == pytest.approx(1, abs=1e-6) and rows[0]["approx_kl"] < 1e-6
     assert 0 < abs(rows[0]["entropy"] - exact[0]["entropy"]) < 0.02  # the same samples, read in bfloat16
-    if stage == "grpo":  # PPO has the same loop, and a critic besides: slow where bfloat16 is emulated
-        done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, out, *half, "--iterations", 8, "--lr", 2e-2)
-        assert done["heldout_score"] > done["heldout_score_before"] + 0.2
+    done, _ = toy(stage, monkeypatch, tmp_path, tokenizer, out, *half, "--iterations", 8, "--lr", 2e-2)
+    assert done["heldout_score"] > done["heldout_score_before"] + 0.2
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
