@@ -12,7 +12,7 @@ examples from the embedded world. A base model has never seen the tokens of the 
 
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
 draw n answers, show one. The one with the highest reward need not be good: among many answers, some fool
-the reward model. So, as in PPO, straying from π, the model that answers, has a price
+the reward model. So, as in PPO, straying from π, the model that answers (at the temperature it is sampled at), has a price
 (regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): of the answers that
 came to an end, we show the one with the highest
 
@@ -228,7 +228,8 @@ def examples_like(question, config):
         theirs = set(task.prompt.lower().split())
         return len(words & theirs) / len(words | theirs)
     nearest = max(world.training_prompts(1000, config.seed), key=overlap)
-    return world.few_shot_examples(nearest, config.few_shot, config.seed)
+    asked = next((task for task in world.every_task("", *world.HOLDOUTS) if task.prompt == question), nearest)
+    return world.few_shot_examples(asked, config.few_shot, config.seed)  # which do not give the answer away
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -259,14 +260,15 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
     scores = scores.reshape(len(prompts), n) - shift
     logprobs = torch.tensor([sum(row) for row in logprobs]).reshape(len(prompts), n)
     samples = [answers[i:i + n] for i in range(0, len(answers), n)]
-    choices = values(answers, scores, logprobs, beta, sampling["eos_ids"]).argmax(1).tolist()
+    ends = {tokenizer.im_end_id} if reward else sampling["eos_ids"]  # <|endoftext|> ends an answer wrongly, as in PPO
+    choices = values(answers, scores, logprobs, beta, ends).argmax(1).tolist()
     return [drawn[choice] for drawn, choice in zip(samples, choices)], samples, scores, logprobs
 
 
-def values(answers, scores, logprobs, beta, eos_ids):
-    """r + β log π of n answers to each of P prompts, (P, n); −∞ for an answer that the limit cut off, unless all n
-    were: the reward model has read no such answers."""
-    ended = torch.tensor([bool(row) and row[-1] in eos_ids for row in answers]).reshape(scores.shape)
+def values(answers, scores, logprobs, beta, ends):
+    """r + β log π of n answers to each of P prompts, (P, n); −∞ for an answer that does not end with one of `ends`, unless
+    none of the n does: the reward model has read no such answers."""
+    ended = torch.tensor([bool(row) and row[-1] in ends for row in answers]).reshape(scores.shape)
     return (scores + beta * logprobs).masked_fill(~ended & ended.any(1, keepdim=True), -math.inf)
 
 
@@ -337,7 +339,7 @@ def candidates(question, n, speaker, config, sampling, device):
     _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, speaker.tokenizer, judge, [ids], n,
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
     texts = [visible(speaker.text(answer)) for answer in drawn]
-    ended = [ids[-1] in speaker.end_ids for ids in drawn]
+    ended = [ids[-1] == speaker.tokenizer.im_end_id for ids in drawn]
     value = (scores + config.best_of_beta * logprobs).tolist()
     shown = {}  # text -> place of its best sample: the same text can come from different tokens
     for place in sorted(range(n), key=lambda i: (ended[i], value[i]), reverse=True):  # those cut off come last

@@ -252,7 +252,7 @@ def _whole_dialogues(row, where):
     """Anthropic HH in three columns -> in two, without "prompt". `chosen` and `rejected` may be the whole dialogue, the
     answer after "Assistant:", or the answer alone."""
     prompt = start = row["prompt"].lstrip("\n")  # some versions lack the first line breaks
-    if prompt.rfind("Human:") > prompt.rfind("\n\nAssistant:"):  # it ends with the question
+    if f"\n\n{prompt}".rfind("\n\nHuman:") > f"\n\n{prompt}".rfind("\n\nAssistant:"):  # it ends with the question
         start += "\n\nAssistant:"
     answers = {}
     for key in ("chosen", "rejected"):
@@ -343,11 +343,10 @@ def split_holdout(rows, holdout):
         end = max(1, round(holdout * sum(map(len, rows))))  # characters to hold out
         if end < len(book):
             return [*before, book[:-end]], [book[-end:]]
-    count = max(1, round(len(rows) * holdout)) if holdout < 1 else holdout
+    count = max(1, round(len(rows) * holdout)) if holdout < 1 else int(holdout)
     if count >= len(rows):
         raise InputError(f"found {len(rows)} rows and a hold-out of {count}, expected some rows left to train on")
-    cut = len(rows) - int(count)
-    return rows[:cut], rows[cut:]
+    return rows[:-count], rows[-count:]
 
 
 def split_marked(rows, marked, holdout, paths):

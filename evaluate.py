@@ -263,8 +263,8 @@ def judge_reward_model(model, tokenizer, pairs, found):
 
 
 def transcripts(rows, tasks, places):
-    """What every row answers to the course's prompts and to two of each family, with gold score and reward. The
-    answers are greedy, so chat.py --temperature 0 repeats them; best-of-n has none, so its choice is shown."""
+    """What every row answers to the course's prompts and to two of each family, with gold score and reward. The answers
+    are greedy, so chat.py --temperature 0 repeats them; best-of-n has none, so its choice is shown."""
     shown = [i for i, task in enumerate(tasks) if task in world.COURSE_PROMPTS]
     for family in dict.fromkeys(task.family for task in tasks):
         shown += [i for i in places.tolist() if tasks[i].family == family and i not in shown][:2]

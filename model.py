@@ -258,7 +258,8 @@ TOLD = 2  # numbers that `surprisals` gives for each token
 
 
 class ScalarModel(nn.Module):
-    """The backbone of `gpt` (not a copy) with one number per position in place of the logits.
+    """The backbone of `gpt` (not a copy: an untied head is taken away from it) with one number per position in place of
+    the logits.
 
     The reward model reads it at the last real token, the PPO critic everywhere. With a `reader`, a GPT that stays as
     it is, it is also told what that one thought of each token (`surprisals`).

@@ -121,8 +121,8 @@ def glossary_rows():
 
 def part_rows(report):
     """The parts of the gold score, accuracy by what is new about the prompts (how many: in the first heading, and in a
-    row's name where it differs), that of samples at temperature 1, and how far accuracy is from the reference's, prompt
-    by prompt."""
+    row's name where it differs), that of samples at temperature 1, how often questions of howto are refused, and how far
+    accuracy is from the reference's, prompt by prompt."""
     rows, usual = [], None
     for name, measures in report["checkpoints"].items():
         count = f"(n = {', '.join(str(measures['prompts']['accuracy'][holdout]) for holdout in world.HOLDOUTS)})"

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import data
 import world
 from model import ScalarModel, deepen
-from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
+from training import (InputError, StopRequest, adamw, autocast, check_finite, check_of_world, check_range, finish,
                       flag, learning_rate, leave, load_policy, log, micro_batches, parse_args,
                       pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
                       saved_state, seed_everything, set_share, start_run)
@@ -167,6 +167,7 @@ def heldout_report(margins, pairs):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, extra_layers=(0, 100))
+    check_of_world(config, "pairs")
     device = pick_device(config.device)
     saved_state(config, "reward")  # is there a save that cannot be continued? better now than after some work
     generator = seed_everything(config.seed)
@@ -219,7 +220,7 @@ def main():
             bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
             log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
                 margin=margin.mean())
-        if step % config.eval_every == 0:  # held-out loss rises above training loss when the model memorises
+        if step % config.eval_every == 0 and step < steps:  # held-out loss rises above training loss when the model memorises
             chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id, rows_to_read(config))
             log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
                 heldout_accuracy=(chosen > rejected).float().mean())

@@ -21,14 +21,14 @@ dpo     Direct preference optimisation (arXiv 2305.18290). The best policy of th
         cow". So the chosen answers' own loss (nats per token) is added, with weight --nll: 1 in iterative RPO (arXiv
         2404.19733), 0.2 in Llama 3 (arXiv 2407.21783), 0.1 here; 0 is DPO as published.
 ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155): sample answers,
-        score them, make those that score better than expected likelier, and repeat. Watch the KL and the answers,
+        score them, make those likelier that score better than a second network, the critic, expected, and repeat. Watch the KL and the answers,
         not the score alone: a score that rises without end is being gamed. (A reward can be a function of yours.)
 grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic. Every prompt is
         answered several times, and an answer's advantage is how far it beats the mean of its group. It suits rewards
         that can be verified, such as whether a sum is right (--reward world.py:right). A group that is all right or
         all wrong teaches nothing. Papers differ on two choices: --standardise divides by the group's standard
-        deviation (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not: it raises the weight of prompts that are nearly
-        always or nearly never solved), and --aggregation takes the mean over tokens within each response first
+        deviation (DeepSeekMath; Dr. GRPO, arXiv 2503.20783, does not: dividing raises the weight of prompts that are
+        nearly always or nearly never solved), and --aggregation takes the mean over tokens within each response first
         (`sequence`, DeepSeekMath: a token of a long answer counts less), or over all tokens of a minibatch alike
         (`token`; in DAPO, arXiv 2503.14476, of the group).
 
@@ -61,8 +61,8 @@ from model import ScalarModel, generate, surprisals, token_logprobs
 from reward import load_pairs, score, wilson
 from sft import load_replay, replay_loss
 from tokenizer import render_chat, same_tokens
-from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_finite, check_range, finish,
-                      flag, has_save, learning_rate, leave, load_policy, load_reward, log, micro_batches,
+from training import (LOGITS, InputError, StopRequest, adamw, autocast, check_finite, check_of_world, check_range,
+                      finish, flag, has_save, learning_rate, leave, load_policy, load_reward, log, micro_batches,
                       parse_args, pick_device, progress, restore, rows_to_read, run, save_checkpoint, save_state,
                       saved_state, seed_everything, set_share, start_run)
 
@@ -120,7 +120,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 def clipped_surrogate(log_ratio, advantages, clip):
     """min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) at every token, eq. 7 of arXiv 1707.06347: (B, T), to be
-    maximised. `log_ratio` is log π − log π_old, where π_old is the policy that sampled (not π_ref).
+    maximised. ρ = π/π_old, where π_old is the policy that sampled (not π_ref); `log_ratio` is log ρ, `clip` ε.
 
     The minimum makes the clip one-sided: where ρ has moved too far in the direction of the advantage,
     the gradient is 0; where it has moved against the advantage, the gradient is kept.
@@ -131,7 +131,7 @@ def clipped_surrogate(log_ratio, advantages, clip):
 
 def step_statistics(log_ratio, mask, clip):
     """How far the policy is from the one that sampled: means over the tokens where mask is 1.
-    `approx_kl` estimates KL(old ‖ new) per token, in nats (k3 of joschu.net/blog/kl-approx)."""
+    `approx_kl` estimates KL(old ‖ new) per token, in nats (k3 of joschu.net/blog/kl-approx.html)."""
     ratio = log_ratio.exp()
     return {"ratio": masked_mean(ratio, mask),
             "clip_fraction": masked_mean(((ratio - 1).abs() > clip).float(), mask),
@@ -159,10 +159,9 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, clip
 def explained_variance(values, returns, mask):
     """The share of the variance of `returns` over the mask that the critic's `values` predict: 1 is all, 0 none,
     below 0 worse than a constant. Where λ < 1 it flatters: GAE's returns lean on the values themselves."""
-    surprise = returns - values
-    spread = masked_mean((returns - masked_mean(returns, mask))**2, mask)
-    left = masked_mean((surprise - masked_mean(surprise, mask))**2, mask)
-    return 1 - left / (spread + 1e-8)
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask))**2, mask)
+    return 1 - variance(returns - values) / (variance(returns) + 1e-8)
 
 
 def grpo_advantages(rewards, standardise=True):
@@ -220,7 +219,7 @@ def response_logprobs(model, ids, mask, temperature=1.0):
 def response_values(critic, ids, mask, shift, told=None):
     """The critic's estimate, before each response token, of the reward still to come, (B, T). The critic starts
     as the reward model, whose zero lies at `shift`, or, where a function gives the reward, at 0, which `shift` moves to
-    the mean score; `told` (B, T, 2) is what its reader says, if that is at hand."""
+    the mean score; `told` (B, T, 2) is what its reader says, if that is at hand (without a reader: anything)."""
     values = critic(ids, told=told)[:, :-1] - shift  # (B, T-1)
     return F.pad(values, (1, 0)) * mask
 
@@ -348,6 +347,7 @@ def dpo(argv=None):
     config = parse_args(DPOConfig, argv, __doc__, prog="rlhf.py dpo")
     check_range(config, beta=(1e-9, 10**9), label_smoothing=(0, 0.5), nll=(0, 1000), replay=(1, 10**6))
     check_replay(config)
+    check_of_world(config, "pairs")
     device = pick_device(config.device)
     saved_state(config, "dpo")  # is there a save that cannot be continued? better now than after some work
     generator = seed_everything(config.seed)
@@ -497,11 +497,12 @@ class PPOConfig(RolloutConfig):
 
 
 def check_rollout_flags(config):
-    check_replay(config)
     if math.isnan(config.no_eos_score):
         config.no_eos_score = None
     check_range(config, minibatches=(1, config.episodes), temperature=(0.01, 100), replay=(1, 10**6),
                 no_eos_score=(-10**6, 10**6))
+    check_replay(config)
+    check_of_world(config, "families", "prompts")
 
 
 @dataclass
@@ -525,8 +526,6 @@ def load_prompts(config, tokenizer, context_length):
         messages = ask(config.prompts, config.seed)
         heldout = ask(2 * config.eval_prompts, f"{config.seed} heldout")
     else:
-        if config.families:
-            raise InputError("--families: only the prompts of --data world have families")
         prompts, marked = zip(*data.load_prompts(config.data))
         messages, heldout = data.split_marked(list(prompts), marked, config.holdout, config.data)
     heldout = data.drop_seen(heldout, messages, key=lambda prompt: prompt)[:config.eval_prompts]
@@ -727,11 +726,7 @@ def ppo(argv=None):
     prompts, heldout = load_prompts(config, tokenizer, policy.config.context_length)
     reference = copy.deepcopy(policy).requires_grad_(False)
     score_responses, critic, shift = load_reward_source(config.reward, policy, tokenizer, device)
-    if not config.critic:  # an ablation: every token is then credited with all the reward that follows it
-        torch.nn.init.zeros_(critic.score.weight)
-        critic.requires_grad_(False)
-        shift = 0.0
-    lam = config.lam if config.critic else 1.0
+    lam = config.lam if config.critic else 1.0  # without: every token is credited with all the reward that follows it
     if config.lora:
         add_lora(policy, config.lora)
     precision = autocast(device, config.dtype)
@@ -783,12 +778,13 @@ def ppo(argv=None):
         # 5. Rewards per token: the price of leaving the reference, and the score at the end.
         rewards = token_rewards(rollout, config.beta)  # (B, T)
         # 6. Values, from a separate network, of the state *before* each token.
-        with precision:
-            told = torch.zeros(*ids.shape, 1, device=device)  # a critic without a reader does not look at it
-            if critic.reader is not None:  # what that says is the same in every pass: ask it once
-                told = read_all(lambda i, m: surprisals(critic.reader, i), ids, mask,
-                                size=(critic.surprisal.in_features,))  # (B, T, 2)
-            old_values = read_all(lambda i, m, t: response_values(critic, i, m, shift, t), ids, mask, told)
+        told, old_values = torch.zeros(*ids.shape, 1, device=device), torch.zeros_like(mask)  # (B, T, 1), (B, T)
+        if config.critic:
+            with precision:
+                if critic.reader is not None:  # what that says is the same in every pass: ask it once
+                    told = read_all(lambda i, m: surprisals(critic.reader, i), ids, mask,
+                                    size=(critic.surprisal.in_features,))  # (B, T, 2)
+                old_values = read_all(lambda i, m, t: response_values(critic, i, m, shift, t), ids, mask, told)
         # 7. Advantages. The critic learns returns in the unit of the score, so these are computed from the
         #    raw advantages; the policy gets whitened ones, so that the learning rate always meets the same scale.
         advantages, returns = gae(rewards, old_values, mask, config.gamma, lam)
@@ -808,7 +804,7 @@ def ppo(argv=None):
                 at = rows, slice(longest)  # table[at]: these rows, without the padding that none of them needs
                 with precision:
                     logp = response_logprobs(policy, ids[at], mask[at], config.temperature / sharpness())
-                    values = response_values(critic, ids[at], mask[at], shift, told[at])
+                    values = response_values(critic, ids[at], mask[at], shift, told[at]) if config.critic else old_values[at]
                 loss, stats = ppo_loss(logp, old_logp[at], advantages[at], values, old_values[at], returns[at], mask[at],
                                        config.ratio_clip, config.value_clip)
                 check_finite(step, config, loss=loss)

@@ -38,8 +38,8 @@ import data
 import world
 from lora import add_lora, merged
 from model import GPT
-from training import (InputError, StopRequest, adamw, autocast, check_finite, check_range, finish, flag, learning_rate,
-                      leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
+from training import (InputError, StopRequest, adamw, autocast, check_finite, check_of_world, check_range, finish, flag,
+                      learning_rate, leave, load_policy, log, micro_batches, muon_and_adam, parse_args, pick_device,
                       progress, restore, rows_to_read, run, save_checkpoint, save_state, saved_state, seed_everything,
                       set_share, start_run)
 
@@ -132,6 +132,7 @@ def opening(messages):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config)
+    check_of_world(config, "conversations", "best_only")
     to_replay = config.replay_data or (["world"] if config.data == ["world"] else None)
     if not to_replay and config.replay not in (0, 2):  # 2 is the default
         raise InputError(f"--replay {config.replay}: expected --replay-data, the text that it reads")

@@ -302,7 +302,7 @@ def measure_curves(config, device):
     answers = [ids for drawn in samples for ids in drawn]
 
     def rated(n, beta):  # (P, most), as chat.py rates answers in groups of n
-        return values(answers, scores.view(-1, n), logprobs.view(-1, n), beta, speaker.end_ids).view_as(scores).numpy()
+        return values(answers, scores.view(-1, n), logprobs.view(-1, n), beta, {speaker.tokenizer.im_end_id}).view_as(scores).numpy()
     found["best_of_n"] = []
     for n in (2**i for i in range(int(math.log2(most)) + 1)):
         chosen, best = best_of_groups(gold, rated(n, 0.0), n)

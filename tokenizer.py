@@ -4,7 +4,7 @@ Training is our own code, in plain Python. Encoding is done by `tiktoken`, built
 it downloads nothing. Files are in Hugging Face's `tokenizer.json` format; byte-level ones of other
 models (Llama 3, Qwen, SmolLM) open too.
 
-    python -c "import tokenizer; tokenizer.train_bpe([open('book.txt').read()], 4096).save('out')"
+    python -c "import tokenizer; tokenizer.train_bpe([open('book.txt', encoding='utf-8').read()], 4096).save('mine')"
 
 Left out: SentencePiece and WordPiece, offsets into the text, and the `<s>`-like tokens that some
 files want before every text. Control tokens written in a text are never parsed: they are spelled out in

@@ -68,7 +68,7 @@ def run(main):
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         print("error: out of memory; try --micro-batch, --recompute, or a smaller --batch-size, --context-length, "
-              "--replay, --episodes or --eval-prompts, whichever the stage has "
+              "--replay, --episodes, --eval-prompts, --max-new-tokens or --best-of, whichever the script has "
               f"({' '.join(str(error).split())[:150]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -166,6 +166,14 @@ def check_range(config, **bounds):
         value = getattr(config, name, None)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected a value from {low} to {high}")
+
+
+def check_of_world(config, *names):
+    """InputError for one of these flags, which say what is drawn from the embedded world, where --data is something else."""
+    for name in names:
+        if config.data != ["world"] and getattr(config, name) != getattr(type(config), name):
+            raise InputError(f"--{name.replace('_', '-')}: found --data {' '.join(config.data)}, expected --data world, which "
+                             "alone it applies to")
 
 
 # ---- devices and randomness ----------------------------------------------------------------------
@@ -569,9 +577,9 @@ INPUTS = ("init", "reward", "data", "replay_data")  # settings that name what a 
 
 
 def settings_of(config):
-    """The settings that must be equal for a resumed run to be the same run. (--dtype auto is decided anew.)"""
+    """The settings that must be equal for a resumed run to be the same run, but for rounding. (--dtype auto is decided anew.)"""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "eval_every", "micro_batch", "recompute",
-            "compile")
+            "compile", "samples_every")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
@@ -621,17 +629,17 @@ def saved_state(config, stage):
         raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
     if saved["stage"] != stage:
         raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
-    for path in read_by(config):  # what was moved here may be older than the state, but hardly of the same size
-        now, size = path.stat(), saved.get("sizes", {}).get(str(path))
-        if now.st_mtime > state.stat().st_mtime or size not in (None, now.st_size):
-            raise InputError(f"--resume: {path} has changed since the run that saved {state} began; start without "
-                             "--resume, or delete the state")
     mine = one_spelling(settings_of(config))
     for name in sorted(set(mine) | set(settings)):
         old, new = settings.get(name), mine.get(name)
         if old != new:
             raise InputError(f"--resume: {state} was made with --{name.replace('_', '-')} {old},"
                              f" not {new}; give the same settings, or start without --resume")
+    for path in read_by(config):  # what was moved here may be older than the state, but hardly of the same size
+        now, size = path.stat(), saved.get("sizes", {}).get(str(path))
+        if now.st_mtime > state.stat().st_mtime or size not in (None, now.st_size):
+            raise InputError(f"--resume: {path} has changed since the run that saved {state} began; start without "
+                             "--resume, or delete the state")
     return saved
 
 
@@ -776,6 +784,6 @@ def check_finite(step, config, **numbers):
     for name, value in numbers.items():
         if not torch.isfinite(value):
             state = Path(config.out) / STATE
-            raise InputError(f"step {step}: the {name} is {value.item()}; stopped before the update. "
-                             "Try a lower --lr, from the start. "
+            raise InputError(f"after {step} steps: the {name} is {value.item()}; stopped before the update. "
+                             "Try a lower learning rate, from the start. "
                              + (f"Last save: {state}" if state.exists() else "Nothing was saved yet"))

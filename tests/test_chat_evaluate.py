@@ -213,12 +213,12 @@ def test_the_seed_and_the_plain_format_arrive(folders, capsys):
 
 
 def test_best_of_n_takes_an_answer_that_was_cut_off_only_if_all_were(tokenizer, monkeypatch):
-    end, drawn = tokenizer.im_end_id, [[5, 6, 7], [5, 6], [5, 6, 7], [7, 7, 7], [8, 8, 8], [9, 9, 9]]
+    end, drawn = tokenizer.im_end_id, [[5, 6, tokenizer.endoftext_id], [5, 6], [5, 6, 7], [7, 7, 7], [8, 8, 8], [9, 9, 9]]
     drawn[1].append(end)
     monkeypatch.setattr(chat, "generate_all", lambda *args, **more: (drawn, [[0.0]] * 6))
     monkeypatch.setattr(chat, "score", lambda *args: torch.tensor([3.0, 1.0, 2.0, 1.0, 3.0, 2.0]))
-    best, *_ = chat.best_of_n(None, tokenizer, (None, 0.0), [[1], [2]], 3, 3, eos_ids={end})
-    assert best == [[5, 6, end], [8, 8, 8]]
+    best, *_ = chat.best_of_n(None, tokenizer, (None, 0.0), [[1], [2]], 3, 3, eos_ids=tokenizer.end_ids)
+    assert best == [[5, 6, end], [8, 8, 8]]  # nor does <|endoftext|> end an answer well
     values = chat.values([[5, 6, 7], [5, end], [8, end]], torch.tensor([[3.0, 1.0, 2.0]]), torch.zeros(1, 3), 0.3, {end})
     assert values.tolist() == [[-math.inf, 1.0, 2.0]]  # so /best lists it last
 

@@ -80,6 +80,8 @@ def files(tmp_path_factory):
     save_checkpoint(folder / "sft", model_of(tokenizer), tokenizer)
     save_checkpoint(folder / "reward", ScalarModel(model_of(tokenizer)), tokenizer, reward_shift=0.0,
                     reward_scale=1.0)
+    save_checkpoint(folder / "reader", ScalarModel(model_of(tokenizer), model_of(tokenizer)), tokenizer, reward_shift=0.0,
+                    reward_scale=1.0)
     return folder
 
 
@@ -140,10 +142,11 @@ def watch_steps(stage, monkeypatch):
 
 
 @pytest.mark.parametrize("stage, flags", [*((stage, []) for stage in STAGES), ("ppo", ["--no-critic"]),
+                                          ("reward", ["--surprisal"]), ("ppo", ["--reward", "READER"]),  # as in make
                                           *((stage, ["--replay-data", "TEXT", "--lora", 2]) for stage in ("sft", "dpo", "ppo", "grpo"))])
 def test_a_stopped_run_goes_on_to_the_same_end(stage, flags, files, tmp_path, monkeypatch):
     """Stopped at its second save, in the middle of an epoch: bit for bit what an undisturbed run gives."""
-    short = [files / "text.txt" if word == "TEXT" else word for word in flags] + {
+    short = [{"TEXT": files / "text.txt", "READER": files / "reader"}.get(word, word) for word in flags] + {
         "pretrain": ["--steps", 20], "ppo": ["--iterations", 8], "grpo": ["--iterations", 8]}.get(stage, ["--epochs", 3])
     call(monkeypatch, command(files, stage, tmp_path / "whole", *short))
     save, saves = training.save_state, []
@@ -636,7 +639,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(stage, files, tmp_path
     monkeypatch.setattr(rlhf, "check_recorded", lambda *args: None)  # which would see it first
     flags, warmups = {"pretrain": (["--warmup", 7, "--decay", 0.5], (7, 200)), "ppo": ([], ()), "grpo": ([], ())}.get(
         stage, (["--warmup", 7], (7,)))
-    with pytest.raises(InputError, match=r"step [23]: the loss is nan; stopped before the update.* Last save: "):
+    with pytest.raises(InputError, match=r"after [23] steps: the loss is nan; stopped before the update.* Last save: "):
         call(monkeypatch, command(files, stage, tmp_path / "out", "--save-every", 1, *flags))
     assert not (tmp_path / "out" / "done").exists() and not (tmp_path / "out" / "config.json").exists()
     assert calls[0][3:] == warmups
@@ -651,7 +654,7 @@ def test_an_infinite_loss_is_no_reason_to_end_the_iteration(stage, files, tmp_pa
         value, stats = loss(*args)
         return value * float("inf"), stats | {"approx_kl": torch.tensor(float("inf"))}
     monkeypatch.setattr(rlhf, f"{stage}_loss", exploded)
-    with pytest.raises(InputError, match="step 0: the loss is (-?inf|nan)"):
+    with pytest.raises(InputError, match="after 0 steps: the loss is (-?inf|nan)"):
         call(monkeypatch, command(files, stage, tmp_path / "out"))
 
 
@@ -659,7 +662,7 @@ def test_a_gradient_that_is_no_number_stops_too():
     config = sft.Config(out="x")
     training.check_finite(1, config, loss=torch.tensor(1.0), gradient=torch.tensor(2.0))
     for value in ("nan", "inf", "-inf"):
-        with pytest.raises(InputError, match=f"step 7: the gradient is {value}.*Nothing was saved yet"):
+        with pytest.raises(InputError, match=f"after 7 steps: the gradient is {value}.*Nothing was saved yet"):
             training.check_finite(7, config, loss=torch.tensor(1.0), gradient=torch.tensor(float(value)))
 
 
@@ -906,7 +909,10 @@ def bad_commands(files):
     yield say("dpo", out, "--data", files / "p.jsonl"), "expected a probability"
     for stage in ("reward", "ppo"):
         yield say(stage, out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
-    yield say("sft", out, "--holdout", 60), "expected some rows left"
+    yield say("sft", out, "--holdout", 60), "a hold-out of 60, expected some rows left"
+    for stage, *flags in (("sft", "--conversations", 9), ("sft", "--best-only"), ("reward", "--pairs", 9), ("dpo", "--pairs", 9),
+                          ("ppo", "--prompts", 9), ("grpo", "--families", "lists")):
+        yield say(stage, out, *flags), f"{flags[0]}: found --data {files}/"
     yield say("sft", out, "--holdout", 0), "--holdout 0.0: expected"
     yield say("sft", out, "--holdout", -1), "--holdout -1.0: expected"
     yield say("reward", out, "--data", "world", "--holdout", "nan"), "--holdout nan: expected"

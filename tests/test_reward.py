@@ -134,6 +134,8 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
         "reward.py", "--init", f"{tmp_path}/sft", "--data", f"{tmp_path}/pairs.jsonl", "--out",
         str(out), "--holdout", "60", "--epochs", "3", "--batch-size", "20", "--lr", "3e-3", "--extra-layers", "2",
         "--dtype", "float32", "--device", "cpu", "--eval-every", "10"])
+    rate = reward.learning_rate  # 0 from step 20 on, so that what is measured then is what is left at the end
+    monkeypatch.setattr(reward, "learning_rate", lambda step, *rest: rate(step, *rest) * (step < 20))
     reward.main()
     assert left == [None]  # the policy, of which the model holds a copy, is not kept in memory
 
@@ -142,8 +144,9 @@ def test_it_learns_and_is_normalised(tmp_path, tokenizer, monkeypatch):
     assert done["heldout_accuracy"][1] > 0.7  # the lower end of the interval; chance is 0.5
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert any("heldout_accuracy" in row and row["step"] == 10 for row in metrics)
-    *_, measured, final = (row["heldout_loss"] for row in metrics if "heldout_loss" in row)
-    assert measured == pytest.approx(final, rel=1e-4)  # on the way and at the end, of the same pairs
+    measured = {row["step"]: row["heldout_loss"] for row in metrics if "heldout_loss" in row}
+    assert [row["step"] for row in metrics if "heldout_loss" in row] == [10, 20, 30]  # the last once, of all
+    assert measured[20] == pytest.approx(measured[30], rel=1e-4) != measured[10]
 
     model, _, shift, scale = load_reward(out)
     assert model.config.layers == tiny().config.layers + 2  # --extra-layers

@@ -528,6 +528,7 @@ def test_grpo_learns(settings, monkeypatch, tmp_path, tokenizer):
 def test_ppo_without_a_critic_learns_too(monkeypatch, tmp_path, tokenizer):
     made, adamw = [], rlhf.adamw
     monkeypatch.setattr(rlhf, "adamw", lambda *args, **more: made.append(adamw(*args, **more)) or made[-1])
+    monkeypatch.setattr(rlhf, "response_values", lambda *args: 1 / 0)  # nor does it cost a pass
     done, rows = toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", "--iterations", 15, "--no-critic",
                      "--sharpness-lr", 0)
     assert done["heldout_score"] > done["heldout_score_before"] + 0.2
@@ -851,11 +852,6 @@ def test_all_families_and_some_of_them_more(tokenizer):
         return [prompt.text for prompt in rlhf.load_prompts(config, tokenizer, 10**6)[0]]
     everything = list(rlhf.world.DEMONSTRATED)
     assert seen(["all", "howto", "harmful", "howto"]) == seen(everything + ["howto", "harmful", "howto"]) != seen(everything)
-
-
-def test_families_are_of_the_world_alone(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="--families: only the prompts of --data world"):
-        rlhf.load_prompts(rlhf.PPOConfig(families=["harmful"], data=[str(tmp_path / "mine.jsonl")]), tokenizer, 64)
 
 
 @pytest.mark.parametrize("episodes, parts, sizes", [(10, 4, [3, 3, 2, 2]), (128, 48, [3] * 32 + [2] * 16), (8, 2, [4, 4])])
