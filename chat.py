@@ -12,8 +12,8 @@ examples from the embedded world. A base model has never seen the tokens of the 
 
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
 draw n answers, show one. The one with the highest reward need not be good: among many answers, some fool
-the reward model. So, as in PPO, straying from π, the model that answers (at the temperature it is sampled at), has a price
-(regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): of the answers that
+the reward model. So, as in PPO, straying from π, the model that answers (at the temperature it is sampled at),
+has a price (regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): of the answers that
 came to an end, we show the one with the highest
 
     r(x, y) + β log π(y|x)

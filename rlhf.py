@@ -21,8 +21,9 @@ dpo     Direct preference optimisation (arXiv 2305.18290). The best policy of th
         cow". So the chosen answers' own loss (nats per token) is added, with weight --nll: 1 in iterative RPO (arXiv
         2404.19733), 0.2 in Llama 3 (arXiv 2407.21783), 0.1 here; 0 is DPO as published.
 ppo     Proximal policy optimisation (arXiv 1707.06347, for language arXiv 1909.08593, 2203.02155): sample answers,
-        score them, make those likelier that score better than a second network, the critic, expected, and repeat. Watch the KL and the answers,
-        not the score alone: a score that rises without end is being gamed. (A reward can be a function of yours.)
+        score them, make those likelier that score better than a second network, the critic, expected, and repeat.
+        Watch the KL and the answers, not the score alone: a score that rises without end is being gamed. (A reward can
+        be a function of yours.)
 grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO without a critic. Every prompt is
         answered several times, and an answer's advantage is how far it beats the mean of its group. It suits rewards
         that can be verified, such as whether a sum is right (--reward world.py:right). A group that is all right or
