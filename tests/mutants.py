@@ -575,7 +575,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("asking again is an answer", "world.py", 'if not s.endswith("?"))  # asking', 'if s)  # asking', "test_world.py"),
     ("flags of the world are taken with files, and ignored", "training.py", 'if config.data != ["world"] and getattr(config, name) !=',
      "if False and getattr(config, name) !=", "test_failures.py"),
-    ("an answer that ends without <|im_end|> may be the best", "chat.py", "ends = {tokenizer.im_end_id} if reward else", "ends =",
+    ("an answer that ends wrongly may be the best", "chat.py", "ends = {tokenizer.im_end_id} if reward else", "ends =",
      "test_chat_evaluate.py"),
     ("another reference shows only in the mean", "rlhf.py",
      "(old_logp - rollout.ref_logp).abs().max().item()) > 1e-3:\n            raise RuntimeError(f\"policy and reference differ by "
