@@ -34,7 +34,7 @@ grpo    Group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300): PPO
         (`token`; in DAPO, arXiv 2503.14476, of the group).
 
 While learning what people like, a model forgets some of what it knew, the *alignment tax*: one SFT model was right on
-69 % of held-out sums, on 54 % after PPO, and on 64 to 72 % with InstructGPT's remedy (eq. 2, PPO-ptx), some
+67 % of held-out sums, on 54 % after PPO, and on 69 to 74 % with InstructGPT's remedy (eq. 2, PPO-ptx), some
 pre-training text in every update (--replay-data). All three methods also learn one number that their papers do not
 have, how confident the policy is: see `Sharpness`; --sharpness-lr 0 turns it off.
 
