@@ -218,8 +218,8 @@ def load_judge(folder, speakers, device):
 
 
 def examples_like(question, config):
-    """--few-shot solved (question, answer) pairs of the embedded world, from the family of the
-    training prompt whose words overlap most with the question's."""
+    """--few-shot solved (question, answer) pairs of the embedded world, from the family of the question or, if it is none of
+    the world's, of the training prompt whose words overlap most with it."""
     if not config.few_shot:
         return []
     words = set(question.lower().split())

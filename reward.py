@@ -66,7 +66,7 @@ class Config:
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     weight_decay: float = flag(0.0, "decay of the weight matrices, per unit of learning rate")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
-    eval_every: int = flag(100, "steps between evaluations on 200 held-out pairs")
+    eval_every: int = flag(100, "steps between measurements on 200 held-out pairs; at the end all are measured")
     dtype: str = flag("auto", "precision of the backbone; auto takes bfloat16 where it is faster",
                       choices=["auto", "float32", "bfloat16"])
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
@@ -220,7 +220,7 @@ def main():
             bar.set_postfix_str(f"loss {loss.item():.3f}, accuracy {accuracy.item():.2f}", refresh=False)
             log(config.out, step, loss=loss, accuracy=accuracy, lr=share * config.lr, gradient_norm=norm,
                 margin=margin.mean())
-        if step % config.eval_every == 0 and step < steps:  # held-out loss rises above training loss when the model memorises
+        if step % config.eval_every == 0 and step < steps:  # this loss rises above that of training when it memorises
             chosen, rejected = score_pairs(model, heldout[:200], tokenizer.pad_id, rows_to_read(config))
             log(config.out, step, heldout_loss=preference_loss(chosen, rejected),
                 heldout_accuracy=(chosen > rejected).float().mean())

@@ -197,7 +197,7 @@ def write_rejection(config, device, n=8):
     best, *_ = best_of_n(speaker.model, speaker.tokenizer, reward, prompts, n, 72, **sampling(speaker, config, device))
     rows = [{"messages": [{"role": "user", "content": task.prompt},
                           {"role": "assistant", "content": speaker.text(ids)}]}
-            for task, ids in zip(tasks, best) if ids[-1] in speaker.end_ids and speaker.text(ids)]
+            for task, ids in zip(tasks, best) if ids[-1] == speaker.tokenizer.im_end_id and speaker.text(ids)]
     np.random.default_rng(config.seed).shuffle(rows)
     write_rows(path, rows)
 
@@ -302,7 +302,8 @@ def measure_curves(config, device):
     answers = [ids for drawn in samples for ids in drawn]
 
     def rated(n, beta):  # (P, most), as chat.py rates answers in groups of n
-        return values(answers, scores.view(-1, n), logprobs.view(-1, n), beta, {speaker.tokenizer.im_end_id}).view_as(scores).numpy()
+        ends = {speaker.tokenizer.im_end_id}
+        return values(answers, scores.view(-1, n), logprobs.view(-1, n), beta, ends).view_as(scores).numpy()
     found["best_of_n"] = []
     for n in (2**i for i in range(int(math.log2(most)) + 1)):
         chosen, best = best_of_groups(gold, rated(n, 0.0), n)

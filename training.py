@@ -169,11 +169,11 @@ def check_range(config, **bounds):
 
 
 def check_of_world(config, *names):
-    """InputError for one of these flags, which say what is drawn from the embedded world, where --data is something else."""
+    """InputError for one of these flags of the embedded world where --data is something else."""
     for name in names:
         if config.data != ["world"] and getattr(config, name) != getattr(type(config), name):
-            raise InputError(f"--{name.replace('_', '-')}: found --data {' '.join(config.data)}, expected --data world, which "
-                             "alone it applies to")
+            raise InputError(f"--{name.replace('_', '-')}: found --data {' '.join(config.data)}, expected --data world, to which "
+                             "alone it applies")
 
 
 # ---- devices and randomness ----------------------------------------------------------------------
@@ -577,7 +577,7 @@ INPUTS = ("init", "reward", "data", "replay_data")  # settings that name what a 
 
 
 def settings_of(config):
-    """The settings that must be equal for a resumed run to be the same run, but for rounding. (--dtype auto is decided anew.)"""
+    """The settings that must be equal for a resumed run to be the same, but for rounding. (--dtype auto is decided anew.)"""
     free = ("out", "resume", "device", "show_batch", "save_every", "keep_every", "eval_every", "micro_batch", "recompute",
             "compile", "samples_every")
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}

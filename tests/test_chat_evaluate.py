@@ -430,18 +430,18 @@ def test_compare_draws_alike_and_leaves_the_conversation_where_it_was(folders, m
 
 def test_best_shows_candidates_with_their_scores(folders, monkeypatch, capsys):
     out = run_chat(monkeypatch, capsys, [folders / "sft", "--temperature", 1],
-                   "/best 16\n/best 0 Hi?\n/best 16 Hi?\n")
+                   "/best 160\n/best 0 Hi?\n/best 160 Hi?\n")
     lines = out.split("\n")
     assert all(line.startswith("(ask something first") for line in lines[:2])
     speaker, (reward, _, shift, _) = (chat.open_speaker(folders / "sft"),
                                       chat.load_reward(folders / "reward"))
     _, (samples,), (scores,), (logprobs,) = chat.best_of_n(
-        speaker.model, speaker.tokenizer, (reward, shift), [speaker.prompt("Hi?")], 16, 12,
+        speaker.model, speaker.tokenizer, (reward, shift), [speaker.prompt("Hi?")], 160, 12,
         temperature=1.0, eos_ids=speaker.end_ids, generator=torch.Generator().manual_seed(1))
     value = (scores + chat.BEST_OF_BETA * logprobs).tolist()
-    ended = [ids[-1] in speaker.end_ids for ids in samples]
+    ended = [ids[-1] == speaker.tokenizer.im_end_id for ids in samples]
     expected, seen = [], set()
-    for i in sorted(range(16), key=lambda i: (ended[i], value[i]), reverse=True):
+    for i in sorted(range(160), key=lambda i: (ended[i], value[i]), reverse=True):
         text = chat.visible(speaker.text(samples[i]))
         if text not in seen:
             expected.append(f"{scores[i]:+.2f} {logprobs[i]:6.1f}  {text}")
@@ -465,6 +465,10 @@ def test_examples_are_of_the_family_of_the_question():
         prompts = {prompt for prompt, _ in chat.examples_like(question, config)}
         assert len(prompts) == 3 and prompts <= {task.prompt for task in world.all_tasks()[family]}
     assert chat.examples_like("Hi?", chat.Config([], few_shot=0)) == []
+    for hold in ("", "unseen_phrasing"):  # none of what is asked itself, in whichever words
+        for task in world.all_tasks(hold)["trivia"][:3]:
+            shots = chat.examples_like(task.prompt, chat.Config([], few_shot=10**4))
+            assert len(shots) > 100 and task.best not in {answer for _, answer in shots}
 
 
 def test_examples_that_do_not_fit_are_counted(folders, monkeypatch, capsys):

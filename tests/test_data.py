@@ -116,10 +116,11 @@ def test_a_list_may_repeat_more_than_the_prompt_says(write):
 
 
 def test_an_answer_may_begin_in_the_prompt(write):
-    start = "\n\nHuman: Hi\n\nAssistant: Sure,"
-    for before in ("", start):
-        path = write("a.jsonl", {"prompt": start, "chosen": before + " here it is", "rejected": before + " no"})
-        assert data.load_preferences([path]) == [Pair(HI, "Sure, here it is", "Sure, no")]
+    for begun in ("Sure,", "The label Human: means:"):
+        start = f"\n\nHuman: Hi\n\nAssistant: {begun}"
+        for before in ("", start):
+            path = write("a.jsonl", {"prompt": start, "chosen": before + " here it is", "rejected": before + " no"})
+            assert data.load_preferences([path]) == [Pair(HI, f"{begun} here it is", f"{begun} no")]
 
 
 def test_a_dialogue_of_several_turns_keeps_all_but_the_last_answer_as_prompt(write):

@@ -236,6 +236,11 @@ def test_a_run_does_not_go_on_from_other_inputs(changed, files, tmp_path, monkey
     with monkeypatch.context() as unread, pytest.raises(InputError, match="--lr 0.003, not 0.1"):
         unread.setattr(sft, "load_policy", None)  # it is refused before any work
         call(monkeypatch, [*words, "--lr", 0.1, "--resume"])
+    other = tmp_path / "newer.jsonl"  # newer than the save, but it is another one, not one that has changed
+    other.write_text(lines(rows_of("conversations")))
+    os.utime(other, (time.time() + 60,) * 2)
+    with pytest.raises(InputError, match="was made with --data .*conversations.jsonl"):
+        call(monkeypatch, [*words, "--data", other, "--resume"])
     with pytest.raises(ZeroDivisionError):  # the same folder, as a shell may complete it
         call(monkeypatch, [*words, "--init", f"{files}/./sft/", "--micro-batch", 2, "--recompute", "--save-every", 7, "--eval-every",
                            9, "--resume"])
@@ -910,7 +915,7 @@ def bad_commands(files):
     for stage in ("reward", "ppo"):
         yield say(stage, out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
     yield say("sft", out, "--holdout", 60), "a hold-out of 60, expected some rows left"
-    for stage, *flags in (("sft", "--conversations", 9), ("sft", "--best-only"), ("reward", "--pairs", 9), ("dpo", "--pairs", 9),
+    for stage, *flags in (("sft", "--best-only"), ("reward", "--pairs", 9), ("dpo", "--pairs", 9),
                           ("ppo", "--prompts", 9), ("grpo", "--families", "lists")):
         yield say(stage, out, *flags), f"{flags[0]}: found --data {files}/"
     yield say("sft", out, "--holdout", 0), "--holdout 0.0: expected"
