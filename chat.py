@@ -227,9 +227,9 @@ def examples_like(question, config):
     def overlap(task):
         theirs = set(task.prompt.lower().split())
         return len(words & theirs) / len(words | theirs)
-    nearest = max(world.training_prompts(1000, config.seed), key=overlap)
-    asked = next((task for task in world.every_task("", *world.HOLDOUTS) if task.prompt == question), nearest)
-    return world.few_shot_examples(asked, config.few_shot, config.seed)  # which do not give the answer away
+    known = (task for task in world.every_task("", *world.HOLDOUTS) if task.prompt == question)
+    task = next(known, None) or max(world.training_prompts(1000, config.seed), key=overlap)
+    return world.few_shot_examples(task, config.few_shot, config.seed)  # which do not give its answer away
 
 
 # ---- answers -------------------------------------------------------------------------------------

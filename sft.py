@@ -132,8 +132,8 @@ def opening(messages):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config)
-    check_of_world(config, "best_only")
     to_replay = config.replay_data or (["world"] if config.data == ["world"] else None)
+    check_of_world(config, "best_only", *["conversations"] * (to_replay != ["world"]))  # which says how much is replayed, too
     if not to_replay and config.replay not in (0, 2):  # 2 is the default
         raise InputError(f"--replay {config.replay}: expected --replay-data, the text that it reads")
     if config.lora and config.from_scratch:

@@ -172,8 +172,8 @@ def check_of_world(config, *names):
     """InputError for one of these flags of the embedded world where --data is something else."""
     for name in names:
         if config.data != ["world"] and getattr(config, name) != getattr(type(config), name):
-            raise InputError(f"--{name.replace('_', '-')}: found --data {' '.join(config.data)}, expected --data world, to which "
-                             "alone it applies")
+            raise InputError(f"--{name.replace('_', '-')}: found --data {' '.join(config.data)}, expected --data world, "
+                             "to which alone it applies")
 
 
 # ---- devices and randomness ----------------------------------------------------------------------
