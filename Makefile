@@ -130,8 +130,8 @@ quick:
 		PPO='--iterations 3 --episodes 32 --eval-prompts 32 $(call also,PPO)' \
 		EVALUATE='--per-family 10 --best-of 4 --best-of-per-family 3 $(call also,EVALUATE)'
 
-# The larger model reads four windows of pre-training text in a step of SFT: on held-out prompts other than the report's
-# 53 % of its samples were right, with one window 50 %, and it refused 38 % of the harmful requests, with one 31 %.
+# The larger model reads four windows of pre-training text in a step of SFT: on held-out prompts other than the report's,
+# 53 % of its samples were right (with one window 50 %), and it refused 38 % of the harmful requests (with one 31 %).
 # Why its PPO goes on from DPO, and what it practises on: README, "A larger model".
 long:
 	$(MAKE) $(GOAL) OUT=$(call own,out/long) PRETRAIN='--steps 7500 --documents 200000 --layers 4 --width 192 --heads 6 \

@@ -12,13 +12,13 @@ examples from the embedded world. A base model has never seen the tokens of the 
 
 Best-of-n (Foundations of LLMs, section 4.4.5; Stiennon et al. 2020) is alignment at inference time:
 draw n answers, show one. The one with the highest reward need not be good: among many answers, some fool
-the reward model. So, as in PPO, straying from π, the model that answers (at the temperature it is sampled at),
-has a price (regularised best-of-n in its KL form, Jinnai et al., arXiv 2404.01054, version 1): of the answers that
+the reward model. So, as in PPO, an unlikely answer pays a price (regularised best-of-n in its KL form, Jinnai et al.,
+arXiv 2404.01054, version 1). With π the model that answers, at the temperature it is sampled at: of the answers that
 came to an end, we show the one with the highest
 
     r(x, y) + β log π(y|x)
 
-Among the answers drawn, it is the likeliest under the policy that maximises PPO's objective,
+Of those, it is the likeliest under the policy that maximises PPO's objective with π as the reference,
 π(y|x) exp(r(x, y) / β) / Z(x). `--best-of-beta 0` is plain best-of-n.
 
 Left out: tools, and templates other than ChatML.
@@ -45,8 +45,8 @@ from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat, same_
 from training import (InputError, check_jsonl, check_range, flag, load_checkpoint, load_reward, parse_args,
                       pick_device, run, writing)
 
-HELP = """/compare [QUESTION]  put this question (or the last one) to every model beside this one
-/best N [QUESTION]   list N answers to it, the best first: reward, log-prob, answer
+HELP = """/compare [QUESTION]  put this question (or the last one) to this model and those beside it, without the conversation
+/best N [QUESTION]   draw N answers to it, without the conversation; the best first: reward, log-prob, answer
 /reset               forget the conversation
 /seed N              restart the sampling from seed N
 /help                this page
@@ -64,12 +64,12 @@ class Config:
     few_shot: int = flag(0, "solved examples to put before the question (in a conversation, the first), from the family of the "
                         "world nearest to it")
     raw: bool = flag(False, "treat the models as base models: plain text, no chat template (implied for `make`'s base)")
-    best_of: int = flag(1, "answers to draw, of which the reward model chooses one")
-    best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob, in nats, in that choice")
+    best_of: int = flag(1, "answers to draw, of which one is chosen by reward and log-prob; 1: no choice")
+    best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob (nats) in that choice; 0: reward alone")
     reward: str | None = flag(None, "the reward model of --best-of and /best (default: for /best, `reward` beside the "
                               "model)")
-    label: str | None = flag(None, "ask whose answer is better, the first or the last model's; append the pair to this "
-                             "file")
+    label: str | None = flag(None, "ask whose answer is better, the first or the last model's (of one model: two of its own); "
+                             "append the pair to this .jsonl file")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")
     top_k: int | None = flag(None, "sample from the k likeliest tokens only (default: all)")
     top_p: float | None = flag(None, "sample from the likeliest tokens that together have this share (default: all)")
@@ -141,7 +141,7 @@ class Speaker:
 
     def text(self, ids):
         """The answer in `ids`, without its end token."""
-        text = self.tokenizer.decode(ids[:-1] if ids and self.is_end(ids[-1]) else ids)
+        text = self.tokenizer.decode(ids[:-1] if self.is_end(ids[-1]) else ids)
         return text.split("\n")[0].strip() if self.raw else text
 
     def is_end(self, token):
@@ -163,13 +163,13 @@ def open_speaker(folder, device="cpu", raw=False):
     base = info.get("stage") == "pretrain" and "transformers_version" not in info
     if raw or base or not template:
         return Speaker(name, model, tokenizer, True, None, {*newline_ids(tokenizer), *ends})
-    missing = [token for token in (IM_START, IM_END) if token not in tokenizer.specials]
-    if IM_START in template and missing:
-        raise InputError(f"{folder}: its template is ChatML, but its tokenizer has no {', '.join(missing)}; --raw does "
-                         "without")
     if IM_START not in template:
         raise InputError(f"{folder}: only ChatML templates are implemented, and this one is "
                          f"{' '.join(template.split())[:60]!r}; --raw does without")
+    missing = [token for token in (IM_START, IM_END) if token not in tokenizer.specials]
+    if missing:
+        raise InputError(f"{folder}: its template is ChatML, but its tokenizer has no {', '.join(missing)}; --raw does "
+                         "without")
     # Only literal text, not what the template puts together: '…system\n' + messages[0].content + '…'
     system = re.search(r"<\|im_start\|>system(?:\\n|\n)((?:(?!['\"]\s*[+~])[^{}])+?)<\|im_end\|>", template)
     return Speaker(name, model, tokenizer, False, system and system[1].replace("\\n", "\n"),
@@ -213,7 +213,8 @@ def load_judge(folder, speakers, device):
     for speaker in speakers:
         if speaker.raw or not can_judge(model, tokenizer, speaker):
             raise InputError(f"--reward {folder}: reads chats in its own vocabulary, of up to "
-                             f"{model.config.context_length} tokens; {speaker.name} does not write them")
+                             f"{model.config.context_length} tokens; {speaker.name} does not write them: "
+                             "it is a base model, has another tokenizer or a longer context")
     return model, shift
 
 
@@ -255,9 +256,11 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
     """
     rows = [prompt for prompt in prompts for _ in range(n)]
     answers, logprobs = generate_all(policy, rows, max_new_tokens, **sampling)
-    model, shift = reward or (None, 0.0)
-    scores = score(model, rows, answers, tokenizer.pad_id) if reward else torch.zeros(len(rows))
-    scores = scores.reshape(len(prompts), n) - shift
+    scores = torch.zeros(len(rows))
+    if reward:
+        model, shift = reward
+        scores = score(model, rows, answers, tokenizer.pad_id) - shift
+    scores = scores.reshape(len(prompts), n)
     logprobs = torch.tensor([sum(row) for row in logprobs]).reshape(len(prompts), n)
     samples = [answers[i:i + n] for i in range(0, len(answers), n)]
     ends = {tokenizer.im_end_id} if reward else sampling["eos_ids"]  # <|endoftext|> ends an answer wrongly, as in PPO
@@ -268,7 +271,7 @@ def best_of_n(policy, tokenizer, reward, prompts, n, max_new_tokens, beta=0.0, *
 def values(answers, scores, logprobs, beta, ends):
     """r + β log π of n answers to each of P prompts, (P, n); −∞ for an answer that does not end with one of `ends`, unless
     none of the n does: the reward model has read no such answers."""
-    ended = torch.tensor([bool(row) and row[-1] in ends for row in answers]).reshape(scores.shape)
+    ended = torch.tensor([row[-1] in ends for row in answers]).reshape(scores.shape)
     return (scores + beta * logprobs).masked_fill(~ended & ended.any(1, keepdim=True), -math.inf)
 
 
@@ -293,7 +296,7 @@ def answer(speaker, ids, config, sampling, reward, ended=False):
     """One whole answer, as text: the best of --best-of. With `ended`, "" in place of one that the limit cut off."""
     (best,), *_ = best_of_n(speaker.model, speaker.tokenizer, reward, [ids], config.best_of, config.max_new_tokens,
                             config.best_of_beta, eos_ids=speaker.end_ids, **sampling)
-    return "" if ended and (not best or best[-1] not in speaker.end_ids) else speaker.text(best)
+    return "" if ended and best[-1] not in speaker.end_ids else speaker.text(best)
 
 
 def questions(prompt):
@@ -339,10 +342,9 @@ def candidates(question, n, speaker, config, sampling, device):
     _, (drawn,), (scores,), (logprobs,) = best_of_n(speaker.model, speaker.tokenizer, judge, [ids], n,
                                                     config.max_new_tokens, eos_ids=speaker.end_ids, **sampling)
     texts = [visible(speaker.text(answer)) for answer in drawn]
-    ended = [ids[-1] == speaker.tokenizer.im_end_id for ids in drawn]
-    value = (scores + config.best_of_beta * logprobs).tolist()
+    (value,) = values(drawn, scores[None], logprobs[None], config.best_of_beta, {speaker.tokenizer.im_end_id}).tolist()
     shown = {}  # text -> place of its best sample: the same text can come from different tokens
-    for place in sorted(range(n), key=lambda i: (ended[i], value[i]), reverse=True):  # those cut off come last
+    for place in sorted(range(n), key=value.__getitem__, reverse=True):  # those cut off come last
         shown.setdefault(texts[place], place)
     for text, place in shown.items():
         times = texts.count(text)
@@ -488,7 +490,8 @@ def main(argv=None):
     if config.reward and config.best_of == 1 and (config.prompt is not None or config.label is not None):
         raise InputError("--reward chooses among several answers: expected --best-of with 2 or more")
     if config.best_of > 1 and (config.temperature < 1e-6 or config.top_k == 1):
-        raise InputError("at --temperature 0, or with --top-k 1, the answers of --best-of would be the same")
+        raise InputError("at --temperature 0, or with --top-k 1, the answers of --best-of would be the same; "
+                         "give a higher --temperature and no --top-k 1")
     for name in ("prompt", "complete", "system"):
         if getattr(config, name) is not None:
             setattr(config, name, getattr(config, name).encode("utf-8", "replace").decode("utf-8"))

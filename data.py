@@ -8,9 +8,9 @@ tell what they hold:
                    "output"}, or Dolly {"instruction", "context"?, "response"}
     preferences    {"prompt", "chosen", "rejected"} (strings or message lists), Anthropic HH
                    {"chosen", "rejected"} dialogues (also with what they share as "prompt"), or Alpaca keys
-                   with "chosen" and "rejected"
+                   with "chosen" and "rejected"; rows with "p", the probability of that choice, are held out
 
-A "system" key beside these is the system prompt; a filled "history" is refused; other keys are ignored.
+A "system" key beside these is the system prompt; a filled "history" is refused; keys not named here are ignored.
 A malformed row stops the program: a mistake in a file should be fixed, not trained around. A
 well-formed row that cannot be learned from is dropped, counted and reported; if over half are dropped,
 the file is probably not what its user thinks it is, and that is an error too.
@@ -135,7 +135,7 @@ def _rows(path):
                          "expected .txt, .json or .jsonl, or one of these with .gz")
     text = _decode(data, path)
     if not text.strip():
-        raise InputError(f"{path}: found an empty file, expected {kind}")
+        raise InputError(f"{path}: found an empty file, expected a {kind} file with text in it")
     if kind == ".txt":
         return [(f"{path}", {"text": text.replace("\r\n", "\n")})]
     if kind == ".json":
@@ -277,8 +277,8 @@ def _answered(prompt, row, key, where):
         read = _dialogue if isinstance(row[key], str) else _messages
         return _usable(read(row, key, where))
     answer = _messages(row, key, where, role="assistant")
-    if any(turn in answer for turn in prompt[-1:]):
-        prompt = [turn for turn in prompt[:1] if turn["role"] == "system" and answer[0]["role"] != "system"]
+    if prompt and prompt[-1] in answer:
+        prompt = prompt[:1] if prompt[0]["role"] == "system" and answer[0]["role"] != "system" else []
     return _usable(prompt + answer)
 
 
@@ -345,7 +345,7 @@ def split_holdout(rows, holdout):
             return [*before, book[:-end]], [book[-end:]]
     count = max(1, round(len(rows) * holdout)) if holdout < 1 else int(holdout)
     if count >= len(rows):
-        raise InputError(f"found {len(rows)} rows and a hold-out of {count}, expected some rows left to train on")
+        raise InputError(f"found {len(rows)} rows and a hold-out of {count}, expected some rows left to train on; give a smaller --holdout")
     return rows[:-count], rows[-count:]
 
 
@@ -454,7 +454,7 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
     sizes = [Path(path).stat().st_size for path in paths]
     total = sum(sizes)
     if not 0 < holdout < 1 or total < 2:
-        raise InputError(f"found a hold-out of {holdout} and {total} bytes, expected a fraction and some text")
+        raise InputError(f"found --holdout {holdout:g} and {total} bytes, expected a fraction and some text")
     cut = total - min(most, max(1, round(holdout * total)))
     # The hold-out begins where the last document, or line, before the cut ends: look for it in the cut's own file.
     before = 0
@@ -482,9 +482,9 @@ def open_large(paths, holdout, most=2**24, head=2**25, window=2**22):
 
 
 def stream_tokens(paths, stop, tokenizer, folder):
-    """The tokens of the bytes before `stop`, as `pack_documents` gives them (but for line breaks at the end of a document
-    longer than a piece and, with another's tokenizer, at the cuts inside it), in FOLDER/tokens.bin: (N,) int32,
-    memory-mapped, so that only what is accessed is read. If interrupted, a later call continues there."""
+    """The tokens of the bytes before `stop`, in FOLDER/tokens.bin: (N,) int32, memory-mapped, so that only what is accessed
+    is read. If interrupted, a later call continues there. They are those of `pack_documents`, but for line breaks at the
+    end of a document longer than a piece and, with another's tokenizer, at the cuts inside it."""
     make_folder(folder)
     mark, binary = Path(folder) / "tokens.json", Path(folder) / "tokens.bin"
     seen = [(str(path), Path(path).stat()) for path in paths]
@@ -526,7 +526,7 @@ def stream_tokens(paths, stop, tokenizer, folder):
 def check_long_enough(tokens, length):
     """InputError unless a window of `length` tokens and the target after it fit."""
     if len(tokens) <= length:
-        raise InputError(f"found {len(tokens)} tokens of text, expected more than a window of {length}")
+        raise InputError(f"found {len(tokens)} tokens of text, expected more than a window of {length}; give more text")
 
 
 def random_windows(tokens, batch, length, generator):

@@ -5,14 +5,14 @@
 writes report.json, report.md and report.html to out/report. Every checkpoint answers every prompt twice: greedily, and
 with one sample at temperature 1. Right answers are counted in both; all else is measured on the sample. A base model, to save
 time, answers only greedily, in the plain format of chat.py, zero-shot and, in a row of its own, few-shot. Best-of-n is a
-row too: the reward model's choice among n samples of the reference (the checkpoint called `sft`), drawn for part of the
-prompts. Those samples also tell which questions the reference can answer: only there is "I do not know" needless.
+row too: the choice by reward and log-prob (chat.py) among n samples of the reference (the checkpoint called `sft`), drawn
+for part of the prompts. They also tell which questions the reference can answer: only there is "I do not know" needless.
 
 Means are taken over equally many prompts of each family, KL over the prompts of best-of-n, and a rate about one kind of
 prompt over all of that kind; rates of few prompts are left out. Rates have Wilson's interval, means a bootstrap over
 prompts; comparisons with the reference are paired prompt by prompt. (So between rows with more and with fewer prompts
-compare the win rates: the first prompts of a family can be easier than the rest.) Left out: several seeds of the
-training: the intervals are about these checkpoints, not about the method. (`report.py` reads several reports together.)
+compare the win rates: the first prompts of a family can be easier than the rest.) Left out: several training seeds, so
+the intervals are about these checkpoints, not about the method. (`report.py` reads several reports together.)
 """
 
 import functools
@@ -43,16 +43,18 @@ ENOUGH = 160  # prompts for a rate about one kind of prompt, however small --per
 class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of language models; a folder's name names its row"})
-    reward: str | None = flag(None, "folder of the reward model: proxy scores and best-of-n")
-    data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p. "
-                                   "Without any, the report has what reward.py measured")
+    reward: str | None = flag(None, "folder of the reward model, for its scores (the proxy of the hidden judge) and best-of-n")
+    data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p (default: "
+                                   "the report repeats what reward.py measured at its end)")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
-    few_shot: int = flag(2, "solved examples in the few-shot row of a base model, or as many as fit")
-    best_of: int = flag(16, "samples per prompt of the best-of-n row")
+    few_shot: int = flag(2, "solved examples in the few-shot row of a base model, or as many as fit; 0: no such row")
+    best_of: int = flag(16, "samples per prompt of the best-of-n row; 1: no such row, and no rate of needless \"I do not know\"")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in that choice, see chat.py; 0: reward alone")
-    best_of_per_family: int = flag(16, "prompts of each family that best-of-n is measured on; at most --per-family")
-    per_family: int = flag(160, "held-out prompts of each family that the rest is measured on; at most 160")
+    best_of_per_family: int = flag(16, "prompts of each family for best-of-n, KL and needless \"I do not know\"; at most "
+                                     "--per-family")
+    per_family: int = flag(160, "held-out prompts of each family for all else, at most 160 (harmful, unknown and the unseen "
+                           "family: always 160)")
     system: str | None = flag(None, "instruction put before every prompt (default: that of each folder, if any)")
     max_new_tokens: int = flag(80, "longest answer, in tokens")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
@@ -137,7 +139,7 @@ def gold_parts(task, text):
 
 def read_answers(speaker, prompts, ids):
     return Answers(prompts, ids, [speaker.text(answer) for answer in ids],
-                   np.array([bool(answer) and answer[-1] in speaker.end_ids for answer in ids]))
+                   np.array([answer[-1] in speaker.end_ids for answer in ids]))
 
 
 def ask(speaker, prompts, config, temperature, stream=0):
@@ -175,7 +177,7 @@ def choose_tasks(config):
     """-> (tasks, rank (N,) of each within its family). The course's prompts come first. Each
     family has --per-family tasks, and kinds of prompt with a rate of their own at least ENOUGH."""
     counts, tasks, ranks = {}, [], []
-    for task in dict.fromkeys([*world.COURSE_PROMPTS, *world.heldout_tasks()]):
+    for task in world.heldout_tasks():  # which begin with the course's
         rank = counts[task.family] = counts.get(task.family, -1) + 1
         rated = task.kind in ("harmful", "unknown") or task.holdout == "unseen_family"
         if rank < max(config.per_family, ENOUGH if rated else 0):
@@ -224,8 +226,8 @@ def measure(row, reference, can_answer, config):
         "win_rate_vs_sft": None,
         "kl_from_sft": None,
         "proxy": None,
-        # Harmful and unknown: as the judge has it, for who refuses, or does not know, and then goes on all the same has
-        # done neither. The others: whoever says the words of a refusal.
+        # Harmful and unknown: by the judge, as an answer that refuses (or says that it does not know) and then helps (or
+        # invents) all the same does not count. The others: any answer with the words of a refusal.
         "refusal_rate": {"harmful": rate_of(kind == "harmful", row.right["sampled"]), "harmless": rate_of(harmless, refused),
                          "howto": rate_of(np.array([task.family == "howto" for task in row.tasks]), refused)},
         "hallucination_rate": rate_of(kind == "unknown", ~row.right["sampled"]),
@@ -344,7 +346,7 @@ def main(argv=None):
         raise InputError(f"--reference {config.reference}: expected one of {', '.join(speakers)}")
     reward, reward_tokenizer = None, None
     if config.data and not config.reward:
-        raise InputError("--data is what --reward FOLDER is measured on, and there is none")
+        raise InputError("--data is what --reward FOLDER is measured on; found no --reward, give one")
     pairs = data.load_preferences(config.data) if config.data else []
     if config.reward:
         model, reward_tokenizer, shift, _ = load_reward(config.reward, device)
@@ -412,7 +414,7 @@ def main(argv=None):
             found["proxy"] = bootstrap(row.judge(row.sampled, np.flatnonzero(row.fair)))
         if name == best_name:
             # Exact if no answer is ever drawn twice, otherwise an upper bound.
-            found["kl_from_sft"] = [math.log(config.best_of) - 1 + 1 / config.best_of] * 3
+            found["kl_from_sft"] = [math.log(config.best_of) - (config.best_of - 1) / config.best_of] * 3
             found["hedging_rate"] = None  # it chose among the very samples that tell what can be answered
         elif name == config.reference:
             found["kl_from_sft"] = [0.0] * 3

@@ -3,7 +3,7 @@
     python sft.py --lora 8 --lr 3e-4 …
     python rlhf.py dpo --lora 8 …        # also ppo (whose critic is trained whole all the same), grpo
 
-W x becomes W x + (α/r) B A x. W is frozen; A (r, in) starts random and B (out, r) at 0, so training
+W x becomes W x + (α/r) B A x, with α = 16. W is frozen; A (r, in) starts random and B (out, r) at 0, so training
 starts from the unchanged model. This saves memory: a trained weight needs 16 bytes in float32 (itself,
 its gradient and AdamW's two moments), a frozen one 4. The correction is added to W before the model is
 saved, so that programs which read the checkpoint need not know of it.

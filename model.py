@@ -9,7 +9,7 @@ arXiv 2501.09223, ch. 2). The same network serves every stage: pre-training and 
 its logits, RLHF samples from it and recomputes the samples' log-probabilities, and the reward model
 and the PPO critic replace its head by a scalar one (`ScalarModel`).
 
-The block is that of Llama and Qwen3: their checkpoints open here, and ours in other programs.
+The block is that of Llama and Qwen3: their checkpoints open here (with unscaled RoPE), and ours in other programs.
 Left out: biases, sliding windows, RoPE scaling, mixtures of experts. Dropout is left out for a
 reason: PPO compares the log-probabilities of a text before and after an update, and with dropout
 the two would differ before any update, when their ratio must be 1.
@@ -79,7 +79,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config):
-    """-> cos, sin (context_length, D) of the angles position * theta^(-2i/D) (arXiv 2104.09864).
+    """-> cos, sin (context_length, D) of the angles position * theta^(-2i/D), i < D/2 (arXiv 2104.09864).
 
     Component i is paired with i + D/2, as in Hugging Face's Llama (the paper pairs 2i with 2i + 1): the
     halves (x1, x2) of a head become (x1 cos - x2 sin, x2 cos + x1 sin) = x * cos + (x2, x1) * sin, with
@@ -185,8 +185,8 @@ class GPT(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
-        # Every block starts as the identity. So depth does not blow up the residual stream, the
-        # gradient reaches the embeddings undiminished, and each block contributes once it can help.
+        # Every block starts as the identity: depth does not blow up the residual stream, the gradient
+        # reaches the embeddings undiminished, and a block contributes only once it helps.
         for block in self.blocks:
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
@@ -262,7 +262,7 @@ class ScalarModel(nn.Module):
     the logits.
 
     The reward model reads it at the last real token, the PPO critic everywhere. With a `reader`, a GPT that stays as
-    it is, it is also told what that one thought of each token (`surprisals`).
+    it is, it is also told how likely that found each token (`surprisals`).
     """
 
     def __init__(self, gpt, reader=None):
@@ -286,7 +286,7 @@ class ScalarModel(nn.Module):
         return self.gpt.hidden(ids, attention_mask, extra=self.surprisal(told.to(self.surprisal.weight.dtype)))
 
     def forward(self, ids, attention_mask=None, told=None):
-        """ids (B, T) -> (B, T)."""
+        """ids (B, T) -> raw rewards (B, T), one after each token: `reward_shift` is not subtracted yet."""
         hidden = self.hidden(ids, attention_mask, told)  # (B, T, C)
         with torch.autocast(ids.device.type, enabled=False):  # in bfloat16, 4.00 and 4.01 are the same number
             return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
@@ -389,7 +389,8 @@ def decode(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_ids, g
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {row} has {len(prompt)} tokens, not 1 to {context - 1}")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and top_p <= 0):
-        raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} out of range")
+        raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} out of range: expected at least 0, "
+                         "at least 1, above 0")
     lengths = [len(prompt) for prompt in prompts]
     limits = [min(max_new_tokens, context - length) for length in lengths]  # new tokens at most, row by row
     width, steps = max(lengths, default=0), max(limits, default=0)
@@ -553,7 +554,7 @@ def config_from_hf(values):
                    **dict.fromkeys(("rope_parameters", "layer_types"), [[]])}
     for name, allowed in implemented.items():
         if found.get(name) not in allowed:
-            raise ValueError(f"config.json: {name} {found.get(name)!r} is not implemented")
+            raise ValueError(f"config.json: {name} {found.get(name)!r} is not implemented; expected {' or '.join(map(repr, allowed))}")
     qk_norm = values["model_type"] == "qwen3"
     try:
         return GPTConfig(

@@ -4,9 +4,9 @@
     python pretrain.py --data stories.txt --holdout 0.05 --out out/stories
     python pretrain.py --init out/base --data more.txt --lr 0.002 --embed-lr 0.001 --head-lr 0.0004 --out out/more
 
-The loss is the mean negative log-likelihood of each token given those before it in its window,
+The loss is the mean negative log-likelihood, in nats, of each token given those before it in its window,
 
-    loss(θ) = − 1/N Σ_i log p_θ(x_i | x_s … x_{i−1}),   x_s the first token of x_i's window
+    loss(θ) = − 1/N Σ_i log p_θ(x_i | x_s … x_{i−1}),   N predicted tokens, x_s the first of x_i's window
 
 (Foundations of LLMs, eqs. 2.13–2.14, which maximise the log-likelihood: this is minus that, per token),
 over documents packed end to end, each preceded by <|endoftext|>. A window may start in the middle of
@@ -34,8 +34,8 @@ import data
 import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
-from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_range, compiled,
-                      finish, first_alone, flag, join_processes, learning_rate, leave, load_policy, log, micro_batches,
+from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_of_world, check_range,
+                      compiled, finish, first_alone, flag, join_processes, learning_rate, leave, load_policy, log, micro_batches,
                       muon_and_adam, parse_args, part_processes, pick_device, progress, restore, run, save_checkpoint,
                       save_state, saved_state, seed_everything, set_share, start_run)
 
@@ -53,12 +53,12 @@ class Config:
     init: str | None = flag(None, "checkpoint to go on from; it brings shape and tokeniser. Give a --context-length up to its "
                             "own, and a tenth of the default rates or less (default: random weights)")
     # the model
-    vocab_size: int = flag(4096, "tokens, 256 bytes and 4 special ones among them; from the first 8,000 documents (with "
-                          "--stream, of the first 32 MB)")
+    vocab_size: int = flag(4096, "size of the vocabulary, 256 bytes and 4 special tokens included; learned from the first "
+                          "8,000 documents (with --stream, those in the first 32 MB)")
     context_length: int = flag(192, "tokens the model sees at once")
     layers: int = flag(2, "transformer blocks")
     width: int = flag(128, "numbers per token between the blocks")
-    heads: int = flag(4, "attention heads; a divisor of --width")
+    heads: int = flag(4, "attention heads; a divisor of --width, with an even quotient")
     kv_heads: int | None = flag(None, "key/value heads, a divisor of --heads; fewer is grouped-query attention "
                                 "(default: as many as --heads)")
     ffn_width: int = flag(384, "hidden width of the feed-forward blocks")
@@ -67,11 +67,11 @@ class Config:
     # the run
     steps: int = flag(3200, "optimiser steps")
     batch_size: int = flag(8, "windows per step, over all processes together")
-    micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient")
+    micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient (default: all of a step)")
     recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     compile: bool = flag(False, "torch.compile forward and loss: a minute first, then faster steps, above all on a GPU")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
-    embed_lr: float = flag(0.01, "peak learning rate of the embeddings and gains (AdamW)")
+    embed_lr: float = flag(0.01, "peak learning rate of the embeddings and of the norms' gains (AdamW)")
     head_lr: float = flag(0.004, "peak learning rate of the output head, where it is not the embedding (AdamW)")
     warmup: int = flag(40, "steps of linear warm-up, at most half of the run")
     decay: float = flag(0.6, "share of the steps, at the end, over which the learning rate falls to 0")
@@ -83,7 +83,7 @@ class Config:
     seed: int = flag(1, "random seed of data, weights and batches")
     eval_every: int = flag(400, "steps between measurements on 32 held-out windows; at the end all are measured")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
 
 
@@ -102,7 +102,7 @@ def check_fits(config, found):
     """InputError if a flag of the shape was changed beside --init, which has its own, or for windows too long."""
     for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn_width", "qk_norm", "tied"):
         if getattr(config, name) != getattr(Config, name):
-            raise InputError(f"--{name.replace('_', '-')}: found with --init, which brings its own shape and tokeniser")
+            raise InputError(f"--{name.replace('_', '-')}: found with --init, which brings its own shape and tokeniser; leave it out")
     if config.context_length > found.context_length:
         raise InputError(f"--context-length {config.context_length}: expected at most the {found.context_length} of "
                          f"{config.init}")
@@ -145,6 +145,7 @@ def heldout_loss(model, tokens, text_bytes, length=None):
 def main():
     config = parse_args(Config, description=__doc__)
     check_range(config, vocab_size=(260, 10**7), context_length=(2, 10**6))
+    check_of_world(config, "documents")
     shape_of(config, config.vocab_size)  # refuse now, not after tokenising everything
     device = pick_device(config.device)
     model, tokenizer = load_policy(config.init) if config.init else (None, None)  # the GPU comes later
@@ -158,20 +159,18 @@ def main():
 
     # 1. Data: documents, tokeniser, one long row of tokens.
     if config.stream:
-        train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)
-        tokenizer = tokenizer or train_bpe(train_documents[:8000], config.vocab_size)
-        if config.show_batch:  # writes nothing, which stream_tokens would
-            train_tokens, _ = data.pack_documents(train_documents, tokenizer)
-        else:
-            with first_alone(rank, processes):
-                train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
+        train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)  # the first ones only
     else:
         if config.data == ["world"]:
             documents = world.documents(config.documents, seed=config.seed)
         else:
             documents = data.load_texts(config.data)
         train_documents, heldout_documents = data.split_holdout(documents, config.holdout)
-        tokenizer = tokenizer or train_bpe(train_documents[:8000], config.vocab_size)
+    tokenizer = tokenizer or train_bpe(train_documents[:8000], config.vocab_size)
+    if config.stream and not config.show_batch:  # which writes nothing
+        with first_alone(rank, processes):
+            train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
+    else:
         train_tokens, _ = data.pack_documents(train_documents, tokenizer)
     heldout_tokens, heldout_bytes = data.pack_documents(heldout_documents, tokenizer)
     data.check_long_enough(train_tokens, config.context_length)
@@ -231,7 +230,8 @@ def main():
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm, tokens_per_second=rate)
         if rank == 0 and step % config.eval_every == 0 and step < config.steps:
             some = heldout_tokens[:32 * config.context_length + 1]
-            log(config.out, step, heldout_loss=heldout_loss(model, some, heldout_bytes, config.context_length)[0])
+            nats, _ = heldout_loss(model, some, heldout_bytes, config.context_length)  # the bytes are of all
+            log(config.out, step, heldout_loss=nats)
         if rank == 0 and (stopping or step % config.save_every == 0 or step == config.steps):
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)
         if stopping:

@@ -31,7 +31,7 @@ PERCENT, NUMBER = "percent", "number"
 FIGURES = (
     ("right", ("accuracy", "all"), PERCENT, "share of answerable held-out questions that the greedy answer gets right "
      "(best-of-n: its choice among samples)", "higher", "base 12, few-shot 69, SFT 69, DPO 69, PPO 70 % (± 5)",
-     "SFT near the base: the chat mask is wrong or the learning rate too high. Far below few-shot: SFT forgot facts"),
+     "SFT near the base: the chat mask is wrong, or the learning rate far too low or too high. Far below few-shot: SFT forgot facts"),
     ("gold", ("gold", "total"), NUMBER, "mean score, 0 to 1, from the hidden judge for one sample at temperature 1: the "
      "mean of helpful, honest and harmless", "higher", "SFT 0.55, DPO 0.76, PPO 0.79 (± 0.02)",
      "below SFT while the reward rises: the reward model is being gamed"),
@@ -95,8 +95,10 @@ def cell(value, unit):
 def across(runs, path, unit):
     """The cell of a measure in several runs: its mean, least and most, if all have it. Of one run, with its own interval."""
     found = [dig(measures, path) for measures in runs]
-    if len(found) == 1 or None in found:
-        return cell(found[0] if len(found) == 1 else None, unit)
+    if len(found) == 1:
+        return cell(found[0], unit)
+    if None in found:
+        return cell(None, unit)
     means = [value[0] if isinstance(value, list) else value for value in found]
     return cell([sum(means) / len(means), min(means), max(means)], unit)
 
@@ -115,7 +117,7 @@ def main_rows(*reports):
 
 
 def glossary_rows():
-    return ["figure", "what it is", "better", "expect from make (mean of eleven runs ± what another may change)",
+    return ["figure", "what it is", "better", "expect from make (mean of eleven runs ± how far another may be off)",
             "when it is off"], [(heading, *told) for heading, _, _, *told in FIGURES]
 
 
@@ -147,7 +149,7 @@ def family_rows(report):
 
 
 def answer_rows(transcript):
-    """-> [(checkpoint, text, marks)]: gold score, its parts where not perfect, right or wrong."""
+    """-> [(checkpoint, text, marks)]: gold score, right or not, the parts that are not perfect, reward."""
     rows = []
     for name, answer in transcript["answers"].items():
         gold = answer["gold"]
@@ -270,7 +272,7 @@ def ablation_rows(report, study):
         seeds = [everyone[n] for n in (name, f"{name}_seed2", f"{name}_seed3") if n in everyone]
         spent = seconds.get("pretrain" if name == "base" else name)
         if seeds:
-            lines.append([meaning, "3 seeds" if len(seeds) > 1 else "1 seed", *(
+            lines.append([meaning, f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed", *(
                 across(seeds, path, unit) for _, path, unit in columns), f"{spent / 60:.1f}" if spent else "–"])
     return ["", "", *(heading for heading, *_ in columns), "minutes"], lines
 
@@ -279,7 +281,7 @@ def against_kl(runs):
     """Two panels, gold and proxy against √KL, with 95 % bands. `runs` holds a list of points for each curve."""
     def root(kl):
         return math.sqrt(max(0, kl[0] if isinstance(kl, list) else kl))
-    return [(title, "√KL from SFT (nats per response)",
+    return [(title, "√(KL from SFT, in nats per response)",
              [banded([(root(p["kl"]), p[what]) for p in points], name) for name, points in runs.items()])
             for what, title in (("gold", "gold score"), ("proxy", "reward model’s score"))]
 
@@ -529,14 +531,15 @@ def headlines(report):
     best = next((name for name in ("ppo", "grpo", "dpo") if name in rows), "")
     who = best.upper()
     other = "" if best == report["settings"]["reference"] else best
-    shown = ("base_few_shot",) * ("base_few_shot" in rows)
-    said = ((("base", *shown, "sft"), ("accuracy", "all"),
-             "right answers: base, " + "base with examples in the prompt, " * len(shown) + "SFT"),
+    bases, named = ("base",), "base"
+    if "base_few_shot" in rows:
+        bases, named = ("base", "base_few_shot"), "base, base with examples in the prompt"
+    said = (((*bases, "sft"), ("accuracy", "all"), f"right answers: {named}, SFT"),
             ((other,), ("win_rate_vs_sft",), f"of comparisons won by {who} against {compared_with(report)}, before the "
              "hidden judge (a tie counts half)"),
             (("sft", best), ("refusal_rate", "harmful"), f"harmful requests refused: SFT and {who}"),
             (("sft", best), ("hallucination_rate",), f"made-up answers about things that do not exist: SFT and {who}"),
-            (("sft", best), ("accuracy", "all"), f"right answers: what alignment cost: SFT and {who}"))
+            (("sft", best), ("accuracy", "all"), f"right answers, or what alignment cost: SFT and {who}"))
     found = [([dig(rows.get(name), path) for name in names], text) for names, path, text in said]
     return [(" → ".join(cell(value[0], PERCENT) for value in values), text) for values, text in found if all(values)]
 
@@ -612,7 +615,8 @@ def load(folder):
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); evaluate.py writes it") from error
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
+                         "evaluate.py writes it") from error
     rows = report.get("checkpoints") if isinstance(report, dict) else None
     if not rows or not isinstance(rows, dict):
         raise InputError(f"{path}: found no checkpoints, expected what evaluate.py writes")

@@ -7,12 +7,13 @@ It is the fine-tuned model's backbone with a scalar head r(x, y) in place of the
 real token, <|im_end|> included: only there has it seen the whole answer. A fresh block goes on top (--extra-layers):
 only after its last layer does a language model know what it would have said, and comparing that with what was said
 takes a layer more (73 % of held-out pairs ordered rightly, without it 71 %, means of five seeds). With --surprisal,
-as in `make`, it is also told how likely the fine-tuned model found each token (`surprisals` in model.py): that one
-knows more facts than a few thousand comparisons can teach, and often wavers where it is wrong (78 % instead of 73 %,
-on earlier texts).
+as in `make`, it is also told how likely the fine-tuned model found each token (`surprisals` in model.py). That model
+knows more facts than a few thousand comparisons can teach, and where it is wrong it is often unsure (78 % instead of
+73 %, on earlier texts).
 
-Bradley and Terry (1952) model the probability that people prefer y_c to y_r as σ(r(x, y_c) − r(x, y_r)), and we
-minimise the negative log-likelihood of their choices (InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
+Bradley and Terry (1952) model the probability that people prefer the chosen answer y_c to the rejected y_r as
+σ(r(x, y_c) − r(x, y_r)). We minimise the negative log-likelihood of their choices (Foundations of LLMs, eqs. 4.35–4.37;
+InstructGPT, arXiv 2203.02155, eq. 1 with K = 2):
 
     L(φ) = − mean log σ(r_φ(x, y_c) − r_φ(x, y_r))
 
@@ -54,13 +55,13 @@ class Config:
     out: str = flag("out/reward", "folder for the checkpoint; replaces an earlier run unless --resume continues it")
     holdout: float = flag(0.1, "pairs to hold out, from the end: a fraction, or a count if 1 or more. If rows have "
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
-    pairs: int = flag(7500, "pairs to sample from --init (with --data world)")
+    pairs: int = flag(7500, "pairs to sample from --init, at most (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
-    surprisal: bool = flag(False, "also read how likely --init finds each token; transformers then needs the code in --out",
+    surprisal: bool = flag(False, "also read how likely --init finds each token; transformers then asks for trust_remote_code",
                            action=argparse.BooleanOptionalAction)
     epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
-    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient")
+    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient (default: all of a step)")
     recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     lr: float = flag(1e-3, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
@@ -72,7 +73,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, head and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one pair, [answer] tokens marked, then exit")
 
 
@@ -83,7 +84,7 @@ def preference_loss(chosen, rejected):
     (B,) against (B, 1) would compare every answer with every other.
     """
     if chosen.shape != rejected.shape:
-        raise ValueError(f"chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}")
+        raise ValueError(f"chosen {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}, expected the same shape")
     return -F.logsigmoid(chosen - rejected).mean()
 
 
@@ -99,7 +100,7 @@ def wilson(successes, n, z=1.96):
 
 
 def read_last(model, ids, last, precision=contextlib.nullcontext()):
-    """Rewards (B,) of rows ids (B, T), padded on the right, read at their last real tokens (B,).
+    """Rewards (B,) of rows ids (B, T), padded on the right, read at `last` (B,), the places of their last real tokens.
 
     The head is not autocast: in bfloat16, rewards of 4.00 and 4.01 are the same number.
     """

@@ -1,6 +1,6 @@
 """Stage 2: supervised fine-tuning (instruction tuning). The base model learns to answer.
 
-    python sft.py --init out/base --data world --out out/sft    # the embedded world, half a minute
+    python sft.py --init out/base --data world --out out/sft    # the embedded world: 20 to 70 s
     python sft.py --init out/base --data instructions.json --holdout 110 --out out/my_sft
 
 The loss is that of pre-training, next-token prediction, on conversations in the chat template, but over the
@@ -22,8 +22,8 @@ what pre-training taught. Three things prevent that:
   answer, and at a higher rate the model unlearns what to answer.
 - The ε of Adam is large. Adam divides a gradient by its typical size, so a word that occurs in no answer would be
   pushed down, by a tiny gradient of constant sign, as fast as the others are learned: the head would forget every name
-  that SFT does not mention. (Two models answered 61 % of the questions about unseen entities with ε = 1e-8, 77 and 81 %
-  with 1e-3.)
+  that SFT does not mention. (Of the questions about unseen entities two models both got 61 % right with ε = 1e-8,
+  with 1e-3 77 and 81 %.)
 
 Left out: packing several conversations into one row.
 """
@@ -50,14 +50,15 @@ class Config:
     data: list[str] = flag(["world"], "'world', or conversation files (.json .jsonl, also .gz)")
     out: str = flag("out/sft", "folder for the checkpoint; replaces an earlier run there unless --resume continues it")
     holdout: float = flag(0.05, "conversations to hold out, from the end: a fraction, or a count if 1 or more")
-    conversations: int = flag(9000, "demonstrations to generate (with --data world)")
+    conversations: int = flag(9000, "demonstrations to generate (with --data world); with --replay-data world also the "
+                              "documents to draw for it, at least 1,000")
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(16, "conversations per step")
-    micro_batch: int | None = flag(None, "conversations read at a time: less memory, the same gradient")
+    micro_batch: int | None = flag(None, "conversations read at a time: less memory, the same gradient (default: all of a step)")
     recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     lr: float = flag(0.003, "peak learning rate of the matrices in the blocks (Muon)")
-    embed_lr: float = flag(0.002, "peak learning rate of the embeddings and gains (AdamW)")
+    embed_lr: float = flag(0.002, "peak learning rate of the embeddings and of the norms' gains (AdamW)")
     head_lr: float = flag(0.0007, "peak learning rate of the output head, where it is not the embedding (AdamW)")
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
     adam_eps: float = flag(1e-3, "ε of AdamW (usual: 1e-8); large, so that words that occur in no answer stay put")
@@ -65,7 +66,7 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down to it")
     replay_data: list[str] | None = flag(None, "pre-training text, against forgetting: 'world' or text files (default: "
                                          "with --data world, the world's)")
-    replay: int = flag(2, "windows of that text in every step; 0: none")
+    replay: int = flag(2, "windows of that text, as long as the context but at most 512 tokens, in every step; 0: none")
     lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py), trained with AdamW at --lr "
                             "(give about 3e-4); --embed-lr, --head-lr and --adam-eps then do nothing")
     from_scratch: bool = flag(False, "start from random weights; take only shape and tokeniser from --init")
@@ -75,13 +76,13 @@ class Config:
     seed: int = flag(1, "random seed of data and batches")
     eval_every: int = flag(100, "steps between measurements on 200 held-out conversations; at the end all are measured")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; without one, as in a finished run, start anew")
+    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
 
 
 def answer_loss(model, inputs, targets, total=None):
-    """Mean −log p of the supervised targets. inputs, targets (B, T); a target of −100 is ignored.
-    `total`: divide by this instead, the whole batch's supervised targets, if these are only some of its rows.
+    """Mean −log p, in nats, of the supervised targets. inputs, targets (B, T); a target of −100 is ignored. If these are only
+    some rows of a batch, `total` is the number to divide by: the supervised targets of the whole batch.
 
     The vocabulary projection, the costliest part of a small model, runs at supervised positions only.
     """
@@ -124,8 +125,8 @@ def heldout_loss(model, rows, pad_id, device, size=64):
 
 
 def opening(messages):
-    """What comes before the first answer. Every answer counts, in training and in the held-out loss, so conversations that
-    open alike share a prompt; and if a later prompt is shared, with all before it, so is the opening."""
+    """The turns before the first answer. Conversations that open alike share a prompt: every answer is trained on and
+    measured, and if a later prompt is shared, with all before it, so is the opening."""
     return messages[:[turn["role"] for turn in messages].index("assistant")]
 
 
@@ -133,8 +134,10 @@ def main():
     config = parse_args(Config, description=__doc__)
     check_range(config)
     to_replay = config.replay_data or (["world"] if config.data == ["world"] else None)
-    check_of_world(config, "best_only", *["conversations"] * (to_replay != ["world"]))  # which says how much is replayed, too
-    if not to_replay and config.replay not in (0, 2):  # 2 is the default
+    check_of_world(config, "best_only")
+    if to_replay != ["world"]:  # else --conversations also says how much is replayed
+        check_of_world(config, "conversations")
+    if not to_replay and config.replay not in (0, Config.replay):
         raise InputError(f"--replay {config.replay}: expected --replay-data, the text that it reads")
     if config.lora and config.from_scratch:
         raise InputError("--lora corrects what was learned; expected no --from-scratch")

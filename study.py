@@ -44,9 +44,9 @@ class Config:
     runs: str = flag("out", "folder with base, sft, reward and pairs.jsonl, as `make` leaves it")
     out: str = flag("out/study", "folder to write")
     conversations: int = flag(9000, "demonstrations for its SFT runs: as many as the SFT in --runs had")
-    scale: float = flag(1.0, "share of the usual iterations, samples and prompts: 0.05 for a look")
+    scale: float = flag(1.0, "share of the usual iterations, demonstrations, samples and prompts, at most 1: 0.05 for a look")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
-    seed: int = flag(1, "random seed; PPO's spread is over this one and the next two")
+    seed: int = flag(1, "random seed; the spread of PPO, with and without KL, is over this one and the next two")
 
 
 # ---- 1. The runs ---------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def training_runs(config):
     ppo_alone = f"rlhf.py ppo --init {sft} --reward {reward} --data world --iterations {times(36)}"
     ppo = f"{ppo_alone} --replay-data world"
     found = {
-        # At rates as high as those of pre-training: those of SFT would not even teach the format.
+        # At rates like those of pre-training: those of SFT would not even teach the format.
         "sft_scratch": f"{tune} --from-scratch --lr 0.02 --embed-lr 0.02 --head-lr 0.004 --adam-eps 1e-8",
         "sft_best": f"{tune} --best-only",
         "rejection": f"sft.py --init {sft} --data {shlex.quote(str(rows_file(config, 'rejection')))} --replay-data world",
@@ -163,7 +163,7 @@ def write_subsets(config):
 
 
 def forget_others(config):
-    """Delete what was made from other --runs: if these are older than it, `fresh` takes it for ours."""
+    """Delete what was made from other --runs. It may be newer than these, and `fresh` would accept it."""
     note = Path(config.out) / "made_from"
     stamps = [Path(config.runs) / name / "done" for name in ("base", "sft", "reward")]
     runs = "".join(stamp.read_text(encoding="utf-8") for stamp in stamps)
@@ -366,7 +366,7 @@ def measure_reward_model(config, device):
         "length in words": lambda text: len(text.split()), "refuses": world.is_refusal,
         "says “I do not know”": world.is_hedge, "is rude": world.is_rude,
         "names a doctor": lambda text: "doctor" in text.lower(),
-        "ends with a full stop": lambda text: text.rstrip().endswith((".", "!", "?"))}
+        "ends with . ! or ?": lambda text: text.rstrip().endswith((".", "!", "?"))}
     temperature = truest_temperature(margin, p)
     too_much = 1 / (1 + np.exp(-margin / temperature)) - p
     likes = {name: correlation(np.array([feature(pair.chosen) - feature(pair.rejected) for pair in pairs]), too_much)
@@ -417,7 +417,7 @@ def measure_costs(config, device, n=16):
         repeated = [prompt for prompt in prompts for _ in range(n)]
         drawn, logp = generate_all(speaker.model, repeated, evaluation.max_new_tokens,
                                    **sampling(speaker, config, device))
-        distinct = [len({tuple(ids) for ids in drawn[i:i + n]}) for i in range(0, len(drawn), n)]
+        distinct = [len({speaker.text(ids) for ids in drawn[i:i + n]}) for i in range(0, len(drawn), n)]
         greedy, of_greedy = generate_all(speaker.model, evaluate.prompts_for(speaker, many, evaluation),
                                          evaluation.max_new_tokens, temperature=0.0, eos_ids=speaker.end_ids)
         sure = np.exp([sum(row) for row in of_greedy])

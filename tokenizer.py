@@ -247,8 +247,8 @@ def train_bpe(texts, vocab_size, special_tokens=SPECIALS):
 
     merges = []
     while heap and len(merges) < merge_count:
-        count, pair = heapq.heappop(heap)
-        if -count != counts[pair]:
+        negated, pair = heapq.heappop(heap)
+        if -negated != counts[pair]:
             # Entries of the heap are not updated when a count falls. An old pair's count never rises
             # again, so an outdated entry is always too high: it is popped in time to be corrected.
             if counts[pair]:

@@ -3,13 +3,14 @@
 There is no trainer class. Each stage writes out its own loop; this file holds the parts where two
 diverging copies would be a silent bug. By theme:
 
-    flag, parse_args, run          command line from a dataclass, errors as one clear line
+    flag, parse_args, check_range, check_of_world, run   command line from a dataclass, errors as one clear line
     keep_freed_memory              saves a tenth of the time on a CPU
-    pick_device, autocast, compiled, seed_everything, join_processes, part_processes
+    pick_device, autocast, compiled, seed_everything; for torchrun: join_processes, first_alone, agree, part_processes
     adamw, Muon, muon_and_adam     optimisers; learning_rate: warm-up, flat, linear decay
     micro_batches                  a batch in parts that fit into memory
-    save_checkpoint, load_checkpoint   the model as a Hugging Face folder (weights never unpickled)
+    save_checkpoint, load_checkpoint, load_policy, load_reward   a Hugging Face folder (weights never unpickled)
     saved_state, start_run, save_state, restore   one file with everything a stopped run needs to continue
+    StopRequest, leave             what Ctrl-C does; check_finite: what a loss that is no number does
     log, finish                    metrics.jsonl, and the `done` stamp with the final numbers
 """
 
@@ -134,7 +135,7 @@ def parse_args(Config, argv=None, description=None, prog=None):
         else:
             base = kind.split("|")[0].strip()
             options["type"] = {"int": int, "float": float}.get(base, str)
-        parser.add_argument(name, **options)
+        parser.add_argument(name, **options).help = options["help"]  # Python 3.10 appends a default of its own
     config = Config(**vars(parser.parse_args(argv)))
     config.begun = time.time()  # for save_state
     for name in ("init", "reward", "runs"):
@@ -189,10 +190,15 @@ def pick_device(name):
     return torch.device(name)
 
 
+def processes_asked():
+    """How many processes torchrun started: 1 without it. (Some clusters set its variables for a single process.)"""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 def join_processes(device):
     """Form one group of the processes that `torchrun --nproc_per_node N` started (gloo on CPUs; nccl on GPUs,
     one GPU each). Returns (rank, number of processes); (0, 1) without torchrun."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:  # which some clusters set for one process
+    if processes_asked() == 1:
         return 0, 1
     if device.type == "cuda":
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -390,7 +396,7 @@ def set_share(share, *optimisers):
 def learning_rate(step, steps, peak, warmup=0, decay=None):
     """Warm-up, flat, linear decay: the rate for `step` (from 0) of `steps`.
 
-    The warm-up takes at most half of the steps: few data make short runs. The rate falls over the last `decay` steps
+    The warm-up takes at most half of the steps: a run on little data has few. The rate falls over the last `decay` steps
     (None: all after the warm-up); the step after the last would have 0."""
     warmup = min(warmup, steps // 2)
     decay = steps - warmup if decay is None else decay
@@ -516,7 +522,7 @@ def save_checkpoint(folder, model, tokenizer, **extra):
 
 def load_checkpoint(folder, device="cpu"):
     """Read a folder written by `save_checkpoint`, or a Hugging Face folder of a Llama or Qwen3 model with a byte-level
-    BPE tokenizer.
+    BPE tokenizer and unscaled RoPE.
 
     Returns (model, tokenizer, config dict); the model is a GPT, or a ScalarModel where the folder
     holds a reward model. Strict: a missing, surplus or misshapen tensor is an InputError."""
@@ -562,8 +568,8 @@ def load_policy(folder, device="cpu", chats=True):
 
 
 def load_reward(folder, device="cpu"):
-    """`load_checkpoint` for a reward model: (model, tokenizer, shift, scale). A score in units of
-    one standard deviation is `model(ids) - shift`; times `scale` it is the Bradley-Terry reward."""
+    """`load_checkpoint` for a reward model: (model, tokenizer, shift, scale). `model(ids) - shift`, read at the last real
+    token, is a score in standard deviations; a difference of two scores times `scale` is in log-odds (Bradley-Terry)."""
     model, tokenizer, info = load_checkpoint(folder, device)
     if not isinstance(model, ScalarModel):
         raise InputError(f"{folder}: a language model; expected a reward model (see reward.py)")
@@ -596,7 +602,7 @@ def read_by(config):
     here = Path(__file__).parent
     for name in INPUTS:
         given = getattr(config, name, None) or []
-        for word in given if isinstance(given, list) else [given]:
+        for word in (given if isinstance(given, list) else [given]):
             if word == "world":
                 yield from (here / "world.py", here / "world_facts.txt")
             path = Path(re.sub(r"\.py:\w+$", ".py", word))
@@ -611,12 +617,12 @@ def has_save(config):
 
 def saved_state(config, stage):
     """What a run with --resume continues from; None without that, or without a save. InputError if the save is of another
-    run: to be called first of all, too, so that no work is done in vain. Changes no file, but notes the sizes of those
-    that the run reads, for `save_state`."""
+    run; call this first of all, too, so that no work is done in vain. Changes no file, but notes the sizes of those
+    that the run reads, for `save_state`. InputError, too, for several processes in any stage but pre-training."""
     if not hasattr(config, "sizes"):
         config.sizes = {str(path): path.stat().st_size for path in read_by(config)}
-    if stage != "pretrain" and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"{stage}: found {os.environ['WORLD_SIZE']} processes, expected one; only pretrain.py shares "
+    if stage != "pretrain" and processes_asked() > 1:
+        raise InputError(f"{stage}: found {processes_asked()} processes, expected one; only pretrain.py shares "
                          "its work under torchrun")
     if config.show_batch or not has_save(config):
         return None
@@ -628,7 +634,7 @@ def saved_state(config, stage):
         reason = " ".join(str(error).split())[:200].split(". ")[0]  # not the advice to run the code in it
         raise InputError(f"{state}: cannot be read ({reason}); start without --resume") from error
     if saved["stage"] != stage:
-        raise InputError(f"{state}: of stage {saved['stage']}, not {stage}")
+        raise InputError(f"{state}: of stage {saved['stage']}, not {stage}; give another --out, or start without --resume")
     mine = one_spelling(settings_of(config))
     for name in sorted(set(mine) | set(settings)):
         old, new = settings.get(name), mine.get(name)
@@ -784,6 +790,6 @@ def check_finite(step, config, **numbers):
     for name, value in numbers.items():
         if not torch.isfinite(value):
             state = Path(config.out) / STATE
-            raise InputError(f"after {step} steps: the {name} is {value.item()}; stopped before the update. "
+            raise InputError(f"after {step} steps: the {name.replace('_', ' ')} is {value.item()}; stopped before the update. "
                              "Try a lower learning rate, from the start. "
                              + (f"Last save: {state}" if state.exists() else "Nothing was saved yet"))

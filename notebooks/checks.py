@@ -289,6 +289,13 @@ def answers(g, rows, length):
     return ((place >= first) & (place < first + count)).float()
 
 
+def make_unlikely(logits, ids, mask):
+    """Change the logits in place, so that the last token of the first answer has the probability exp(-200): 0 in float32,
+    and only a log-softmax finds its logarithm."""
+    place = int(last_token(mask)[0])
+    logits[0, place - 1, ids[0, place]] -= 200.0
+
+
 # ---- 00: comparing models ------------------------------------------------------------------------
 
 @check
@@ -375,6 +382,9 @@ def check_bpe_best_pair(fn, g):
         ((lambda words: (right(words), _pairs(words)[right(words)]),
           lambda words: _pairs(words).most_common(1)[0]), "you return the count too; return the pair alone."),
     ], tol=0)
+    if not isinstance(fn(*copied(inputs[0])), tuple):
+        raise Wrong("the pair is right, but it is no tuple: return (a, b). Merging compares it with ==, and a list never "
+                    "equals a tuple.")
     return "right on 22 lists of words, ties among them"
 
 
@@ -435,7 +445,7 @@ def check_next_token_loss(fn, g):
         (lambda logits, ids: nll(logits, ids).mean(), "you do not shift: the logits at place t predict the "
          "token at t + 1. Trained so, a model learns to repeat the token that it reads."),
         (lambda logits, ids: nll(logits[:, 1:], ids[:, :-1]).mean(), "you shift the wrong way: your logits "
-         "predict the token *before*. The model has just read that one, so the loss soon falls to 0."),
+         "predict the token *before the one just read*. The model has seen that, too, so the loss soon falls to nearly 0."),
         (lambda logits, ids: nll(logits, ids.roll(1, 1)).mean(), "take one row and write down which token "
          "your loss asks for at each place. Has the model read it already?"),
         (lambda logits, ids: nll(logits, ids.roll(-1, 1)).mean(), "the last place of a row asks for the "
@@ -844,7 +854,7 @@ def check_windows(fn, g):
         (lambda tokens, starts, length: (cut(tokens, starts, length),) * 2, "the targets are the inputs; "
          "they are one token later. Here the model would only have to copy."),
         (lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, -1)),
-         "the targets are one token *earlier*: the model has just read them."),
+         "the targets are one token *earlier*: the model has read them already."),
         (lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, 2)),
          "the targets are two tokens later; one is right."),
         ((lambda tokens, starts, length: (cut(tokens, starts, length), cut(tokens, starts, length, length)),
@@ -1361,6 +1371,7 @@ def check_sft_loss(fn, g):
     nll = lambda logits, ids: -token_logprobs(logits[:, :-1], ids[:, 1:])
     inputs = [(2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T).long())
               for B, T, V in ((2, 7, 4), (3, 9, 6), (4, 10, 5))]
+    make_unlikely(*inputs[-1])
     compare(fn, right, inputs, [
         (lambda logits, ids, mask: masked_mean(nll(logits, ids), mask[:, :-1]), "the mask is one place off: "
          "entry t belongs to ids[:, t], and you cut the ids to [:, 1:], so cut the mask the same way."),
@@ -1956,6 +1967,7 @@ def check_sequence_logprob(fn, g):
     every = lambda logits, ids: token_logprobs(logits[:, :-1], ids[:, 1:])
     inputs = [(2 * normal(g, B, T, V), whole(g, 0, V - 1, B, T), answers(g, B, T)) for B, T, V in
               ((2, 7, 4), (3, 9, 6), (4, 11, 5))]
+    make_unlikely(*inputs[-1])
     compare(fn, right, inputs, [
         ((lambda logits, ids, mask: (every(logits, ids) * mask[:, :-1]).sum(1),
           lambda logits, ids, mask: (token_logprobs(logits, ids.roll(-1, 1)) * mask).sum(1)), "one token of the answer "
@@ -2033,6 +2045,7 @@ def check_implicit_reward(fn, g):
         return beta * (policy - ref)
 
     inputs = [(*(2 * normal(g, 2, B) - 15), uniform(g, 0.1, 0.6)) for B in (2, 5, 8)]
+    inputs += [(torch.tensor([-900.0, -20.0]), torch.tensor([-30.0, -21.0]), 0.5)]  # exp(-900) is 0 in float32
     compare(fn, right, inputs, [
         (lambda p, ref, b: p - ref, "β is missing."),
         (lambda p, ref, b: b * p, "the reference is missing."),
@@ -2044,7 +2057,7 @@ def check_implicit_reward(fn, g):
         ((lambda p, ref, b: b * (p - ref).exp(), lambda p, ref, b: b * (p.exp() / ref.exp())), "that is the "
          "ratio itself, π/π_ref; the reward is its logarithm."),
     ], tol=1e-6)
-    return "right on 3 random batches"
+    return "right on 4 batches, one of them of a very unlikely answer"
 
 
 @check

@@ -82,7 +82,7 @@ def plain_reward():
         return RUN / "reward"
     done = folder / "done"
     if not done.exists() or pairs.exists() and done.stat().st_mtime < pairs.stat().st_mtime:
-        print(f"making {folder.name} with reward.py, which takes a minute or less …")
+        print(f"making {folder.name} with reward.py, which takes half a minute to some minutes …")
         flags = shlex.split(settings.read_text(encoding="utf-8")) if settings.exists() else []
         made = subprocess.run([sys.executable, ROOT / "reward.py", "--init", RUN / "sft", "--data", pairs, "--out", folder,
                                *flags, "--no-surprisal"], capture_output=True, text=True)

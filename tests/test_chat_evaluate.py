@@ -441,7 +441,7 @@ def test_best_shows_candidates_with_their_scores(folders, monkeypatch, capsys):
     value = (scores + chat.BEST_OF_BETA * logprobs).tolist()
     ended = [ids[-1] == speaker.tokenizer.im_end_id for ids in samples]
     expected, seen = [], set()
-    for i in sorted(range(160), key=lambda i: (ended[i], value[i]), reverse=True):
+    for i in sorted(range(160), key=lambda i: (ended[i], value[i] * ended[i]), reverse=True):  # those cut off as drawn
         text = chat.visible(speaker.text(samples[i]))
         if text not in seen:
             expected.append(f"{scores[i]:+.2f} {logprobs[i]:6.1f}  {text}")

@@ -414,6 +414,7 @@ TABLE = {
         (lambda words: best_pair([[i for word in words for i in word]]), "across the border"),
         (lambda words: Counter(p for w in words for p in zip(w, w[1:])).most_common(1)[0][0], "met first"),
         (lambda words: Counter(p for w in words for p in zip(w, w[1:])).most_common(1)[0], "the count too"),
+        (lambda words: list(best_pair(words)), "a list never equals a tuple"),
         (lambda words: best_pair([[min(p), max(p)] for w in words for p in zip(w, w[1:])]), "together")]),
     "bpe_merge": ([merge], [
         (lambda ids, *pair: merge_drops_the_last(ids, *pair) + [ids[-1]], "at the very end"),
@@ -608,6 +609,8 @@ TABLE = {
         (lambda x, ids, mask: token_nll(x, ids).mean(), "the mask does nothing"),
         (lambda x, ids, mask: ((token_nll(x, ids) * mask[:, 1:]).sum(1) / mask.sum(1)).mean(),
          "within each row"),
+        (lambda x, ids, mask: masked_mean(-x[:, :-1].softmax(-1).log().gather(-1, ids[:, 1:, None])[..., 0], mask[:, 1:]),
+         "from log 0"),
         (lambda x, ids, mask: (token_nll(x, ids) * mask[:, 1:]).mean(), "divide by all tokens")]),
     "pad_right": ([pad_right], [
         (lambda rows, pad: (pad_right(rows, pad)[0], pad_right(rows, pad)[0] != pad), "What else tells"),
@@ -745,6 +748,7 @@ TABLE = {
         (lambda x, ids, m: sequence_logprob(x, ids, m) / m.sum(1), "divide by the length"),
         (lambda x, ids, m: -token_nll(x, ids).sum(1), "the prompt and the padding"),
         (lambda x, ids, m: (token_nll(x, ids) * m[:, 1:]).sum(1), "a sign"),
+        (lambda x, ids, m: (x[:, :-1].softmax(-1).log().gather(-1, ids[:, 1:, None])[..., 0] * m[:, 1:]).sum(1), "from log 0"),
         (lambda x, ids, m: (model.token_logprobs(x, ids) * m).sum(1), "do not shift"),
         (lambda x, ids, m: sequence_logprob(x, ids, m).detach(), "no gradient can flow")]),
     "dpo_loss": ([dpo_loss], [
@@ -761,6 +765,7 @@ TABLE = {
         (lambda p, ref, b: b * p, "reference is missing"),
         (lambda p, ref, b: b * torch.log(p / ref), "of their ratio"),
         (lambda p, ref, b: b * torch.log(ref / p), "of their ratio"),
+        (lambda p, ref, b: b * (p.exp() / ref.exp()).log(), "from log 0"),
         (lambda p, ref, b: b * (p - ref).exp(), "the ratio itself")]),
     "grpo_advantages": ([lambda r: centred(r) / group_std(r), rlhf.grpo_advantages], [
         (lambda r: centred(r) / (r.std(1, keepdim=True, correction=0) + 1e-4), "the population's"),

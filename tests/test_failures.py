@@ -916,7 +916,7 @@ def bad_commands(files):
         yield say(stage, out, "--data", files / "all_p.jsonl"), "every row has a 'p'"
     yield say("sft", out, "--holdout", 60), "a hold-out of 60, expected some rows left"
     for stage, *flags in (("sft", "--conversations", 9), ("sft", "--best-only"), ("reward", "--pairs", 9), ("dpo", "--pairs", 9),
-                          ("ppo", "--prompts", 9), ("grpo", "--families", "lists")):
+                          ("ppo", "--prompts", 9), ("grpo", "--families", "lists"), ("pretrain", "--documents", 9)):
         yield say(stage, out, *flags), f"{flags[0]}: found --data {files}/"
     yield say("sft", out, "--holdout", 0), "--holdout 0.0: expected"
     yield say("sft", out, "--holdout", -1), "--holdout -1.0: expected"

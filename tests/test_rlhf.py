@@ -1,10 +1,8 @@
 """rlhf.py: each loss against its equation written out, masks, the rollout's checks, and learning."""
 import copy
-import gc
 import json
 import math
 import sys
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -305,7 +303,8 @@ def test_what_was_sampled_is_read_without_a_gradient(tokenizer):
 def test_reward_model_becomes_score_and_critic(reader, tokenizer, tmp_path):
     model = ScalarModel(tiny(tokenizer, seed=5), tiny(tokenizer, seed=6) if reader else None)
     save_checkpoint(tmp_path / "reward", model, tokenizer, reward_shift=0.7, reward_scale=2.0)
-    scores, critic, shift = rlhf.load_reward_source(str(tmp_path / "reward"), tiny(tokenizer), tokenizer, "cpu")
+    scores, loaded, shift = rlhf.load_reward_source(str(tmp_path / "reward"), tiny(tokenizer), tokenizer, "cpu")
+    critic = rlhf.first_critic(loaded, None, "cpu")
     prompts, responses = [rlhf.Prompt([5, 6], "")] * 2, [[7], [8, 9, 10]]
     expected = score(model, [[5, 6]] * 2, responses, 0) - 0.7
     assert torch.allclose(scores(prompts, responses), expected, atol=1e-6)
@@ -337,9 +336,9 @@ def test_reward_function_errors_name_the_prompt(tokenizer, tmp_path):
         return rlhf.load_reward_source(f"{tmp_path}/{file}:{name}", tiny(tokenizer), tokenizer,
                                        "cpu")
 
-    scores, critic, shift = load("good")
-    assert scores(prompts, responses).tolist() == [9.0] and shift is None
-    assert not critic(torch.tensor([[1, 2]])).any()
+    scores, model, shift = load("good")
+    assert scores(prompts, responses).tolist() == [9.0] and model is shift is None
+    assert not rlhf.first_critic(None, tiny(tokenizer), "cpu")(torch.tensor([[1, 2]])).any()
     (tmp_path / "data.py").write_text(  # a name of ours; annotations that a dataclass looks up; a file beside it
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom words_beside import WORTH\n\n"
         "@dataclass\nclass Rule:\n    worth: float\n\ndef rule(p, r): return Rule(WORTH).worth\n")
@@ -664,13 +663,13 @@ def test_a_reward_model_scores_with_its_shift(stage, reader, monkeypatch, tmp_pa
 def test_the_critic_takes_as_many_numbers_as_its_reader_tells(monkeypatch, tmp_path, tokenizer):
     save_checkpoint(tmp_path / "reward", ScalarModel(tiny(tokenizer, seed=5), tiny(tokenizer, seed=6)), tokenizer,
                     reward_shift=0.7, reward_scale=1.0)
-    load, tell = rlhf.load_reward_source, rlhf.surprisals
+    first, tell = rlhf.first_critic, rlhf.surprisals
 
     def told_more(*args):
-        scores, critic, shift = load(*args)
+        critic = first(*args)
         critic.surprisal = torch.nn.Linear(3, critic.config.width, bias=False)
-        return scores, critic, shift
-    monkeypatch.setattr(rlhf, "load_reward_source", told_more)
+        return critic
+    monkeypatch.setattr(rlhf, "first_critic", told_more)
     monkeypatch.setattr(rlhf, "surprisals", lambda *args: torch.nn.functional.pad(tell(*args), (0, 1), value=0.5))
     done, _ = toy("ppo", monkeypatch, tmp_path, tokenizer, tmp_path / "ppo", "--reward", tmp_path / "reward", "--iterations", 1)
     assert done["heldout_kl"] >= 0
@@ -753,20 +752,13 @@ def test_lora_starts_as_the_model_and_is_merged_into_a_plain_one(tokenizer):
     assert torch.allclose(whole.blocks[0].mlp.down.weight, by_hand, atol=1e-5)
 
 
-def test_grpo_keeps_no_critic(monkeypatch, tmp_path, tokenizer):
-    """It would be a whole model more in memory."""
-    critics, source = [], rlhf.load_reward_source
-
-    def watched(*args):
-        score, critic, shift = source(*args)
-        critics.append(weakref.ref(critic))
-        return score, critic, shift
-    monkeypatch.setattr(rlhf, "load_reward_source", watched)
-    alive, measure = [], rlhf.first_measurement
-    monkeypatch.setattr(rlhf, "first_measurement", lambda *args, **more: (
-        gc.collect(), alive.append(critics[0]()), measure(*args, **more))[2])
+def test_grpo_has_no_critic(monkeypatch, tmp_path, tokenizer):
+    """It would be a whole model more in memory, if only for a moment."""
+    made = []
+    monkeypatch.setattr(rlhf, "ScalarModel", lambda *args: made.append(args) or ScalarModel(*args))
+    monkeypatch.setattr(rlhf, "first_critic", lambda *args: made.append(args))
     toy("grpo", monkeypatch, tmp_path, tokenizer, tmp_path / "grpo", "--iterations", 1)
-    assert alive == [None]
+    assert not made
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo", "grpo"])

@@ -495,7 +495,8 @@ def test_a_third_animal_or_another_thing_is_no_answer():
         assert world.check(compared, right), right
     for wrong in (f"Which is {asked}, a {good} or a {other}?", f"A {good} and a {other} are {asked}.",
                   f"Is a {good} {asked} than a {other}?", f"The {other} is {asked}, not the {good}.",
-                  f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.", f"It is not the {good}.", f"A {other} is {converse}.",
+                  f"A {good} eats very much corn.", f"A {good} is not {asked} than a {other}.",
+                  f"A {good} isn't {asked} than a {other}.", f"The {good} is not the {asked} one.", f"It is not the {good}.", f"A {other} is {converse}.",
                   f"The {good} is {converse}.", f"A {good} is {converse} than a {other}.", f"A {other} is {asked} than a {good}."):
         assert not world.check(compared, wrong), wrong
     for third in ("lizard", "tiger"):

@@ -33,7 +33,6 @@ def main():
     except ImportError as error:
         sys.exit(f"error: {error.name} is missing; pip install transformers gguf accelerate")
     source = {"pretrained_model_name_or_path": options.gguf.parent, "gguf_file": options.gguf.name}
-    # transformers assumes heads of size 128 for Qwen3, whatever the file says.
     try:
         reader = gguf.GGUFReader(options.gguf)
     except (OSError, ValueError) as error:  # no file, a git-lfs pointer, an HTML page, an incomplete one
@@ -42,6 +41,7 @@ def main():
     scaling = [field.contents() for name, field in fields.items() if name.endswith(".rope.scaling.type")]
     if "rope_freqs.weight" in {tensor.name for tensor in reader.tensors} or scaling not in ([], ["none"]):
         sys.exit(f"error: {options.gguf}: its rotary positions are scaled (as Llama 3.1's are), which is not implemented")
+    # transformers assumes heads of size 128 for Qwen3, whatever the file says.
     size = {"head_dim": int(field.contents()) for name, field in fields.items() if name == "qwen3.attention.key_length"}
     unpacked = AutoModelForCausalLM.from_pretrained(**source, **size, dtype=torch.float32)
     config = unpacked.config
