@@ -501,6 +501,20 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
     assert again == ["evaluate.py", *study.MEASURES]
 
 
+def test_distinct_answers_are_texts_not_tokens(monkeypatch):
+    letters, task = {1: "a", 2: "b", 3: "ab", 9: ""}, world.COURSE_PROMPTS[0]
+    speaker = SimpleNamespace(model=None, end_ids=(9,), text=lambda ids: "".join(map(letters.get, ids)))
+    for name, value in {"measuring": None, "tasks_of_each_family": [task], "checkpoint": None, "open_speaker": speaker,
+                        "sampling": {}}.items():
+        monkeypatch.setattr(study, name, lambda *args, value=value, **more: value)
+    monkeypatch.setattr(study, "measuring", lambda config: SimpleNamespace(max_new_tokens=8))
+    monkeypatch.setattr(study.evaluate, "prompts_for", lambda speaker, tasks, config: [[1]] * len(tasks))
+    answers = [[1, 2, 9], [3, 9], [1, 9], [3]]
+    monkeypatch.setattr(study, "generate_all", lambda model, prompts, *args, **more: (
+        [answers[i % 4] for i in range(len(prompts))], [[-1.0] * len(answers[i % 4]) for i in range(len(prompts))]))
+    assert study.measure_costs(None, "cpu", n=4)["policies"]["sft"]["distinct"][0] == 2
+
+
 def test_another_scale_or_seed_has_files_of_its_own(tmp_path):
     configs = [study.Config(out=str(tmp_path), scale=scale, seed=seed) for scale in (1, 0.05) for seed in (1, 2)]
     assert len({study.rows_file(config, "rejection") for config in configs}) == 4
