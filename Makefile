@@ -1,7 +1,7 @@
 # From raw text to an aligned model. `make` runs every stage that is missing or out of date.
 #
 #   make          the whole pipeline on the embedded data, then out/report/report.html
-#   make quick    the same with tiny budgets, to see every stage move
+#   make quick    the same with tiny budgets, to see every stage run
 #   make long     a larger model and budget, into out/long
 #   make long GOAL=grpo   another target with the settings of long, or of quick; only these two heed GOAL
 #   make real DATA=FOLDER   the same scripts on real files, into out/real

@@ -45,7 +45,7 @@ from tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer, render_chat, same_
 from training import (InputError, check_jsonl, check_range, flag, load_checkpoint, load_reward, parse_args,
                       pick_device, run, writing)
 
-HELP = """/compare [QUESTION]  put this question (or the last one) to this model and those beside it, without the conversation
+HELP = """/compare [QUESTION]  put this question (or the last one) to all models, without the conversation
 /best N [QUESTION]   draw N answers to it, without the conversation; the best first: reward, log-prob, answer
 /reset               forget the conversation
 /seed N              restart the sampling from seed N
@@ -68,8 +68,8 @@ class Config:
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the answer's log-prob (nats) in that choice; 0: reward alone")
     reward: str | None = flag(None, "the reward model of --best-of and /best (default: for /best, `reward` beside the "
                               "model)")
-    label: str | None = flag(None, "ask whose answer is better, the first or the last model's (of one model: two of its own); "
-                             "append the pair to this .jsonl file")
+    label: str | None = flag(None, "ask whose answer is better, the first or the last model's (of one: two of its own); append "
+                             "the pair to this .jsonl file")
     temperature: float = flag(0.7, "1 samples from the model itself, lower is less random, 0 is greedy")
     top_k: int | None = flag(None, "sample from the k likeliest tokens only (default: all)")
     top_p: float | None = flag(None, "sample from the likeliest tokens that together have this share (default: all)")

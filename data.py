@@ -345,7 +345,8 @@ def split_holdout(rows, holdout):
             return [*before, book[:-end]], [book[-end:]]
     count = max(1, round(len(rows) * holdout)) if holdout < 1 else int(holdout)
     if count >= len(rows):
-        raise InputError(f"found {len(rows)} rows and a hold-out of {count}, expected some rows left to train on; give a smaller --holdout")
+        raise InputError(f"found {len(rows)} rows and a hold-out of {count}, expected some rows left to train on; "
+                         "give more rows or a smaller --holdout")
     return rows[:-count], rows[-count:]
 
 

@@ -6,7 +6,7 @@ writes report.json, report.md and report.html to out/report. Every checkpoint an
 with one sample at temperature 1. Right answers are counted in both; all else is measured on the sample. A base model, to save
 time, answers only greedily, in the plain format of chat.py, zero-shot and, in a row of its own, few-shot. Best-of-n is a
 row too: the choice by reward and log-prob (chat.py) among n samples of the reference (the checkpoint called `sft`), drawn
-for part of the prompts. They also tell which questions the reference can answer: only there is "I do not know" needless.
+for part of the prompts. These also tell which questions the reference can answer: only there is "I do not know" needless.
 
 Means are taken over equally many prompts of each family, KL over the prompts of best-of-n, and a rate about one kind of
 prompt over all of that kind; rates of few prompts are left out. Rates have Wilson's interval, means a bootstrap over
@@ -43,13 +43,14 @@ ENOUGH = 160  # prompts for a rate about one kind of prompt, however small --per
 class Config:
     checkpoints: list[str] = field(metadata={
         "positional": True, "help": "folders of language models; a folder's name names its row"})
-    reward: str | None = flag(None, "folder of the reward model, for its scores (the proxy of the hidden judge) and best-of-n")
+    reward: str | None = flag(None, "folder of the reward model, for its scores (the proxy of the judge) and best-of-n")
     data: list[str] | None = flag(None, "preference files; the reward model is measured on their rows with a p (default: "
                                    "the report repeats what reward.py measured at its end)")
     out: str = flag("out/report", "folder for report.json, report.md and report.html")
     reference: str = flag("sft", "name of the checkpoint that win rate and KL compare with")
     few_shot: int = flag(2, "solved examples in the few-shot row of a base model, or as many as fit; 0: no such row")
-    best_of: int = flag(16, "samples per prompt of the best-of-n row; 1: no such row, and no rate of needless \"I do not know\"")
+    best_of: int = flag(16, "samples per prompt of the best-of-n row; 1: no such row, and no rate of needless "
+                        "\"I do not know\"")
     best_of_beta: float = flag(BEST_OF_BETA, "weight of the log-prob in that choice, see chat.py; 0: reward alone")
     best_of_per_family: int = flag(16, "prompts of each family for best-of-n, KL and needless \"I do not know\"; at most "
                                      "--per-family")

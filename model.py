@@ -262,7 +262,7 @@ class ScalarModel(nn.Module):
     the logits.
 
     The reward model reads it at the last real token, the PPO critic everywhere. With a `reader`, a GPT that stays as
-    it is, it is also told how likely that found each token (`surprisals`).
+    it is, it is also told how likely the reader found each token (`surprisals`).
     """
 
     def __init__(self, gpt, reader=None):
@@ -554,7 +554,8 @@ def config_from_hf(values):
                    **dict.fromkeys(("rope_parameters", "layer_types"), [[]])}
     for name, allowed in implemented.items():
         if found.get(name) not in allowed:
-            raise ValueError(f"config.json: {name} {found.get(name)!r} is not implemented; expected {' or '.join(map(repr, allowed))}")
+            wanted = " or ".join("none" if value == [] else repr(value) for value in allowed)
+            raise ValueError(f"config.json: {name} {found.get(name)!r} is not implemented; expected {wanted}")
     qk_norm = values["model_type"] == "qwen3"
     try:
         return GPTConfig(

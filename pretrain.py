@@ -35,9 +35,9 @@ import world
 from model import GPT, GPTConfig
 from tokenizer import train_bpe
 from training import (LOGITS, InputError, StopRequest, agree, autocast, check_finite, check_of_world, check_range,
-                      compiled, finish, first_alone, flag, join_processes, learning_rate, leave, load_policy, log, micro_batches,
-                      muon_and_adam, parse_args, part_processes, pick_device, progress, restore, run, save_checkpoint,
-                      save_state, saved_state, seed_everything, set_share, start_run)
+                      compiled, finish, first_alone, flag, join_processes, learning_rate, leave, load_policy, log,
+                      micro_batches, muon_and_adam, parse_args, part_processes, pick_device, progress, restore, run,
+                      save_checkpoint, save_state, saved_state, seed_everything, set_share, start_run)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Config:
     # the run
     steps: int = flag(3200, "optimiser steps")
     batch_size: int = flag(8, "windows per step, over all processes together")
-    micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient (default: all of a step)")
+    micro_batch: int | None = flag(None, "windows read at a time: less memory, the same gradient (default: all)")
     recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     compile: bool = flag(False, "torch.compile forward and loss: a minute first, then faster steps, above all on a GPU")
     lr: float = flag(0.02, "peak learning rate of the matrices in the blocks (Muon)")
@@ -83,7 +83,7 @@ class Config:
     seed: int = flag(1, "random seed of data, weights and batches")
     eval_every: int = flag(400, "steps between measurements on 32 held-out windows; at the end all are measured")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one decoded training window, then exit")
 
 
@@ -102,7 +102,8 @@ def check_fits(config, found):
     """InputError if a flag of the shape was changed beside --init, which has its own, or for windows too long."""
     for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "ffn_width", "qk_norm", "tied"):
         if getattr(config, name) != getattr(Config, name):
-            raise InputError(f"--{name.replace('_', '-')}: found with --init, which brings its own shape and tokeniser; leave it out")
+            raise InputError(f"--{name.replace('_', '-')}: found with --init, which brings its own shape and tokeniser; "
+                             "leave it out")
     if config.context_length > found.context_length:
         raise InputError(f"--context-length {config.context_length}: expected at most the {found.context_length} of "
                          f"{config.init}")
@@ -159,7 +160,7 @@ def main():
 
     # 1. Data: documents, tokeniser, one long row of tokens.
     if config.stream:
-        train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)  # the first ones only
+        train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)  # the first ones
     else:
         if config.data == ["world"]:
             documents = world.documents(config.documents, seed=config.seed)
@@ -167,7 +168,7 @@ def main():
             documents = data.load_texts(config.data)
         train_documents, heldout_documents = data.split_holdout(documents, config.holdout)
     tokenizer = tokenizer or train_bpe(train_documents[:8000], config.vocab_size)
-    if config.stream and not config.show_batch:  # which writes nothing
+    if config.stream and not config.show_batch:  # (--show-batch writes nothing)
         with first_alone(rank, processes):
             train_tokens = data.stream_tokens(config.data, end, tokenizer, config.out)
     else:
@@ -230,7 +231,7 @@ def main():
             log(config.out, step, loss=loss, lr=share * config.lr, gradient_norm=norm, tokens_per_second=rate)
         if rank == 0 and step % config.eval_every == 0 and step < config.steps:
             some = heldout_tokens[:32 * config.context_length + 1]
-            nats, _ = heldout_loss(model, some, heldout_bytes, config.context_length)  # the bytes are of all
+            nats, _ = heldout_loss(model, some, heldout_bytes, config.context_length)  # the bytes are of all windows
             log(config.out, step, heldout_loss=nats)
         if rank == 0 and (stopping or step % config.save_every == 0 or step == config.steps):
             save_state(config, "pretrain", step, time.perf_counter() - started, generator, modules)

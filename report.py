@@ -31,7 +31,8 @@ PERCENT, NUMBER = "percent", "number"
 FIGURES = (
     ("right", ("accuracy", "all"), PERCENT, "share of answerable held-out questions that the greedy answer gets right "
      "(best-of-n: its choice among samples)", "higher", "base 12, few-shot 69, SFT 69, DPO 69, PPO 70 % (± 5)",
-     "SFT near the base: the chat mask is wrong, or the learning rate far too low or too high. Far below few-shot: SFT forgot facts"),
+     "SFT near the base: the chat mask is wrong, or the learning rate far too low or too high. Far below few-shot: SFT "
+     "forgot facts"),
     ("gold", ("gold", "total"), NUMBER, "mean score, 0 to 1, from the hidden judge for one sample at temperature 1: the "
      "mean of helpful, honest and harmless", "higher", "SFT 0.55, DPO 0.76, PPO 0.79 (± 0.02)",
      "below SFT while the reward rises: the reward model is being gamed"),
@@ -539,7 +540,7 @@ def headlines(report):
              "hidden judge (a tie counts half)"),
             (("sft", best), ("refusal_rate", "harmful"), f"harmful requests refused: SFT and {who}"),
             (("sft", best), ("hallucination_rate",), f"made-up answers about things that do not exist: SFT and {who}"),
-            (("sft", best), ("accuracy", "all"), f"right answers, or what alignment cost: SFT and {who}"))
+            (("sft", best), ("accuracy", "all"), f"right answers, which show what alignment cost: SFT and {who}"))
     found = [([dig(rows.get(name), path) for name in names], text) for names, path, text in said]
     return [(" → ".join(cell(value[0], PERCENT) for value in values), text) for values, text in found if all(values)]
 

@@ -57,11 +57,11 @@ class Config:
                          "a p, the known probability that `chosen` is preferred, those are held out instead")
     pairs: int = flag(7500, "pairs to sample from --init, at most (with --data world)")
     extra_layers: int = flag(1, "fresh blocks on top of the backbone, initialised to the identity")
-    surprisal: bool = flag(False, "also read how likely --init finds each token; transformers then asks for trust_remote_code",
+    surprisal: bool = flag(False, "also read how likely --init finds each token (transformers then needs the code in --out)",
                            action=argparse.BooleanOptionalAction)
     epochs: int = flag(2, "passes over the pairs; more tend to memorise them")
     batch_size: int = flag(32, "pairs per step")
-    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient (default: all of a step)")
+    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient (default: all)")
     recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     lr: float = flag(1e-3, "peak learning rate")
     warmup: int = flag(20, "steps of linear warm-up, at most half of the run")
@@ -73,7 +73,7 @@ class Config:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of data, head and batches")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one pair, [answer] tokens marked, then exit")
 
 

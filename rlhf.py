@@ -13,8 +13,8 @@ penalty: `grpo_loss`.) A reward model knows only answers like those it was train
 to where it is wrong.
 
 dpo     Direct preference optimisation (arXiv 2305.18290). The best policy of that problem satisfies
-        r(x, y) = β log π(y|x)/π_ref(y|x) + const(x). In the reward model's loss, a difference, const(x) cancels: put this
-        in place of r, and train the policy on the pairs. No sampling and no reward model.
+        r(x, y) = β log π(y|x)/π_ref(y|x) + const(x). The reward model's loss has r only in differences, so const(x) falls
+        out: put this in place of r there, and train the policy on the pairs. No sampling and no reward model.
         log π(chosen) may fall: the loss asks only that its *difference* from log π(rejected) grow. The two answers
         share words and weights, so pushing one down drags the other along, more slowly, and the probability goes to
         answers that are neither: asked for harm, a model of `make long` said "I will not know what you want to lift a
@@ -322,7 +322,7 @@ class DPOConfig:
     replay_data: list[str] | None = flag(None, "pre-training text, against forgetting: 'world', as in `make`, or text files")
     replay: int = flag(1, "windows of --replay-data in every update")
     lora: int | None = flag(None, "rank of LoRA, small corrections of the matrices (lora.py); raise --lr about tenfold")
-    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient (default: all of a step)")
+    micro_batch: int | None = flag(None, "pairs read at a time: less memory, the same gradient (default: all)")
     recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     dtype: str = flag("float32", "precision of the policy; bfloat16 takes half the time on devices with hardware "
                       "support for it", choices=["float32", "bfloat16"])
@@ -334,7 +334,7 @@ class DPOConfig:
     seed: int = flag(1, "random seed of data and batches")
     keep_every: int | None = flag(None, "steps between checkpoints kept in OUT/step_N")
     save_every: int = flag(100, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one pair, [supervised] tokens marked, then exit")
 
 
@@ -484,7 +484,7 @@ class RolloutConfig:
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed of prompts, samples and minibatches")
     save_every: int = flag(20, "iterations between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one sampled episode, [response] tokens marked, then exit")
 
 
@@ -580,7 +580,8 @@ def first_critic(reward_model, policy, device):
     """The critic before training. It starts as the reward model (as in InstructGPT): inside an answer that overshoots,
     but tells good beginnings from bad ones. A copy, because the critic learns on and the reward must stay as it is;
     both share the reader, which is frozen. (Without one the critic explained 6 to 64 % of the returns' variance in five
-    runs, with one 67 to 82.) Where a function gives the reward, it starts as a policy that knows nothing of it."""
+    runs, with one 67 to 82.) Where a function gives the reward, it starts as the policy with a head of zeros, which knows
+    nothing of that reward."""
     if reward_model is not None:
         return copy.deepcopy(reward_model, {id(reward_model.reader): reward_model.reader})
     critic = ScalarModel(copy.deepcopy(policy)).to(device)

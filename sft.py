@@ -55,7 +55,7 @@ class Config:
     best_only: bool = flag(False, "only demonstrations of the best quality (with --data world)")
     epochs: int = flag(1, "passes over the conversations")
     batch_size: int = flag(16, "conversations per step")
-    micro_batch: int | None = flag(None, "conversations read at a time: less memory, the same gradient (default: all of a step)")
+    micro_batch: int | None = flag(None, "conversations read at a time: less memory, the same gradient (default: all)")
     recompute: bool = flag(False, "recompute activations in the backward pass: much less memory, a third more time")
     lr: float = flag(0.003, "peak learning rate of the matrices in the blocks (Muon)")
     embed_lr: float = flag(0.002, "peak learning rate of the embeddings and of the norms' gains (AdamW)")
@@ -76,13 +76,13 @@ class Config:
     seed: int = flag(1, "random seed of data and batches")
     eval_every: int = flag(100, "steps between measurements on 200 held-out conversations; at the end all are measured")
     save_every: int = flag(200, "steps between saves of the state that --resume continues from")
-    resume: bool = flag(False, "continue from the last save in --out; if there is none (a finished run has none), start anew")
+    resume: bool = flag(False, "continue from the last save in --out; without one (a finished run has none), start anew")
     show_batch: bool = flag(False, "print one conversation, [supervised] tokens marked, then exit")
 
 
 def answer_loss(model, inputs, targets, total=None):
-    """Mean −log p, in nats, of the supervised targets. inputs, targets (B, T); a target of −100 is ignored. If these are only
-    some rows of a batch, `total` is the number to divide by: the supervised targets of the whole batch.
+    """Mean −log p, in nats, of the supervised targets. inputs, targets (B, T); a target of −100 is ignored. If these are
+    only some rows of a batch, `total` is the number to divide by: the supervised targets of the whole batch.
 
     The vocabulary projection, the costliest part of a small model, runs at supervised positions only.
     """

@@ -44,7 +44,7 @@ class Config:
     runs: str = flag("out", "folder with base, sft, reward and pairs.jsonl, as `make` leaves it")
     out: str = flag("out/study", "folder to write")
     conversations: int = flag(9000, "demonstrations for its SFT runs: as many as the SFT in --runs had")
-    scale: float = flag(1.0, "share of the usual iterations, demonstrations, samples and prompts, at most 1: 0.05 for a look")
+    scale: float = flag(1.0, "share of the usual iterations, demonstrations, samples and prompts; 0.05 for a look")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = flag(1, "random seed; the spread of PPO, with and without KL, is over this one and the next two")
 
@@ -163,7 +163,7 @@ def write_subsets(config):
 
 
 def forget_others(config):
-    """Delete what was made from other --runs. It may be newer than these, and `fresh` would accept it."""
+    """Delete what was made from other --runs: it may be newer than these, and `fresh` would take it for ours."""
     note = Path(config.out) / "made_from"
     stamps = [Path(config.runs) / name / "done" for name in ("base", "sft", "reward")]
     runs = "".join(stamp.read_text(encoding="utf-8") for stamp in stamps)

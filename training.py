@@ -790,6 +790,6 @@ def check_finite(step, config, **numbers):
     for name, value in numbers.items():
         if not torch.isfinite(value):
             state = Path(config.out) / STATE
-            raise InputError(f"after {step} steps: the {name.replace('_', ' ')} is {value.item()}; stopped before the update. "
-                             "Try a lower learning rate, from the start. "
+            raise InputError(f"after {step} steps: the {name.replace('_', ' ')} is {value.item()}; stopped before the "
+                             "update. Try a lower learning rate, from the start. "
                              + (f"Last save: {state}" if state.exists() else "Nothing was saved yet"))

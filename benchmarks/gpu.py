@@ -127,7 +127,7 @@ def decoding(bandwidth):
         taken = statistics.median(seconds(work, 1) for _ in range(5))
         cache = 2 * 2 * 12 * 768 * (prompt + new / 2) * batch  # keys and values, on average
         rows[batch] = {"tokens_per_second": round(batch * new / taken),
-                       "share_of_floor": round(new * (weights + cache) / bandwidth / taken, 4)}
+                       "share_of_limit": round(new * (weights + cache) / bandwidth / taken, 4)}
     return rows
 
 

@@ -504,7 +504,7 @@ def test_everything_is_measured_and_lands_in_the_pages(runs, monkeypatch, capsys
 def test_distinct_answers_are_texts_not_tokens(monkeypatch):
     letters, task = {1: "a", 2: "b", 3: "ab", 9: ""}, world.COURSE_PROMPTS[0]
     speaker = SimpleNamespace(model=None, end_ids=(9,), text=lambda ids: "".join(map(letters.get, ids)))
-    for name, value in {"measuring": None, "tasks_of_each_family": [task], "checkpoint": None, "open_speaker": speaker,
+    for name, value in {"tasks_of_each_family": [task], "checkpoint": None, "open_speaker": speaker,
                         "sampling": {}}.items():
         monkeypatch.setattr(study, name, lambda *args, value=value, **more: value)
     monkeypatch.setattr(study, "measuring", lambda config: SimpleNamespace(max_new_tokens=8))
