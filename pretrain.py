@@ -160,7 +160,7 @@ def main():
 
     # 1. Data: documents, tokeniser, one long row of tokens.
     if config.stream:
-        train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)  # the first ones
+        train_documents, heldout_documents, end = data.open_large(config.data, config.holdout)  # (train: only the first)
     else:
         if config.data == ["world"]:
             documents = world.documents(config.documents, seed=config.seed)
