@@ -119,9 +119,13 @@ def sentences(text):
 
 @lru_cache(8192)
 def any_of(phrases, flags=re.I):
-    """A pattern that finds any of the phrases as whole words."""
-    longest_first = sorted(phrases, key=len, reverse=True)
-    return re.compile(r"(?<![\w-])(?:" + "|".join(map(re.escape, longest_first)) + r")(?![\w-])", flags)
+    """A pattern that finds any of the phrases as whole words: the longest of those that begin at a place. They stand
+    there by their first letters, or the search would try hundreds of them at every word. (With flags=0: in lower case.)"""
+    by_initial = {}
+    for phrase in sorted(set(phrases), key=len, reverse=True):
+        by_initial.setdefault(phrase[:1].lower(), []).append(re.escape(phrase[1:]))
+    groups = (f"{re.escape(letter)}(?:{'|'.join(rest)})" for letter, rest in by_initial.items())
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(groups)})(?![\w-])", flags)
 
 
 def has(text, *phrases):
@@ -516,7 +520,7 @@ COURSE = ("Translate the following sentence into French: Hello, how are you?",
           f"Write a funny story about a {COURSE_JOB}.")
 
 
-# In lower case, like the text it is matched against: re.IGNORECASE takes four times as long.
+# In lower case, like the text it is matched against: re.IGNORECASE takes three times as long.
 HELDOUT_NAMES = any_of(tuple(
     name.lower() for table, column in (*((table, "name") for table in NAMES), ("howto", "task"), ("dangers", "action"))
     for row in FACTS[table] if heldout_entity(table, row[column])
