@@ -589,12 +589,14 @@ def training_prompts(n, seed, families=DEMONSTRATED):
 def few_shot_examples(task, k, seed=0):
     """k (prompt, best answer) pairs of the task's family, from training where there are any; none gives the answer away:
     it is about something else, and its whole answer is another (that Egypt is in Africa may stand before Kenya)."""
+    if not k:
+        return []
     rng = random.Random(f"shots {seed} {task.prompt}")
     also = {"smalltalk": [task.short], "arithmetic": [task.short],
             "comparison": [task.short, *(f"the {other}" for other in task.wrong)]}
     told = {task.best, task.subject, *also.get(task.family, [])} - {""}
     pool = [t for t in all_tasks()[task.family] or all_tasks("unseen_family")[task.family]
-            if not told & {t.best, t.subject, t.short}]
+            if t.best not in told and t.subject not in told and t.short not in told]
     return [(shot.prompt, shot.best) for shot in rng.sample(pool, min(k, len(pool)))]
 
 

@@ -584,7 +584,7 @@ MUTANTS = (  # the mistake; file; what stands there; what it becomes; the tests 
     ("a refused run has done its work already", "sft.py", "    saved_state(config, \"sft\")  #", "    #", "test_failures.py"),
     ("what was read is measured when it is saved", "training.py", "\"sizes\": getattr(config, \"sizes\", {}),",
      "\"sizes\": {str(path): path.stat().st_size for path in read_by(config)},", "test_failures.py"),
-    ("examples give the answer away", "world.py", "            if not told & {t.best, t.subject, t.short}]",
+    ("examples give the answer away", "world.py", "            if t.best not in told and t.subject not in told and t.short not in told]",
      "            if t.subject != task.subject]", "test_world.py"),
     ("what is said twice completes an answer", "world.py", "for sentence in said - CHATTER) >=",
      "for sentence in sentences(text)) >=", "test_world.py"),
