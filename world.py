@@ -443,6 +443,8 @@ def unknown_tasks(hold):
     if hold in ("unseen_entity", "unseen_family"):
         return
     relations = [relation for relation in RELATIONS if relation.family in NAMES]
+    values = {table: tuple(sorted({"no legs" if (v := row[r.column]) == "no" else v for r in relations if r.table == table
+                                   for row in FACTS[table]})) for table in {r.table for r in relations}}
     rng = random.Random(f"unknown {hold}")
     for _ in range(150 if hold else 3000):
         relation = rng.choice(relations)
@@ -451,11 +453,9 @@ def unknown_tasks(hold):
         row, other = rng.sample(FACTS[relation.table], 2)
         row = {**row, relation.subject: name}
         asks = relation.unseen if hold == "unseen_phrasing" else relation.ask
-        columns = [r.column for r in relations if r.table == relation.table]
-        values = tuple(sorted({"no legs" if (v := r[c]) == "no" else v for r in FACTS[relation.table] for c in columns}))
         yield Task("unknown", fill(rng.choice(asks), relation, row),
                    f"I do not know. I have never heard of {name if name[0].isupper() else an(name)}.",
-                   short="I do not know.", subject=name, holdout=hold, wrong=values,
+                   short="I do not know.", subject=name, holdout=hold, wrong=values[relation.table],
                    bad=(fill(relation.say[0], relation, row), bare(relation.family, row[relation.column]),
                         fill(relation.say[0], relation, {**other, relation.subject: name})))
 
