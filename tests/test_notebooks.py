@@ -27,7 +27,7 @@ NAMES = [path.stem for path in SOLVED]
 CHECKS = [name for name in dir(checks) if name.startswith("check_")]
 SMALL = ("PRETRAIN=--steps 100 --documents 2000 --vocab-size 2048 --width 64 --ffn-width 192",
          "SFT=--conversations 1500 --lr 0.01 --embed-lr 0.01 --head-lr 0.002",  # fewer, and hardly an answer ends
-         "PAIRS=--pairs 400 --holdout 150 --max-new-tokens 32",
+         "PAIRS=--pairs 300 --holdout 110 --max-new-tokens 32",
          "PPO=--iterations 2 --episodes 32 --eval-prompts 16 --prompts 300 "
          "--max-new-tokens 24", "EVALUATE=--per-family 4 --best-of 2 --best-of-per-family 2 --max-new-tokens 16")
 
