@@ -44,7 +44,7 @@ def out(tmp_path_factory):
             patch.setattr(sys, "argv", ["stage.py", *map(str, args), "--device", "cpu"])
             main()
 
-    command(pretrain.main, "--documents", 2500, "--steps", 220, *SHAPE, "--out", root / "base")
+    command(pretrain.main, "--documents", 2500, "--steps", 160, *SHAPE, "--out", root / "base")
     chats = [chat for both in zip(world.demonstrations(1000, 1), questions(1000)) for chat in both]
     (root / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     command(sft.main, "--init", root / "base", "--data", root / "chats.jsonl", "--lr", 0.01, "--embed-lr", 0.01, "--head-lr",
@@ -65,7 +65,7 @@ def out(tmp_path_factory):
         rlhf.dpo()
         patch.setattr(sys, "argv", [
             "rlhf.py ppo", "--init", str(root / "sft"), "--reward", f"{root / 'score.py'}:letters",
-            "--iterations", "8", "--episodes", "48", "--eval-prompts", "64", "--prompts", "300",
+            "--iterations", "6", "--episodes", "48", "--eval-prompts", "64", "--prompts", "300",
             "--max-new-tokens", "24", "--lr", "2e-3", "--beta", "0.01", "--out", str(root / "ppo")])
         rlhf.ppo()
     return root
