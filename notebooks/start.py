@@ -60,7 +60,7 @@ def _run():
     missing = [name for name in needed if not (folder / name / "model.safetensors").exists()]
     if missing:
         print(f"{folder} has no {', '.join(missing)}. Run `make` in {ROOT} first (6 to 25 minutes); or "
-              "`make quick` (half a minute to 2¼ minutes), and set the environment variable RUN to out/quick: then every "
+              "`make quick` (half a minute to 1½ minutes), and set the environment variable RUN to out/quick: then every "
               "cell runs, but the models know little.")
     return folder
 
