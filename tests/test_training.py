@@ -184,6 +184,23 @@ def test_freed_memory_is_kept():
     assert int(found.stdout) < 4096
 
 
+@pytest.mark.parametrize("seconds, fast, turns", [
+    ([(2, 1)] * 10, True, 10), ([(1.2, 1)] * 10, False, 10),
+    ([(2, 50), *[(2, 1)] * 9], True, 10), ([*[(9, 9)] * 5, (2, 1), *[(9, 9)] * 4], True, 10),  # other load slows all turns but one
+    ([(0.1, 2)] * 10, False, 2),  # emulated
+])
+def test_bfloat16_is_used_where_it_is_faster(seconds, fast, turns, monkeypatch):
+    """`seconds` that float32 and bfloat16 take, turn by turn."""
+    now, taken = 0, []
+    for pair in seconds:
+        for each in pair:
+            taken += [now, now := now + each]
+    ticks = iter(taken)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert training.bfloat16_is_fast(torch.device("cpu")) is fast
+    assert len([*ticks]) == 4 * (10 - turns)
+
+
 def test_optimisers_step_without_the_compiler_and_as_they_should():
     # In processes of their own: here, some other test may have imported the compiler.
     code = """if True:
