@@ -53,7 +53,7 @@ def trained():
     made = subprocess.run(["make", "-s" if there else "-n", "--no-print-directory", "OUT=out/test", *SMALL], cwd=root,
                           capture_output=True, text=True, env=plain)
     assert made.returncode == 0, made.stderr[-3000:]
-    if not there:  # the stages here, one after another: half the time of so small a run goes into seven imports of torch
+    if not there:  # the stages here, one after another: in so small a run starting seven takes 30 seconds of 75
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
             for command in made.stdout.replace("\\\n", "").splitlines():

@@ -82,6 +82,11 @@ def test_no_placeholder_is_left_in_any_text(written, answers):
         assert not re.search(r"[{}]|None|  ", text), text
 
 
+def test_the_longest_phrase_at_a_place_is_found():
+    found = world.any_of(("pig", "pig iron ore", "Pig iron", "ox")).findall("PIG IRON, pigs, a guinea-pig, an ox and a pig")
+    assert found == ["PIG IRON", "ox", "pig"]
+
+
 def test_no_sentence_ends_twice(written):
     """A phrase that documents ask for keeps its own mark, and loses that of the question."""
     assert not [text for text in written if re.search(r"[.!?]{2}", text)]
