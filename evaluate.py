@@ -336,6 +336,8 @@ def main(argv=None):
     folders = {Path(os.path.abspath(folder)).name: folder for folder in config.checkpoints}
     if len(folders) < len(config.checkpoints):
         raise InputError("found two checkpoints of the same name, expected different ones: they name the report's rows")
+    if config.reference not in folders and config.reference != Config.reference:
+        raise InputError(f"--reference {config.reference}: expected one of {', '.join(folders)}")
     speakers = {name: open_speaker(folder, device) for name, folder in folders.items()}
     best_name = f"best_of_{config.best_of}"
     few_shot = {f"{name}_few_shot" for name, speaker in speakers.items() if speaker.raw and config.few_shot}
@@ -343,8 +345,6 @@ def main(argv=None):
     if taken:
         raise InputError(f"found a checkpoint called {min(taken)}, the name of another row; expected a different one")
     reference = speakers.get(config.reference)
-    if reference is None and config.reference != Config.reference:
-        raise InputError(f"--reference {config.reference}: expected one of {', '.join(speakers)}")
     reward, reward_tokenizer = None, None
     if config.data and not config.reward:
         raise InputError("--data is what --reward FOLDER is measured on; found no --reward, give one")

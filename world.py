@@ -1391,6 +1391,8 @@ def main():
     if config.stats and config.command == "pairs":
         raise InputError("--stats describes the world and samples nothing; expected it without `pairs`")
     if config.command == "show":
+        if config != Config(stats=config.stats):
+            raise InputError("only --stats goes without `pairs`; expected `pairs` before the other flags")
         return stats() if config.stats else show()
     check_range(config, pairs=(2, 10**7), holdout=(0, config.pairs - 1))
     started = time.perf_counter()

@@ -982,8 +982,8 @@ def test_what_has_nothing_to_compare_with_says_so(evaluated, folders, some_tasks
 
 
 def test_unknown_reference_and_equal_names_are_refused(folders, tmp_path):
-    with pytest.raises(InputError, match="--reference dpo"):
-        evaluate.main([str(folders / "sft"), "--reference", "dpo"])
+    with pytest.raises(InputError, match="--reference dpo"):  # before anything is read
+        evaluate.main([str(folders / "none"), "--reference", "dpo"])
     with pytest.raises(InputError, match="--data is what --reward"):
         evaluate.main([str(folders / "sft"), "--data", "pairs.jsonl"])
     with pytest.raises(InputError, match="same name"):

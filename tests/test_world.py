@@ -574,6 +574,10 @@ def test_no_pairs_leave_the_file_that_is_there(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not written"):
         world.main()
     assert out.read_text() == "kept" and asked == [(20, 5, 7, 9)]
+    for flags in (["--pairs", "20"], ["show", "--seed", "2"]):
+        monkeypatch.setattr(sys, "argv", ["world.py", *flags])
+        with pytest.raises(InputError, match="`pairs` before"):
+            world.main()
     monkeypatch.setattr(sys, "argv", ["world.py", "pairs", "--stats"])
     with pytest.raises(InputError, match="without `pairs`"):
         world.main()
